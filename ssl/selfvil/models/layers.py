@@ -1,0 +1,210 @@
+"""The building blocks of Vision-LSTM.
+
+Alkin et al., "Vision-LSTM: xLSTM as Generic Vision Backbone" (2024), version 2: a 3 × 3 depthwise convolution, biases
+everywhere, and blocks in pairs of which the second reads the image backwards.
+
+No tensor is flipped for that. The published network flips the tokens and convolves the flipped grid; without the flip
+the same comes of a kernel turned by 180° and of an mLSTM that reads from the end.
+
+Shapes: B images, N = H·W tokens on the full grid, K kept ones, C channels of the block, E = 2·C inside it, h heads.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath, LayerScale
+from torch import Tensor, nn
+
+from selfvil.ops import mlstm
+
+Grid = tuple[int, int]
+"""Rows and columns of tokens."""
+
+EXPANSION = 2
+NUM_HEADS = 4
+QKV_BLOCK = 4
+"""Width of the diagonal blocks that the projections to q, k and v consist of."""
+MERGED_BLOCK = 16
+"""Width of the blocks that are really multiplied: fewer products with zeros in them beat many tiny ones."""
+
+
+class ResidualLayerNorm(nn.Module):
+    """LayerNorm over the last axis whose weight is stored as its distance from 1, so that decay would pull it to 1."""
+
+    def __init__(self, dim: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(dim))
+        self.bias = nn.Parameter(torch.zeros(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.weight.shape, 1 + self.weight, self.bias, self.eps)
+
+
+class HeadNorm(ResidualLayerNorm):
+    """The same for each head apart, and heads put back together: (B, h, N, E/h) to (B, N, E)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.layer_norm(x, x.shape[-1:], eps=self.eps).transpose(1, 2).flatten(2)
+        return torch.addcmul(self.bias, x, 1 + self.weight)
+
+
+class BlockDiagonalLinear(nn.Module):
+    """A linear map (..., dim) to (..., dim) in which each `QKV_BLOCK` neighbouring channels mix among themselves.
+
+    The weight is (dim / QKV_BLOCK, QKV_BLOCK, QKV_BLOCK), as published.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim // QKV_BLOCK, QKV_BLOCK, QKV_BLOCK))
+        self.bias = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.merged_weight()
+        y = x.reshape(-1, *weight.shape[:2]).transpose(0, 1) @ weight.transpose(1, 2)
+        return y.transpose(0, 1).reshape(x.shape) + self.bias.to(y.dtype)
+
+    def merged_weight(self) -> Tensor:
+        """The same map as (dim / W, W, W) with larger, partly empty blocks of width W, at most `MERGED_BLOCK`."""
+        dim = self.bias.numel()
+        width = math.gcd(dim, MERGED_BLOCK)
+        small = self.weight.view(dim // width, width // QKV_BLOCK, QKV_BLOCK, QKV_BLOCK)
+        diagonal = torch.diag_embed(small.permute(0, 2, 3, 1))  # (dim / W, out, in, W / QKV_BLOCK, W / QKV_BLOCK)
+        return diagonal.permute(0, 3, 1, 4, 2).reshape(-1, width, width)
+
+
+class ViLLayer(nn.Module):
+    """The mLSTM layer of Vision-LSTM: up-projection, convolution, mLSTM, gate, down-projection.
+
+    Args:
+        dim: width C of the tokens, a multiple of 8.
+        reverse: read the tokens from the last to the first.
+        num_blocks: layers in the network, for the scale of the down-projection; None takes 1, as published.
+    """
+
+    def __init__(self, dim: int, *, reverse: bool = False, num_blocks: int | None = None) -> None:
+        super().__init__()
+        inner = EXPANSION * dim
+        if inner % (NUM_HEADS * QKV_BLOCK):
+            raise ValueError(f"dim must be a multiple of {NUM_HEADS * QKV_BLOCK // EXPANSION}, got {dim}")
+        self.dim = dim
+        self.reverse = reverse
+        self.num_blocks = num_blocks or 1
+        self.proj_up = nn.Linear(dim, 2 * inner)
+        self.conv = nn.Conv2d(inner, inner, kernel_size=3, padding=1, groups=inner)
+        self.q_proj = BlockDiagonalLinear(inner)
+        self.k_proj = BlockDiagonalLinear(inner)
+        self.v_proj = BlockDiagonalLinear(inner)
+        self.igate = nn.Linear(3 * inner, NUM_HEADS)
+        self.fgate = nn.Linear(3 * inner, NUM_HEADS)
+        self.outnorm = HeadNorm(inner)
+        self.skip = nn.Parameter(torch.ones(inner))
+        self.proj_down = nn.Linear(inner, dim)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise as published: small-init, Wang-init for the way down, a forget gate that starts open."""
+        small = math.sqrt(2 / (5 * self.dim))
+        for module in (self.proj_up, self.q_proj, self.k_proj, self.v_proj):
+            nn.init.normal_(module.weight, std=small)
+            nn.init.zeros_(module.bias)
+        nn.init.normal_(self.proj_down.weight, std=2 / self.num_blocks / math.sqrt(self.dim))
+        nn.init.zeros_(self.proj_down.bias)
+        nn.init.zeros_(self.igate.weight)
+        nn.init.normal_(self.igate.bias, std=0.1)
+        nn.init.zeros_(self.fgate.weight)
+        with torch.no_grad():
+            self.fgate.bias.copy_(torch.linspace(3.0, 6.0, NUM_HEADS))
+
+    def forward(self, x: Tensor, grid: Grid, keep: Tensor | None = None) -> Tensor:
+        """x (B, K, C), the kept tokens of `grid` in order (all of them if `keep` (B, K) is None), to the same shape."""
+        x, gate = self.proj_up(x).chunk(2, dim=-1)
+        conv = F.silu(self.convolve(x, grid, keep))
+        q, k, v = self.q_proj(conv), self.k_proj(conv), self.v_proj(x)
+        i, f = self.gates(q, k, v)
+        h = mlstm(split_heads(q), split_heads(k), split_heads(v), i, f, reverse=self.reverse)
+        return self.proj_down((self.outnorm(h) + self.skip * conv) * F.silu(gate))
+
+    def convolve(self, x: Tensor, grid: Grid, keep: Tensor | None) -> Tensor:
+        """Depthwise 3 × 3 convolution of tokens (B, K, E) at their places on the grid, zeros where none was kept."""
+        weight = self.conv.weight.flip(2, 3) if self.reverse else self.conv.weight
+        if keep is not None:
+            index = keep.unsqueeze(-1).expand(-1, -1, x.shape[-1])
+            x = x.new_zeros(x.shape[0], grid[0] * grid[1], x.shape[-1]).scatter(1, index, x)
+        # Tokens last to channels last is a change of strides, not of memory.
+        x = x.unflatten(1, grid).permute(0, 3, 1, 2)
+        x = F.conv2d(x, weight, self.conv.bias, padding=self.conv.padding, groups=self.conv.groups)
+        x = x.permute(0, 2, 3, 1).flatten(1, 2)
+        return x if keep is None else x.gather(1, index)
+
+    def gates(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Pre-activations (B, h, N), float32 or better, of the input and forget gate.
+
+        Biases are added after the step up to float32: the forget gate's are large beside what the tokens add.
+        """
+        weight_q, weight_k, weight_v = torch.cat([self.igate.weight, self.fgate.weight]).chunk(3, dim=1)
+        bias = torch.cat([self.igate.bias, self.fgate.bias])
+        gates = F.linear(q, weight_q) + F.linear(k, weight_k) + F.linear(v, weight_v)
+        gates = gates.to(torch.promote_types(gates.dtype, torch.float32)) + bias
+        i, f = gates.transpose(1, 2).chunk(2, dim=1)
+        return i, f
+
+
+def split_heads(x: Tensor) -> Tensor:
+    """(B, N, E) to (B, h, N, E/h)."""
+    return x.unflatten(-1, (NUM_HEADS, -1)).transpose(1, 2)
+
+
+class ViLBlock(nn.Module):
+    """x + DropPath(LayerScale(layer(norm(x)))).
+
+    Args:
+        dim: width C of the tokens.
+        reverse: read the tokens from the last to the first.
+        drop_path: probability of leaving the block out for a sample.
+        init_values: initial value of LayerScale; None leaves LayerScale out, as published.
+        num_blocks: see `ViLLayer`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        reverse: bool = False,
+        drop_path: float = 0.0,
+        init_values: float | None = None,
+        num_blocks: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.norm = ResidualLayerNorm(dim)
+        self.layer = ViLLayer(dim, reverse=reverse, num_blocks=num_blocks)
+        self.ls = nn.Identity() if init_values is None else LayerScale(dim, init_values)
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+
+    def forward(self, x: Tensor, grid: Grid, keep: Tensor | None = None) -> Tensor:
+        """x (B, K, C), the kept tokens of `grid` in order (all of them if `keep` (B, K) is None), to the same shape."""
+        return x + self.drop_path(self.ls(self.layer(self.norm(x), grid, keep)))
+
+
+class ViLBlockPair(nn.Module):
+    """Two blocks, the first reading the image from its first token, the second from its last. Arguments: `ViLBlock`."""
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        drop_path: float = 0.0,
+        init_values: float | None = None,
+        num_blocks: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.first, self.second = (
+            ViLBlock(dim, reverse=reverse, drop_path=drop_path, init_values=init_values, num_blocks=num_blocks)
+            for reverse in (False, True)
+        )
+
+    def forward(self, x: Tensor, grid: Grid, keep: Tensor | None = None) -> Tensor:
+        """x (B, K, C), the kept tokens of `grid` in order (all of them if `keep` (B, K) is None), to the same shape."""
+        return self.second(self.first(x, grid, keep), grid, keep)

@@ -1,0 +1,5 @@
+"""Sequence operators."""
+
+from selfvil.ops.mlstm import mlstm
+
+__all__ = ["mlstm"]

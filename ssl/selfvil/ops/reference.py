@@ -1,0 +1,41 @@
+"""The mLSTM as its paper writes it: slow, plain, and the measure of every other backend.
+
+Beck et al., "xLSTM: Extended Long Short-Term Memory" (2024), stabilised parallel form with an exponential input gate
+and a sigmoid forget gate. Autograd derives the gradients. Memory and time grow with N².
+
+Shapes: B batch, H heads, N tokens, D head width.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+EPS = 1e-6
+"""Added to the normaliser; as in the published Vision-LSTM."""
+
+
+def mlstm_reference(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, reverse: bool = False) -> Tensor:
+    """mLSTM output h (B, H, N, D) of q, k, v (B, H, N, D) and gate pre-activations i, f (B, H, N), any float dtype.
+
+    Reading backwards is defined by flipping the sequence, running forwards, and flipping the result.
+    """
+    if reverse:
+        return mlstm_reference(q.flip(2), k.flip(2), v.flip(2), i.flip(2), f.flip(2)).flip(2)
+
+    num_tokens, head_dim = q.shape[-2:]
+    past = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=q.device).tril()  # token i sees tokens j <= i
+
+    # What is left of token j's input once token i has been read:
+    # log D_ij = i_j + sum over j < t <= i of log sigmoid(f_t).
+    log_forget = F.logsigmoid(f).cumsum(-1)
+    log_decay = i.unsqueeze(-2) + log_forget.unsqueeze(-1) - log_forget.unsqueeze(-2)
+    # The mask must come before exp: an overflow there would turn into NaN gradients, even where it is masked after.
+    log_decay = log_decay.masked_fill(~past, -math.inf)
+    row_max = log_decay.max(dim=-1, keepdim=True).values
+    decay = torch.exp(log_decay - row_max)  # (B, H, N, N)
+
+    weights = (q @ k.transpose(-2, -1) / math.sqrt(head_dim)) * decay
+    normaliser = torch.maximum(weights.sum(-1, keepdim=True).abs(), torch.exp(-row_max))
+    return (weights / (normaliser + EPS)) @ v
