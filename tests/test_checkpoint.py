@@ -159,7 +159,8 @@ def test_any_flipped_bit_is_seen(tmp_path, caplog, file):
     for position in positions:
         for bit in range(8) if file == "manifest.json" else [position % 8]:
             flip_bit(folder / file, position, bit)
-            with pytest.raises(UserError, match=file):
+            # (a changed entry of the manifest shows as a difference of the file it is about)
+            with pytest.raises(UserError, match="step-00000002" if file == "manifest.json" else file):
                 checkpoint.load(folder)
             flip_bit(folder / file, position, bit)
     assert_is(checkpoint.load(folder), 2)
