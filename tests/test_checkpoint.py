@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -155,19 +156,18 @@ def test_any_flipped_bit_is_seen(tmp_path, caplog, file):
     save(tmp_path, 1)
     folder = save(tmp_path, 2)
     size = (folder / file).stat().st_size
-    positions = range(size) if file == "manifest.json" else [0, 7, size // 2, size - 1]
-    for position in positions:
-        for bit in range(8) if file == "manifest.json" else [position % 8]:
-            flip_bit(folder / file, position, bit)
-            # (a changed entry of the manifest shows as a difference of the file it is about)
-            with pytest.raises(UserError, match="step-00000002" if file == "manifest.json" else file):
-                checkpoint.load(folder)
-            flip_bit(folder / file, position, bit)
+    # a changed entry of the manifest shows as a difference of the file it is about
+    named = folder if file == "manifest.json" else folder / file
+    for position in range(size) if file == "manifest.json" else [0, 7, size // 2, size - 1]:
+        flip_bit(folder / file, position, position % 8)
+        with pytest.raises(UserError, match=re.escape(str(named))):
+            checkpoint.load(folder)
+        flip_bit(folder / file, position, position % 8)
     assert_is(checkpoint.load(folder), 2)
     flip_bit(folder / file, size // 2)
     with caplog.at_level(logging.WARNING):
         assert_is(checkpoint.newest(tmp_path), 1)
-    assert str(folder / file) in caplog.text
+    assert str(named) in caplog.text
 
 
 @pytest.mark.parametrize("file", ["objective.safetensors", "meta.json", "manifest.json"])
