@@ -1,0 +1,434 @@
+"""Shards: WebDataset tar files read like one list, by byte range.
+
+Opening walks every header once, so that a missing or damaged shard is known before training starts, and keeps where
+each sample's image lies, its CRC-32 and its label: 12 bytes and the label in memory. The index of a shard is saved as a
+sidecar `SHARD.index.npz` beside it, or in a cache folder where that cannot be written; a stale one is rebuilt.
+"""
+
+import bisect
+import errno
+import glob
+import hashlib
+import io
+import itertools
+import logging
+import os
+import re
+import zlib
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from braceexpand import braceexpand
+
+from selfvil.data.read import EXTENSIONS, DamagedImage
+from selfvil.data.tar import BLOCK, members
+from selfvil.errors import UserError
+
+Pattern = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+"""A shard pattern, or a list of them."""
+
+Progress = Callable[[int, int], None]
+"""Called with (done, total) as work goes on."""
+
+SIDECAR = ".index.npz"
+
+_log = logging.getLogger(__name__)
+_FORMAT = 1  # of the sidecar; another number means: rebuild
+_MOST_SHARDS = 1_000_000
+_OPEN_FILES = 128  # descriptors a process keeps; the usual limit is 1,024
+_MOST_BYTES = 1 << 28  # of a decompressed member; an image of MAX_PIXELS in four channels is as large
+_GZIP = b"\x1f\x8b"
+_PREFERENCE = {f"{name}{gz}": rank for rank, name in enumerate(EXTENSIONS) for gz in ("", ".gz")}
+
+
+class DamagedSample(DamagedImage):
+    """A sample whose bytes cannot be read as they were indexed."""
+
+    def __init__(self, shard: Path, key: str, reason: str) -> None:
+        super().__init__(reason)
+        self.shard, self.key, self.reason = shard, key, reason
+
+
+@dataclass(frozen=True)
+class IndexReport:
+    """What `index_shards` found. `ignored` samples have no image; `classes` is the largest label + 1."""
+
+    shards: int
+    samples: int
+    labelled: int
+    classes: int
+    bytes: int
+    ignored: int
+
+
+# --- which files --------------------------------------------------------------------------------------------------
+
+
+def expand_shards(pattern: Pattern) -> list[Path]:
+    """Paths of the shards that a pattern, or a list of patterns, stands for.
+
+    A pattern is a file, a folder (all its *.tar, sorted), a glob (sorted) or a brace pattern such as
+    `train-{000000..000009}.tar` or `{a,b}/*.tar` (in the order written); `~` is the home folder.
+
+    Raises:
+        UserError: nothing matches, files are missing (all of a pattern's are named), a file is given twice, or the
+            pattern is a URL or a command.
+    """
+    patterns = [pattern] if isinstance(pattern, (str, os.PathLike)) else list(pattern)
+    if not patterns or not all(os.fspath(each) for each in patterns):
+        raise UserError("no shards given: expected a path, a folder, a glob or a brace pattern of WebDataset tars")
+    paths = [path for each in patterns for path in _expand(os.fspath(each))]
+    seen: dict[Path, Path] = {}
+    for path in paths:
+        if (twice := seen.setdefault(path.resolve(), path)) is not path:
+            raise UserError(f"shard {path} is given twice (also as {twice}); name each shard once")
+    return paths
+
+
+def _expand(pattern: str) -> list[Path]:
+    if pattern.startswith("pipe:") or re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", pattern):
+        raise UserError(f"{pattern} is not a file: only local shards are read; download them first and give their path")
+    pattern = os.path.expanduser(pattern)
+    try:
+        # A file may be called what looks like a pattern; then the file is meant.
+        names = [pattern] if os.path.exists(pattern) else list(itertools.islice(braceexpand(pattern), _MOST_SHARDS + 1))
+    except ValueError:
+        raise UserError(
+            f"shard pattern {pattern} has unbalanced braces; expected e.g. train-{{000000..000009}}.tar"
+        ) from None
+    if len(names) > _MOST_SHARDS:
+        raise UserError(f"shard pattern {pattern} stands for more than {_MOST_SHARDS:,} files; check its braces")
+    paths: list[Path] = []
+    missing: list[str] = []
+    for name in names:
+        if os.path.isdir(name):
+            found = sorted(glob.glob(os.path.join(glob.escape(name), "*.tar")))
+            if not found:
+                raise UserError(f"folder {name} holds no .tar files; expected WebDataset shards (see `selfvil pack`)")
+            paths += map(Path, found)
+        elif os.path.exists(name):
+            paths.append(Path(name))
+        elif glob.has_magic(name):
+            found = sorted(each for each in glob.glob(name, recursive=True) if not each.endswith(SIDECAR))
+            if not found:
+                raise UserError(f"no file matches {name}{_neighbours(name)}")
+            paths += map(Path, found)
+        else:
+            missing.append(name)
+    if missing:
+        what = "shard" if len(missing) == 1 else f"{len(missing)} of the {len(names)} shards"
+        missing = [*missing[:20], f"and {len(missing) - 20} more"] if len(missing) > 20 else missing
+        raise UserError(f"missing {what}: {', '.join(missing)}{_neighbours(missing[0])}")
+    return paths
+
+
+def _neighbours(name: str) -> str:
+    """What the folder of a missing shard does hold, to show a slip in the pattern."""
+    folder = Path(name).parent
+    if not folder.is_dir():
+        return f" (there is no folder {folder})" if not glob.has_magic(str(folder)) else ""
+    tars = sorted(path.name for path in folder.glob("*.tar"))
+    shown = ", ".join(tars if len(tars) <= 4 else [*tars[:2], "...", tars[-1]])
+    return f" (the folder {folder} holds {shown or 'no .tar files'})"
+
+
+# --- the index of one shard ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Index:
+    """One shard of n samples. `blocks`, `sizes`, `crcs` (n,) uint32: where the image member begins (in blocks of 512
+    bytes), its length in bytes, its CRC-32; `labels` (n,) int64, -1 for none; `keys` the n names, joined by NUL;
+    `ignored` () the number of samples without an image."""
+
+    blocks: np.ndarray
+    sizes: np.ndarray
+    crcs: np.ndarray
+    labels: np.ndarray
+    keys: np.ndarray
+    ignored: np.ndarray
+
+    def names(self) -> list[str]:
+        return self.keys.tobytes().decode("utf-8", "surrogateescape").split("\0")
+
+
+def _split_name(name: str) -> tuple[str, str] | None:
+    """WebDataset's convention: the key goes up to the first dot of the file name, the rest is the extension."""
+    folder, slash, file = name.rpartition("/")
+    stem, dot, extension = file.partition(".")
+    if not (stem and dot) or re.match(r"__[^/]*__($|/)", name):
+        return None
+    return f"{folder}{slash}{stem}", extension.lower()
+
+
+def _build(path: Path) -> _Index:
+    """Walk a shard and read every image once. Raises UserError where it is damaged or has no image."""
+    blocks, sizes, crcs, labels, keys = [], [], [], [], []
+    ignored, strange = 0, []
+    extensions: set[str] = set()
+    with open(path, "rb", buffering=1 << 20) as file:
+
+        def finish(key: str, parts: dict[str, tuple[int, int]]) -> None:
+            nonlocal ignored
+            images = parts.keys() & _PREFERENCE.keys()
+            if not images:
+                ignored += 1
+                extensions.update(parts)
+                return
+            offset, size = parts[min(images, key=_PREFERENCE.__getitem__)]
+            if size >= 1 << 31 or offset >= BLOCK << 32:
+                raise UserError(f"{path}: image {key} at byte {offset} ({size} bytes) is beyond what an index can hold")
+            blocks.append(offset // BLOCK)
+            sizes.append(size)
+            file.seek(offset)
+            crcs.append(zlib.crc32(file.read(size)))
+            labels.append(-1)
+            keys.append(key)
+            if "cls" in parts:
+                text = _read_label(file, *parts["cls"])
+                try:
+                    labels[-1] = max(-1, int(text))
+                except ValueError:
+                    strange.append(f"{key}: {text!r}")
+
+        sample: tuple[str, dict[str, tuple[int, int]]] | None = None
+        for name, offset, size in members(file, path):
+            if (split := _split_name(name)) is None:
+                continue
+            key, extension = split
+            if sample is None or sample[0] != key:
+                if sample is not None:
+                    finish(*sample)
+                sample = key, {}
+            if extension in sample[1]:
+                raise UserError(f"{path} holds {name} twice in a row (at byte {offset}); each sample needs its own key")
+            sample[1][extension] = offset, size
+        if sample is not None:
+            finish(*sample)
+    if not blocks:
+        found = f"only .{', .'.join(sorted(extensions)[:8])}" if extensions else "no samples at all"
+        raise UserError(f"{path} holds no image ({found}); expected members named KEY.jpg, KEY.png, KEY.webp ...")
+    if ignored:
+        _log.warning("%s: %d samples without an image are ignored", path, ignored)
+    if strange:
+        _log.warning("%s: %d labels are no integers and are ignored (first: %s)", path, len(strange), strange[0])
+    names = "\0".join(keys).encode("utf-8", "surrogateescape")
+    return _Index(
+        blocks=np.array(blocks, np.uint32),
+        sizes=np.array(sizes, np.uint32),
+        crcs=np.array(crcs, np.uint32),
+        labels=np.array(labels, np.int64),
+        keys=np.frombuffer(names, np.uint8),
+        ignored=np.array(ignored),
+    )
+
+
+def _read_label(file: BinaryIO, offset: int, size: int) -> str:
+    file.seek(offset)
+    return file.read(min(size, 20)).decode("utf-8", "replace").strip()
+
+
+def _load_or_build(path: Path) -> _Index:
+    try:
+        status = path.stat()
+        stamp = np.array([_FORMAT, status.st_size, status.st_mtime_ns], np.int64)
+        for sidecar in _sidecars(path):
+            if (index := _load(sidecar, stamp)) is not None:
+                return index
+        index = _build(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+    for sidecar in _sidecars(path):
+        try:
+            _save(sidecar, stamp, index)
+            return index
+        except OSError as error:
+            _log.info("no index at %s: %s", sidecar, error.strerror)
+    _log.warning("the index of %s could not be saved and will be built again next time", path)
+    return index
+
+
+def _sidecars(path: Path) -> tuple[Path, Path]:
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "selfvil" / "index"
+    name = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()
+    return path.with_name(path.name + SIDECAR), cache / f"{name[:32]}{SIDECAR}"
+
+
+def _load(sidecar: Path, stamp: np.ndarray) -> _Index | None:
+    """The saved index, or None where there is none, or it is stale or damaged."""
+    if not sidecar.is_file():
+        return None
+    try:
+        with np.load(sidecar, allow_pickle=False) as saved:  # the zip's own CRC sees flipped bits
+            if not np.array_equal(saved["stamp"], stamp):
+                _log.info("%s belongs to an earlier version of its shard; building it again", sidecar)
+                return None
+            index = _Index(**{column.name: saved[column.name] for column in fields(_Index)})
+        columns = (index.blocks, index.sizes, index.crcs, index.labels)
+        kinds = (np.uint32, np.uint32, np.uint32, np.int64)
+        shape = (len(index.names()),)
+        if all(column.dtype == kind and column.shape == shape for column, kind in zip(columns, kinds)):
+            return index
+        _log.info("%s is not a valid index; building it again", sidecar)
+    except Exception as error:  # a damaged zip raises nearly anything
+        _log.info("%s cannot be read (%s); building it again", sidecar, error)
+    return None
+
+
+def _save(sidecar: Path, stamp: np.ndarray, index: _Index) -> None:
+    """Write aside, then rename: other processes may build the same index at this moment."""
+    sidecar.parent.mkdir(parents=True, exist_ok=True)
+    if not sidecar.parent.stat().st_mode & 0o222:  # marked read-only: left alone by root too, whom nothing would stop
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(sidecar.parent))
+    content = io.BytesIO()
+    np.savez(content, allow_pickle=False, stamp=stamp, **vars(index))
+    aside = sidecar.with_name(f".{sidecar.name}.{os.getpid()}-{os.urandom(4).hex()}")
+    try:
+        with open(aside, "xb") as file:
+            file.write(content.getbuffer())
+        aside.replace(sidecar)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+# --- all shards as one list ---------------------------------------------------------------------------------------
+
+
+def open_shards(pattern: Pattern, progress: Progress | None = None) -> "Shards":
+    """Open the shards that `pattern` stands for (see `expand_shards`), indexing those that have no valid index yet.
+
+    Raises:
+        UserError: as `expand_shards`; or shards are damaged, cut, no plain tar files, or hold no image.
+    """
+    paths = expand_shards(pattern)
+    indexes: list[_Index] = []
+    errors: list[str] = []
+    with ThreadPoolExecutor(min(len(paths), os.cpu_count() or 1, 16)) as pool:  # zlib and file reads run in parallel
+        for number, future in enumerate([pool.submit(_load_or_build, path) for path in paths]):
+            try:
+                indexes.append(future.result())
+            except UserError as error:
+                errors.append(str(error))
+            if progress is not None:
+                progress(number + 1, len(paths))
+    if errors:
+        more = f"; and {len(errors) - 5} more" if len(errors) > 5 else ""
+        raise UserError("; ".join(errors[:5]) + more)
+    return Shards(paths, indexes)
+
+
+def index_shards(pattern: Pattern, progress: Progress | None = None) -> IndexReport:
+    """Index shards ahead of a run, and say what they hold. Raises UserError as `open_shards`."""
+    shards = open_shards(pattern, progress)
+    labelled = 0 if shards.labels is None else int((shards.labels >= 0).sum())
+    size = sum(path.stat().st_size for path in shards.paths)
+    return IndexReport(len(shards.paths), len(shards), labelled, shards.num_classes, size, shards.ignored)
+
+
+class Shards:
+    """The samples of all shards, in order. Made by `open_shards`; safe to fork and to pickle, not for threads.
+
+    Attributes:
+        paths: the shards.
+        labels: int64 (len,), -1 for samples without one; None where no sample has a label.
+        num_classes: the largest label + 1; 0 without labels.
+        ignored: samples left out because they have no image.
+    """
+
+    def __init__(self, paths: Sequence[Path], indexes: Sequence[_Index]) -> None:
+        self.paths = list(paths)
+        self.ignored = int(sum(index.ignored for index in indexes))
+        self._ends = list(itertools.accumulate(len(index.labels) for index in indexes))
+        self._blocks = np.concatenate([index.blocks for index in indexes])
+        self._sizes = np.concatenate([index.sizes for index in indexes])
+        self._crcs = np.concatenate([index.crcs for index in indexes])
+        labels = np.concatenate([index.labels for index in indexes])
+        self.labels: np.ndarray | None = labels if (labels >= 0).any() else None
+        self.num_classes = int(labels.max()) + 1 if self.labels is not None else 0
+        self._descriptors: OrderedDict[int, int] = OrderedDict()
+        self._keys: tuple[int, list[str]] | None = None
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def read(self, i: int) -> bytes:
+        """The bytes of sample i's image file, unpacked where the member is compressed (.gz).
+
+        Raises:
+            DamagedSample: the bytes cannot be read, or are not those that were indexed.
+        """
+        shard, size, data = self._shard(i), int(self._sizes[i]), b""
+        try:
+            data = os.pread(self._descriptor(shard), size, int(self._blocks[i]) * BLOCK)
+        except OSError as error:
+            raise self._damaged(i, f"cannot be read: {error.strerror or error}") from None
+        if len(data) != size:
+            raise self._damaged(i, f"the shard ends within it ({len(data)} of {size} bytes)")
+        if zlib.crc32(data) != self._crcs[i]:
+            raise self._damaged(i, "its bytes have changed since they were indexed (CRC-32 differs)")
+        return self._unpack(i, data) if data[:2] == _GZIP else data
+
+    def key(self, i: int) -> str:
+        """The sample's name within its shard: the member's path up to the first dot of its file name."""
+        shard = self._shard(i)
+        if self._keys is None or self._keys[0] != shard:  # names stay on the disk: they would fill the memory
+            self._keys = shard, _load_or_build(self.paths[shard]).names()
+        start, names = self._ends[shard - 1] if shard else 0, self._keys[1]
+        return names[i - start] if i - start < len(names) else f"number {i - start}"  # the shard may have changed
+
+    def shard_of(self, i: int) -> Path:
+        """The shard that holds sample i."""
+        return self.paths[self._shard(i)]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits that depend on all images and labels in their order, and on nothing else (paths, times)."""
+        digest = hashlib.sha256()
+        for column in (self._sizes, self._crcs, self.labels):
+            digest.update(b"-" if column is None else np.ascontiguousarray(column).tobytes())
+        return digest.hexdigest()[:16]
+
+    def _shard(self, i: int) -> int:
+        if not 0 <= i < len(self):
+            raise IndexError(f"no sample {i} among {len(self)}")
+        return bisect.bisect_right(self._ends, i)
+
+    def _descriptor(self, shard: int) -> int:
+        descriptor = self._descriptors.get(shard)
+        if descriptor is None:
+            descriptor = os.open(self.paths[shard], os.O_RDONLY | os.O_CLOEXEC)
+            self._descriptors[shard] = descriptor
+            if len(self._descriptors) > _OPEN_FILES:
+                os.close(self._descriptors.popitem(last=False)[1])
+        self._descriptors.move_to_end(shard)
+        return descriptor
+
+    def _unpack(self, i: int, data: bytes) -> bytes:
+        try:
+            unpacker = zlib.decompressobj(wbits=31)
+            unpacked = unpacker.decompress(data, _MOST_BYTES)
+        except zlib.error as error:
+            raise self._damaged(i, f"cannot be unpacked: {error}") from None
+        if not unpacker.eof:
+            raise self._damaged(i, f"cannot be unpacked: cut, or more than {_MOST_BYTES} bytes")
+        return unpacked
+
+    def _damaged(self, i: int, reason: str) -> DamagedSample:
+        try:
+            key = self.key(i)
+        except UserError:  # the whole shard went bad after it was opened
+            key = f"number {i}"
+        return DamagedSample(self.shard_of(i), key, reason)
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_descriptors": OrderedDict(), "_keys": None}
+
+    def __del__(self) -> None:
+        for descriptor in self.__dict__.get("_descriptors", {}).values():
+            os.close(descriptor)

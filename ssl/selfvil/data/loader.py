@@ -1,0 +1,267 @@
+"""From shards to batches.
+
+Sample positions run on through all epochs: step s of a run covers positions [s·B, (s+1)·B) of the order, whatever the
+number of processes. Rank r takes the r-th contiguous part of them, and its micro-batches are contiguous parts of that.
+The position decides which image is read and, with the seed, how it is augmented. So a run resumes at any step at once,
+and the same step sees the same tensors on one process or on many, with workers or without.
+"""
+
+import json
+import signal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL.Image import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from selfvil.data.index import Shards
+from selfvil.data.order import Order, mix
+from selfvil.data.read import DamagedImage, decode_image
+from selfvil.data.views import preserved_randomness, seed_randomness
+from selfvil.errors import UserError
+
+View = Callable[[Image], Tensor]
+"""A decoded image to a float32 tensor (C, H, W)."""
+
+_TRIES = 16  # replacements for one damaged sample; with more damage than that there is nothing to train on
+_FEWEST_BAD = 10
+
+
+@dataclass(frozen=True)
+class BadSample:
+    """A sample that could not be read or decoded, at the position where it was met, and the id that took its place."""
+
+    position: int
+    id: int
+    shard: str
+    key: str
+    reason: str
+    replaced_by: int
+
+
+@dataclass
+class Batch:
+    """B samples. `views[i]` float32 (B, C, H_i, W_i); `positions`, `ids`, `labels` int64 (B,), labels -1 for none.
+
+    `ids` name what was really read, replacements included; `bad` lists what was replaced.
+    """
+
+    views: list[Tensor]
+    positions: Tensor
+    ids: Tensor
+    labels: Tensor
+    bad: list[BadSample] = field(default_factory=list)
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """A batch with views and labels on `device`; positions and ids stay on the CPU, where they are used."""
+        views = [view.to(device, non_blocking=True) for view in self.views]
+        return replace(self, views=views, labels=self.labels.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "Batch":
+        """Called by DataLoader: views and labels in pinned memory, from which a GPU copies without waiting."""
+        return replace(self, views=[view.pin_memory() for view in self.views], labels=self.labels.pin_memory())
+
+
+def train_batches(
+    shards: Shards,
+    views: Sequence[View],
+    *,
+    seed: int,
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    accumulate: int = 1,
+    start_step: int = 0,
+    stop_step: int,
+    workers: int = 0,
+    channels: int = 3,
+) -> Iterator[Batch]:
+    """Micro-batches of steps [start_step, stop_step) for one rank: `accumulate` of them for each step, in order.
+
+    Args:
+        batch_size: samples in one optimizer step, over all ranks and micro-batches together.
+        workers: processes that decode and augment; 0 does it in this process. Results are the same.
+        channels: of the decoded images: 1 (grey), 3 (RGB) or 4 (RGBA).
+
+    Raises:
+        UserError: batch_size is not divisible by world_size * accumulate; or, while iterating, images are damaged in
+            such numbers that no replacement is found, or a worker process dies.
+    """
+    parts = world_size * accumulate
+    if batch_size < 1 or batch_size % parts:
+        raise UserError(
+            f"a batch size of {batch_size} is not divisible by {parts} ({world_size} processes × {accumulate} "
+            "micro-batches); change optim.batch_size, optim.accumulate or the number of processes"
+        )
+    samples = _Samples(shards, views, channels, seed, Order(len(shards), seed))
+    micro = batch_size // parts
+    firsts = (
+        step * batch_size + (rank * accumulate + part) * micro
+        for step in range(start_step, stop_step)
+        for part in range(accumulate)
+    )
+    return _batches(samples, ((first, first + micro) for first in firsts), workers)
+
+
+def ordered_batches(
+    shards: Shards,
+    view: View,
+    *,
+    batch_size: int,
+    workers: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    channels: int = 3,
+) -> Iterator[Batch]:
+    """All samples once, in the order of the shards, for evaluation; the last batch may be short.
+
+    Rank r takes the r-th contiguous part, so the parts in the order of the ranks are the whole; it may be empty where
+    there are more ranks than samples. Damaged samples are replaced, and listed, as in training. Raises UserError
+    alike.
+    """
+    if batch_size < 1:
+        raise UserError(f"a batch size of {batch_size} is not possible; it must be at least 1")
+    first, last = len(shards) * rank // world_size, len(shards) * (rank + 1) // world_size
+    ranges = ((start, min(start + batch_size, last)) for start in range(first, last, batch_size))
+    return _batches(_Samples(shards, [view], channels, seed=0, order=None), ranges, workers)
+
+
+class Ledger:
+    """The damaged samples of a run: one JSON line for each, in the run's folder, and a limit on their number.
+
+    The limit is `max_bad` (a share) of the data set's samples, but at least 10, so that a small data set survives a
+    few; with `max_bad` 0 the first one is too many. Only the process with `write=True` touches the file; the others
+    may keep count alike.
+    """
+
+    def __init__(self, path: Path, num_samples: int, max_bad: float = 0.001, *, write: bool = True) -> None:
+        self.path, self.num_samples, self.write = Path(path), num_samples, write
+        self.limit = max(_FEWEST_BAD, int(max_bad * num_samples)) if max_bad > 0 else 0
+        self._ids: set[int] = set()
+        text = self.path.read_text() if self.path.is_file() else ""
+        self._newline = bool(text) and not text.endswith("\n")  # a crash cut the last line
+        for line in text.splitlines():
+            try:
+                self._ids.add(int(json.loads(line)["id"]))
+            except (ValueError, KeyError, TypeError):
+                continue
+
+    def __len__(self) -> int:
+        """Distinct damaged samples so far, those of earlier launches included."""
+        return len(self._ids)
+
+    def record(self, bad: Iterable[BadSample]) -> None:
+        """Enter what was not entered before.
+
+        Raises:
+            UserError: there are more damaged samples than the limit.
+        """
+        new = {sample.id: sample for sample in bad if sample.id not in self._ids}
+        if new and self.write:
+            lines = "".join(json.dumps(asdict(sample)) + "\n" for sample in new.values())
+            with open(self.path, "a") as file:
+                file.write(("\n" if self._newline else "") + lines)
+            self._newline = False
+        self._ids |= new.keys()
+        if new and len(self) > self.limit:
+            raise UserError(
+                f"{len(self)} of {self.num_samples} samples are damaged, more than the {self.limit} allowed; they are "
+                f"listed in {self.path}: repair or leave out these shards, or raise data.max_bad"
+            )
+
+
+@dataclass
+class _Samples(Dataset):
+    """Map-style data set whose item is a whole batch: positions [first, last) of the order, or of the shards."""
+
+    shards: Shards
+    views: Sequence[View]
+    channels: int
+    seed: int
+    order: Order | None
+
+    def __getitem__(self, span: tuple[int, int]) -> Batch | UserError:
+        positions = np.arange(*span)
+        ids = positions.copy() if self.order is None else self.order.ids(positions)
+        tensors: list[list[Tensor]] = [[] for _ in self.views]
+        bad: list[BadSample] = []
+        with preserved_randomness():
+            for row, position in enumerate(positions.tolist()):
+                try:
+                    image, ids[row] = self._image(position, int(ids[row]), bad)
+                except UserError as error:  # returned, not raised: DataLoader would wrap it in a worker's traceback
+                    return error
+                for number, view in enumerate(self.views):
+                    seed_randomness(self.seed, position, number)
+                    tensors[number].append(view(image))
+        labels = np.full(len(ids), -1) if self.shards.labels is None else self.shards.labels[ids]
+        stacked = [torch.stack(rows) for rows in tensors]
+        return Batch(stacked, torch.from_numpy(positions), torch.from_numpy(ids), torch.from_numpy(labels), bad)
+
+    def _image(self, position: int, first: int, bad: list[BadSample]) -> tuple[Image, int]:
+        """The image for a position and its id: another where the order's own is damaged, by a hop that depends on seed
+        and position alone, so that every topology finds the same."""
+        failed: list[tuple[int, str]] = []
+        id = first
+        for hop in range(_TRIES):
+            try:
+                image = decode_image(self.shards.read(id), self.channels)
+            except DamagedImage as damage:
+                failed.append((id, str(damage)))
+                key = np.array([position], np.uint64) ^ mix(np.array([self.seed * _TRIES + hop + 1], np.uint64))
+                id = int(mix(key)[0] % len(self.shards))
+                continue
+            for each, reason in failed:
+                bad.append(
+                    BadSample(position, each, str(self.shards.shard_of(each)), self.shards.key(each), reason, id)
+                )
+            return image, id
+        raise UserError(
+            f"{_TRIES} samples in a row could not be read, the first from {self.shards.shard_of(first)}: "
+            f"{failed[0][1]}; check the shards with `selfvil index`"
+        )
+
+
+def _batches(samples: _Samples, ranges: Iterator[tuple[int, int]], workers: int) -> Iterator[Batch]:
+    loader: DataLoader[Any] = DataLoader(
+        samples,
+        batch_size=None,  # an item is a batch
+        sampler=ranges,  # any iterable serves; a sampler with a length would cost memory
+        num_workers=workers,
+        # Forked workers share the index and start at once; they touch neither CUDA nor threads of the parent.
+        multiprocessing_context="fork" if workers else None,
+        worker_init_fn=_ignore_interrupt,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # else DataLoader draws its workers' seeds from the run's own randomness
+    )
+    batches = iter(loader)
+    try:
+        while (batch := _next(batches)) is not None:
+            yield batch
+    finally:
+        del batches  # ends the workers now, not when the garbage collector comes by
+
+
+def _next(batches: Iterator[Any]) -> Batch | None:
+    try:
+        batch = next(batches, None)
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise UserError(
+            f"a data worker died ({error}); most often memory ran out: lower data.workers, or give the container more "
+            "shared memory (docker: --shm-size)"
+        ) from None
+    if isinstance(batch, UserError):
+        raise batch
+    return batch
+
+
+def _ignore_interrupt(worker: int) -> None:
+    """Ctrl-C reaches every process of the terminal; only the main one acts on it, and still gets its batches."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
