@@ -26,7 +26,7 @@ from typing import BinaryIO
 import numpy as np
 from braceexpand import braceexpand
 
-from selfvil.data.read import EXTENSIONS, DamagedImage
+from selfvil.data.read import EXTENSIONS, MAX_BYTES, DamagedImage
 from selfvil.data.tar import BLOCK, members
 from selfvil.errors import UserError
 
@@ -42,7 +42,6 @@ _log = logging.getLogger(__name__)
 _FORMAT = 1  # of the sidecar; another number means: rebuild
 _MOST_SHARDS = 1_000_000
 _OPEN_FILES = 128  # descriptors a process keeps; the usual limit is 1,024
-_MOST_BYTES = 1 << 28  # of a decompressed member; an image of MAX_PIXELS in four channels is as large
 _GZIP = b"\x1f\x8b"
 _PREFERENCE = {f"{name}{gz}": rank for rank, name in enumerate(EXTENSIONS) for gz in ("", ".gz")}
 
@@ -65,6 +64,11 @@ class IndexReport:
     classes: int
     bytes: int
     ignored: int
+
+    def __str__(self) -> str:
+        labels = f"{self.labelled} labelled, {self.classes} classes" if self.labelled else "no labels"
+        ignored = f"; {self.ignored} without an image are ignored" if self.ignored else ""
+        return f"{self.samples} images in {self.shards} shards ({self.bytes / 1e6:.1f} MB; {labels}{ignored})"
 
 
 # --- which files --------------------------------------------------------------------------------------------------
@@ -412,11 +416,11 @@ class Shards:
     def _unpack(self, i: int, data: bytes) -> bytes:
         try:
             unpacker = zlib.decompressobj(wbits=31)
-            unpacked = unpacker.decompress(data, _MOST_BYTES)
+            unpacked = unpacker.decompress(data, MAX_BYTES)
         except zlib.error as error:
             raise self._damaged(i, f"cannot be unpacked: {error}") from None
         if not unpacker.eof:
-            raise self._damaged(i, f"cannot be unpacked: cut, or more than {_MOST_BYTES} bytes")
+            raise self._damaged(i, f"cannot be unpacked: cut, or more than {MAX_BYTES} bytes")
         return unpacked
 
     def _damaged(self, i: int, reason: str) -> DamagedSample:

@@ -135,12 +135,11 @@ class Ledger:
     """The damaged samples of a run: one JSON line for each, in the run's folder, and a limit on their number.
 
     The limit is `max_bad` (a share) of the data set's samples, but at least 10, so that a small data set survives a
-    few; with `max_bad` 0 the first one is too many. Only the process with `write=True` touches the file; the others
-    may keep count alike.
+    few; with `max_bad` 0 the first one is too many. Each process of a run has its own file.
     """
 
-    def __init__(self, path: Path, num_samples: int, max_bad: float = 0.001, *, write: bool = True) -> None:
-        self.path, self.num_samples, self.write = Path(path), num_samples, write
+    def __init__(self, path: Path, num_samples: int, max_bad: float = 0.001) -> None:
+        self.path, self.num_samples = Path(path), num_samples
         self.limit = max(_FEWEST_BAD, int(max_bad * num_samples)) if max_bad > 0 else 0
         self._ids: set[int] = set()
         text = self.path.read_text() if self.path.is_file() else ""
@@ -162,7 +161,7 @@ class Ledger:
             UserError: there are more damaged samples than the limit.
         """
         new = {sample.id: sample for sample in bad if sample.id not in self._ids}
-        if new and self.write:
+        if new:
             lines = "".join(json.dumps(asdict(sample)) + "\n" for sample in new.values())
             with open(self.path, "a") as file:
                 file.write(("\n" if self._newline else "") + lines)

@@ -1,12 +1,17 @@
 """Bytes of an image file to pixels, safely: known formats only, sizes checked before anything is decoded."""
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 from PIL import Image, ImageOps
 
 MAX_PIXELS = 2**26
 """Largest width × height that is decoded, 67 million: a 20 KB PNG may claim enough pixels to fill the memory."""
+
+MAX_BYTES = 2**28
+"""Largest file that is read or unpacked: MAX_PIXELS in four channels, uncompressed."""
 
 EXTENSIONS = ("jpg", "jpeg", "png", "webp", "tif", "tiff", "bmp", "ppm", "pgm", "pbm", "pnm")
 """Names of image members, the most likely photograph first."""
@@ -19,32 +24,57 @@ class DamagedImage(Exception):
     """These bytes give no image; the message is the reason, without a file's name."""
 
 
-def decode_image(data: bytes, channels: int = 3) -> Image.Image:
-    """Decode a JPEG, PNG, WebP, TIFF, BMP or PNM file.
-
-    Turned upright by its EXIF orientation. 8 bits a channel: mode L for 1 channel, RGB for 3, RGBA for 4; 16-bit grey
-    is scaled by 255/65535. An alpha channel is dropped for 1 and 3 channels, as torchvision does.
+def open_image(data: bytes) -> Image.Image:
+    """Read the header of a JPEG, PNG, WebP, TIFF, BMP or PNM file; its pixels are not decoded yet.
 
     Raises:
-        DamagedImage: no image of these formats, cut or damaged, more than MAX_PIXELS, or of a kind without a range
-            (floating point).
+        DamagedImage: no image of these formats, or more than MAX_PIXELS.
     """
-    if channels not in _MODES:
-        raise ValueError(f"channels must be 1, 3 or 4, not {channels}")
-    try:
-        image: Image.Image = Image.open(io.BytesIO(data), formats=_FORMATS)
+    with _damage():
+        image = Image.open(io.BytesIO(data), formats=_FORMATS)
         width, height = image.size
         if width * height > MAX_PIXELS:
             raise DamagedImage(f"{width} × {height} pixels are more than the limit of {MAX_PIXELS}")
+        return image
+
+
+def decode_image(data: bytes, channels: int | None = 3) -> Image.Image:
+    """Decode an image file that `open_image` accepts.
+
+    Turned upright by its EXIF orientation. 8 bits a channel: mode L for 1 channel, RGB for 3, RGBA for 4; None keeps
+    the image's own number. 16-bit grey is scaled by 255/65535; an alpha channel is dropped for 1 and 3 channels, as
+    torchvision does.
+
+    Raises:
+        DamagedImage: as `open_image`; or cut, damaged, or of a kind without a known range (floating point).
+    """
+    if channels is not None and channels not in _MODES:
+        raise ValueError(f"channels must be 1, 3 or 4, not {channels}")
+    image = open_image(data)
+    with _damage():
         image.load()
         image = ImageOps.exif_transpose(image)
-        return image if image.mode == _MODES[channels] else _convert(image, _MODES[channels])
+        mode = _MODES[_channels(image) if channels is None else channels]
+        return image if image.mode == mode else _convert(image, mode)
+
+
+@contextmanager
+def _damage() -> Iterator[None]:
+    """On hostile bytes Pillow raises nearly anything (OSError, SyntaxError, struct.error ...): say it in one way."""
+    try:
+        yield
     except DamagedImage:
         raise
     except Image.UnidentifiedImageError:
-        raise DamagedImage(f"not an image file ({len(data)} bytes)") from None
-    except Exception as error:  # on hostile bytes Pillow raises nearly anything: OSError, SyntaxError, struct.error ...
+        raise DamagedImage("not an image file of a known format") from None
+    except Exception as error:
         raise DamagedImage(f"cannot be decoded: {type(error).__name__}: {error}") from None
+
+
+def _channels(image: Image.Image) -> int:
+    if image.has_transparency_data:
+        return 4
+    return 1 if image.mode in ("1", "L") or image.mode.startswith("I") else 3
 
 
 def _convert(image: Image.Image, mode: str) -> Image.Image:
