@@ -1,0 +1,366 @@
+"""What a run is: a YAML file of flat sections, checked whole before any work begins.
+
+    recipe = load("recipes/mae_vil_t.yaml", ["optim.batch_size=512", "run.out=runs/mine"])
+
+Every field is documented here, with its unit; `selfvil schema` turns this file into the JSON schema that editors
+complete from. A recipe holds values only: no import paths, no interpolation, no inheritance.
+"""
+
+import difflib
+import importlib.resources
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from selfvil.errors import UserError
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class Section(BaseModel):
+    """A frozen group of settings that refuses keys it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+def _pair(value: Any) -> Any:
+    return (value, value) if isinstance(value, int) else value
+
+
+Size = Annotated[tuple[int, int], BeforeValidator(_pair)]
+"""Height and width in pixels; a single number means a square."""
+
+
+class ModelSection(Section):
+    """The backbone: any `vil_*` model, or a timm model that the objective supports."""
+
+    name: str
+    """Name of a timm model, such as vil_tiny_patch16_224."""
+    img_size: Size = (224, 224)
+    """Height and width of a training image, in pixels; both divisible by patch_size."""
+    patch_size: int = Field(16, ge=1)
+    """Side of a square patch, in pixels."""
+    in_chans: Literal[1, 3, 4] = 3
+    """Channels of an image: 1 (grey), 3 (RGB) or 4 (RGBA)."""
+    embed_dim: int | None = Field(None, ge=16)
+    """Width of a token; null keeps the named model's own."""
+    depth: int | None = Field(None, ge=1)
+    """Layers (for ViL: pairs of blocks); null keeps the named model's own."""
+    drop_path_rate: float = Field(0.0, ge=0, lt=1)
+    """Probability of skipping a block for a sample during training (stochastic depth)."""
+    init_values: float | None = Field(None, gt=0)
+    """Initial value of LayerScale; null leaves LayerScale out."""
+
+    @model_validator(mode="after")
+    def _image_is_whole_patches(self) -> "ModelSection":
+        for side in self.img_size:
+            if side < self.patch_size or side % self.patch_size:
+                raise ValueError(f"img_size {list(self.img_size)} is not divisible by patch_size {self.patch_size}")
+        return self
+
+    def create_kwargs(self) -> dict[str, Any]:
+        """Arguments for `timm.create_model(self.name, ...)`: a backbone without a classifier."""
+        kwargs: dict[str, Any] = {
+            "img_size": list(self.img_size),
+            "patch_size": self.patch_size,
+            "in_chans": self.in_chans,
+            "num_classes": 0,
+            "drop_path_rate": self.drop_path_rate,
+        }
+        optional = {"embed_dim": self.embed_dim, "depth": self.depth, "init_values": self.init_values}
+        return kwargs | {key: value for key, value in optional.items() if value is not None}
+
+
+class DataSection(Section):
+    """Where the images come from."""
+
+    train: str | list[str]
+    """WebDataset shards: a path, a glob, a folder or a brace pattern such as shards/train-{000000..000009}.tar."""
+    mean: list[Annotated[float, Field(ge=0, le=1)]] = list(IMAGENET_MEAN)
+    """Mean of each channel, on a scale of 0 to 1."""
+    std: list[Annotated[float, Field(gt=0, le=1)]] = list(IMAGENET_STD)
+    """Standard deviation of each channel, on a scale of 0 to 1."""
+    workers: int = Field(8, ge=0, le=128)
+    """Processes that decode and augment, for each training process; 0 does it in the training process."""
+    max_bad: float = Field(0.001, ge=0, le=1)
+    """Share of samples that may be damaged (replaced, and entered in ledger.jsonl) before the run stops."""
+
+
+class OptimSection(Section):
+    """AdamW, its schedules, and the size of a step."""
+
+    batch_size: int = Field(ge=1)
+    """Images in one optimizer step, over all processes and accumulated micro-batches together."""
+    accumulate: int = Field(1, ge=1)
+    """Micro-batches a step is split into, to save memory."""
+    base_lr: float = Field(gt=0)
+    """Learning rate for 256 images a step; the peak rate is base_lr * batch_size / 256."""
+    min_lr: float = Field(0.0, ge=0)
+    """Learning rate at the end of the cosine schedule (not scaled by the batch size)."""
+    warmup: float = Field(0.05, ge=0, lt=1)
+    """Share of the budget over which the learning rate rises linearly from 0."""
+    weight_decay: float = Field(0.05, ge=0)
+    """Decoupled weight decay; norms, LayerScale, positions, skips and biases are never decayed."""
+    weight_decay_end: float | None = Field(None, ge=0)
+    """Weight decay at the end of a cosine schedule; null keeps it constant."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
+    """AdamW's decay rates of the two moments."""
+    clip_norm: float | None = Field(1.0, gt=0)
+    """Largest norm of the gradient; null never clips."""
+    clip_per_tensor: bool = False
+    """Clip each parameter tensor's gradient by itself (as DINO does) instead of all of them together."""
+
+    @model_validator(mode="after")
+    def _batch_splits(self) -> "OptimSection":
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"batch_size {self.batch_size} is not divisible by accumulate {self.accumulate}")
+        return self
+
+
+class BudgetSection(Section):
+    """How long a run lasts: exactly one of epochs, samples and steps."""
+
+    epochs: float | None = Field(None, gt=0)
+    """Passes over the training images."""
+    samples: int | None = Field(None, gt=0)
+    """Images seen, with repetition."""
+    steps: int | None = Field(None, gt=0)
+    """Optimizer steps."""
+    pause_minutes: float | None = Field(None, gt=0)
+    """Save and stop after this many minutes of this launch; the next launch goes on. Schedules do not change."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "BudgetSection":
+        given = [key for key in ("epochs", "samples", "steps") if getattr(self, key) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of epochs, samples and steps (given: {', '.join(given) or 'none'})")
+        return self
+
+    def total_steps(self, num_samples: int, batch_size: int) -> int:
+        """Optimizer steps of the whole run; at least one."""
+        if self.steps is not None:
+            return self.steps
+        samples = self.samples if self.samples is not None else (self.epochs or 0) * num_samples
+        return max(1, round(samples / batch_size))
+
+
+class RunSection(Section):
+    """Where and how the run takes place."""
+
+    out: str
+    """Folder of the run: recipe, checkpoints, metrics, ledger."""
+    seed: int = Field(0, ge=0, lt=2**31)
+    """Seed of initialisation, sample order, augmentation and masks."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """Arithmetic of the matrix products: bf16 autocast, or float32. Weights and optimizer are always float32."""
+    resume: Literal["auto", "never"] = "auto"
+    """auto: go on from the newest valid checkpoint in `out`, if there is one; never: `out` must be new."""
+    checkpoint_every: int = Field(500, ge=1)
+    """Optimizer steps between checkpoints; one is always written at the end and on Ctrl-C."""
+    keep_checkpoints: int = Field(2, ge=2)
+    """Verified checkpoints that remain."""
+
+
+class MonitorSection(Section):
+    """What is written down while the run goes on."""
+
+    log_every: int = Field(20, ge=1)
+    """Optimizer steps between two lines of metrics.jsonl (means over those steps)."""
+    tensorboard: bool = True
+    """Write TensorBoard event files into the run's folder."""
+    wandb: str | None = None
+    """Project of Weights & Biases to log to (needs the extra `wandb`); null does not."""
+    pictures_every: int | None = Field(None, ge=1)
+    """Optimizer steps between two pictures of what the objective sees (MAE: reconstructions); null draws none."""
+
+
+class EvalSection(Section):
+    """A k-NN score on labelled shards during the run, by the same code as `selfvil eval knn`."""
+
+    train: str | list[str] | None = None
+    """Labelled shards whose features are the neighbours."""
+    test: str | list[str] | None = None
+    """Labelled shards that are scored."""
+    every: int | None = Field(None, ge=1)
+    """Optimizer steps between two scores; null scores only at the end."""
+
+    @model_validator(mode="after")
+    def _both_or_none(self) -> "EvalSection":
+        if (self.train is None) != (self.test is None):
+            raise ValueError("give both train and test, or neither")
+        return self
+
+
+class Recipe(Section):
+    """A whole run. `objective` is the settings model that the named objective declares in its own file."""
+
+    model: ModelSection
+    data: DataSection
+    objective: Any
+    optim: OptimSection
+    budget: BudgetSection
+    run: RunSection
+    monitor: MonitorSection = MonitorSection()
+    eval: EvalSection = EvalSection()
+
+    @model_validator(mode="after")
+    def _statistics_fit_channels(self) -> "Recipe":
+        for key in ("mean", "std"):
+            length = len(getattr(self.data, key))
+            if length != self.model.in_chans:
+                raise ValueError(f"data.{key} has {length} values, but model.in_chans is {self.model.in_chans}")
+        return self
+
+    def to_yaml(self) -> str:
+        """The resolved recipe: every field, defaults included, in the order of this file."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=120)
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that decide what is computed: two runs with equal identities may continue each other."""
+        whole = self.model_dump(mode="json")
+        whole["run"] = {key: whole["run"][key] for key in ("seed", "precision")}
+        whole["data"].pop("workers")
+        whole["data"].pop("max_bad")
+        whole["budget"].pop("pause_minutes")
+        return {key: whole[key] for key in ("model", "data", "objective", "optim", "budget", "run")}
+
+
+def load(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file, or a packaged recipe by its name, and apply `section.key=value` overrides.
+
+    Raises:
+        UserError: the file is missing or no YAML mapping, a key is unknown, a value has the wrong type or does not fit.
+    """
+    path = find(source)
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict) or not all(value is None or isinstance(value, dict) for value in tree.values()):
+        raise UserError(f"{path} is not a recipe: expected sections ({', '.join(Recipe.model_fields)}), each a mapping")
+    tree = {section: dict(value or {}) for section, value in tree.items()}
+    for override in overrides:
+        _apply(tree, override)
+    return parse(tree, str(path))
+
+
+def parse(tree: dict[str, Any], where: str) -> Recipe:
+    """Check a mapping of sections; `where` names its origin in messages. Raises UserError."""
+    from selfvil.objectives import settings_model  # looked up only when a recipe is read: it imports torch
+
+    problems: list[str] = []
+    objective = tree.get("objective")
+    if isinstance(objective, dict):
+        model = settings_model(objective.get("name"))
+        try:
+            objective = model.model_validate(objective)
+        except ValidationError as error:
+            problems += _explain(error, model, prefix="objective.")
+        tree = tree | {"objective": objective}
+    try:
+        recipe = Recipe.model_validate(tree)
+    except ValidationError as error:
+        problems += _explain(error, Recipe)
+    if problems:
+        raise UserError(f"{where}: " + "; ".join(dict.fromkeys(problems)))
+    return recipe
+
+
+def find(source: str | Path) -> Path:
+    """Path of a recipe given as a file or as the bare name of a packaged one. Raises UserError."""
+    path = Path(source).expanduser()
+    if path.is_file():
+        return path
+    packaged = packaged_recipes()
+    if str(source) in packaged:
+        return packaged[str(source)]
+    if path.suffix == ".yaml" and not path.parent.name and path.stem in packaged:
+        return packaged[path.stem]
+    raise UserError(
+        f"no recipe {source}: there is no such file, and the packaged recipes are {', '.join(sorted(packaged))}"
+    )
+
+
+def packaged_recipes() -> dict[str, Path]:
+    """The recipes installed with the package, by name."""
+    folder = Path(str(importlib.resources.files("selfvil").joinpath("recipes")))
+    if not folder.is_dir():  # a checkout used through PYTHONPATH or an editable install
+        folder = Path(__file__).parents[2] / "recipes"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def schema() -> dict[str, Any]:
+    """JSON schema of a recipe, with one alternative for each objective."""
+    from selfvil.objectives import OBJECTIVES, settings_model
+
+    whole = Recipe.model_json_schema()
+    whole["properties"]["objective"] = {"anyOf": [settings_model(name).model_json_schema() for name in OBJECTIVES]}
+    return whole
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Lines such as `optim.base_lr: 0.1 -> 0.2` for two identities."""
+    before, after = dict(_flatten(old)), dict(_flatten(new))
+    keys = [key for key in before | after if before.get(key) != after.get(key)]
+    return [f"{key}: {before.get(key)} -> {after.get(key)}" for key in keys]
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _apply(tree: dict[str, dict[str, Any]], override: str) -> None:
+    name, equals, text = override.partition("=")
+    section, dot, key = name.partition(".")
+    if not (equals and dot and section and key) or "." in key:
+        raise UserError(f"override {override!r} is not of the form section.key=value, such as optim.batch_size=256")
+    if section not in Recipe.model_fields:
+        raise UserError(f"override {override!r}: no section {section!r}{_nearest(section, Recipe.model_fields)}")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = text
+    # A brace pattern at the start of a path reads as a YAML mapping; no field takes a mapping, so it is meant as text.
+    tree.setdefault(section, {})[key] = text if isinstance(value, dict) else value
+
+
+def _explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -> list[str]:
+    """All problems that pydantic found, each with key, value and, for an unknown key, the nearest valid one."""
+    lines = []
+    for problem in error.errors():
+        location = [part for part in problem["loc"] if isinstance(part, str)]
+        fields, key = _fields_at(model, location), f"{prefix}{'.'.join(location)}".rstrip(".")
+        if problem["type"] == "extra_forbidden":
+            lines.append(f"unknown key {key} = {problem['input']!r}{_nearest(location[-1], fields, key)}")
+        elif problem["type"] == "missing":
+            lines.append(f"missing key {key}")
+        elif problem["type"] == "value_error":
+            lines.append(f"{key}: {problem['ctx']['error']}" if key else str(problem["ctx"]["error"]))
+        else:
+            lines.append(f"{key} = {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}")
+    return lines
+
+
+def _fields_at(model: type[BaseModel], location: list[str]) -> Iterable[str]:
+    for part in location[:-1]:
+        field = model.model_fields.get(part)
+        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+            break
+        model = field.annotation
+    return model.model_fields
+
+
+def _nearest(key: str, valid: Iterable[str], full_key: str = "") -> str:
+    close = difflib.get_close_matches(key, list(valid), n=1, cutoff=0.5)
+    parent = full_key.rpartition(".")[0]
+    if close:
+        return f" (did you mean {parent + '.' if parent else ''}{close[0]}?)"
+    return f" (valid keys: {', '.join(valid)})"

@@ -1,0 +1,60 @@
+"""What all tests share: real images where they are at hand, and a way to make small ones where they are not."""
+
+import os
+import re
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import selfvil  # noqa: F401 - registers the vil_* models with timm
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SHARED_DATA = Path(os.environ.get("SELFVIL_TEST_DATA", REPOSITORY.parent / "shared" / "data"))
+
+
+@pytest.fixture(autouse=True)
+def _quiet_and_seeded(tmp_path_factory, monkeypatch):
+    """Every test starts from the same seed, and keeps its shard indexes out of the user's cache."""
+    torch.manual_seed(0)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder with the real shards (cifar10, photos, camvid); the test is skipped, loudly, where they are absent."""
+    if not (SHARED_DATA / "cifar10").is_dir():
+        warnings.warn(f"no real images in {SHARED_DATA}: set SELFVIL_TEST_DATA to their folder", stacklevel=1)
+        pytest.skip(f"real images are missing ({SHARED_DATA})")
+    return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def digit_shards(tmp_path_factory) -> Path:
+    """Folder with digits-000000.tar and digits-000001.tar: 200 real, labelled 8x8 images, packed by our packer."""
+    from sklearn.datasets import load_digits
+
+    from selfvil.data.pack import pack
+
+    folder = tmp_path_factory.mktemp("digits")
+    digits = load_digits()
+    for index in range(200):
+        path = folder / "images" / str(digits.target[index]) / f"{index:04d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((digits.images[index] * 255 / 16).round().astype("uint8")).save(path)
+    pack(str(folder / "images"), folder / "shards", name="digits", samples_per_shard=120, workers=1)
+    return folder / "shards"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """On CI every package is installed, so a test skipped for want of one has failed."""
+    report = yield
+    if os.environ.get("SELFVIL_NO_MISSING_PACKAGES") and report.skipped and isinstance(report.longrepr, tuple):
+        reason = report.longrepr[2]
+        if re.search(r"could not import|No module named|not installed", reason):
+            report.outcome = "failed"
+            report.longrepr = f"{item.nodeid} was skipped for want of a package: {reason}"
+    return report

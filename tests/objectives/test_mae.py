@@ -1,0 +1,147 @@
+"""MAE: the loss is the paper's, hidden patches stay hidden, and masks belong to samples, not to batches."""
+
+from dataclasses import dataclass
+
+import pytest
+import timm
+import torch
+from torch import Tensor
+
+from selfvil.errors import UserError
+from selfvil.objectives.base import ImageSpec, Progress, keyed_noise
+from selfvil.objectives.mae import MAE, MAESettings, patchify, unpatchify
+
+PROGRESS = Progress(step=0, total_steps=10, steps_per_epoch=5, seed=3)
+
+
+@dataclass
+class Views:
+    views: list[Tensor]
+    positions: Tensor
+
+
+def mae(name: str = "vil_nano_patch4_32", size: tuple[int, int] = (16, 24), **settings) -> MAE:
+    torch.manual_seed(0)
+    kwargs = {"embed_dim": 32, "depth": 2, "img_size": size, "patch_size": 4, "num_classes": 0}
+    if name.startswith("vit"):
+        kwargs["num_heads"] = 2
+    backbone = timm.create_model(name, **kwargs)
+    spec = ImageSpec(size, 4, 3, (0.5, 0.4, 0.3), (0.2, 0.2, 0.2))
+    return MAE(backbone, MAESettings(decoder_dim=32, decoder_depth=1, **settings), spec)
+
+
+def batch(size: tuple[int, int] = (16, 24), count: int = 3) -> Views:
+    images = torch.randn(count, 3, *size, generator=torch.Generator().manual_seed(1))
+    return Views([images], torch.arange(100, 100 + count))
+
+
+def test_patches_are_cut_in_reading_order():
+    images = torch.arange(2 * 3 * 8 * 12).view(2, 3, 8, 12)
+    patches = patchify(images, 4)
+    assert patches.shape == (2, 6, 48)
+    for row in range(2):
+        for column in range(3):
+            cut = images[:, :, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4]
+            assert torch.equal(patches[:, 3 * row + column], cut.permute(0, 2, 3, 1).flatten(1))
+    assert torch.equal(unpatchify(patches, (2, 3), 4), images)
+
+
+@pytest.mark.parametrize("normalise", [True, False])
+def test_loss_is_the_papers(normalise):
+    """Written out for each hidden patch, in float64."""
+    objective = mae(normalise_targets=normalise).double()
+    views = batch()
+    views.views[0] = views.views[0].double()
+    found = objective(views, PROGRESS).loss
+    keep, _ = objective.mask(views.positions, PROGRESS, torch.device("cpu"))
+    predicted = objective.decode(objective_latent(objective, views.views[0], keep), keep)
+    errors = []
+    for image in range(3):
+        for patch in range(objective.num_patches):
+            if patch not in keep[image].tolist():
+                target = patchify(views.views[0].float(), 4)[image, patch]
+                if normalise:
+                    target = (target - target.mean()) / (target.var(unbiased=True) + 1e-6).sqrt()
+                errors.append((predicted[image, patch].float() - target).square().mean())
+    assert len(errors) == 3 * 18
+    torch.testing.assert_close(found, torch.stack(errors).mean(), rtol=1e-6, atol=0)
+
+
+def objective_latent(objective: MAE, images: Tensor, keep: Tensor) -> Tensor:
+    from selfvil.models.masking import encode_kept
+
+    return encode_kept(objective.backbone, images, keep)
+
+
+@pytest.mark.parametrize("name", ["vil_nano_patch4_32", "vit_tiny_patch16_224"])
+def test_what_is_hidden_cannot_be_seen(name):
+    """Neither the convolution nor the recurrence may carry a hidden patch into the prediction."""
+    objective = mae(name)
+    images = batch().views[0]
+    keep, hidden = objective.mask(torch.arange(3), PROGRESS, images.device)
+    noise = unpatchify(torch.randn(3, objective.num_patches, 48) * hidden.unsqueeze(-1), objective.grid, 4)
+    seen = objective_latent(objective, images, keep)
+    assert torch.equal(seen, objective_latent(objective, images + noise, keep))
+    assert not torch.equal(seen, objective_latent(objective, images + 0.1, keep))
+
+
+@pytest.mark.parametrize("name", ["vil_nano_patch4_32", "vit_tiny_patch16_224"])
+def test_every_parameter_learns(name):
+    objective = mae(name)
+    objective(batch(), PROGRESS).loss.backward()
+    still = [
+        name for name, p in objective.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())
+    ]
+    assert not still
+
+
+def test_masks_belong_to_samples():
+    """A sample's mask is the same in whatever batch it comes, and another at its next visit."""
+    objective = mae()
+    together, _ = objective.mask(torch.tensor([5, 6, 7, 8]), PROGRESS, torch.device("cpu"))
+    alone = torch.cat([objective.mask(torch.tensor([p]), PROGRESS, torch.device("cpu"))[0] for p in (5, 6, 7, 8)])
+    assert torch.equal(together, alone)
+    assert (together.diff(dim=1) > 0).all()
+    assert len({tuple(row) for row in keyed_noise(3, torch.arange(50), 24).tolist()}) == 50
+
+
+def test_masks_are_uniform():
+    objective = mae()
+    keep, hidden = objective.mask(torch.arange(4000), PROGRESS, torch.device("cpu"))
+    assert keep.shape == (4000, 6)
+    assert hidden.sum(dim=1).unique().tolist() == [18]
+    share = 1 - hidden.mean(dim=0)
+    assert (share - 0.25).abs().max() < 5 * (0.25 * 0.75 / 4000) ** 0.5
+
+
+@pytest.mark.parametrize("ratio", [0.01, 0.99])
+def test_a_mask_must_leave_something_on_both_sides(ratio):
+    with pytest.raises(UserError, match=r"objective\.mask_ratio = 0\.\d+ keeps \d+ of the 24 patches"):
+        mae(mask_ratio=ratio)
+
+
+def test_a_backbone_that_cannot_drop_tokens_is_refused():
+    spec = ImageSpec((32, 32), 4, 3, (0.5,) * 3, (0.2,) * 3)
+    with pytest.raises(UserError, match=r"ResNet cannot leave tokens out"):
+        MAE(timm.create_model("resnet10t", num_classes=0), MAESettings(), spec)
+
+
+def test_the_picture_shows_image_mask_and_reconstruction():
+    objective = mae()
+    views = batch()
+    picture = objective.picture(views, PROGRESS)
+    assert picture.shape == (3, 3 * 16, 3 * 24)
+    mean = torch.tensor([0.5, 0.4, 0.3]).view(3, 1, 1)
+    torch.testing.assert_close(picture[:, :16, :24], (views.views[0][0] * 0.2 + mean).clamp(0, 1))
+    hidden = objective.mask(views.positions, PROGRESS, torch.device("cpu"))[1][0].bool()
+    masked = patchify(picture[None, :, :16, 24:48], 4)[0]
+    torch.testing.assert_close(masked[hidden], mean.flatten().repeat(16).expand(int(hidden.sum()), -1))
+
+
+def test_bf16_loss_is_close_to_fp32():
+    objective = mae()
+    expected = objective(batch(), PROGRESS).loss
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = objective(batch(), PROGRESS).loss
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=0.02, atol=0)
