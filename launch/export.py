@@ -1,8 +1,7 @@
-"""Export a run's backbone: python launch/export.py RUN OUT (the same as `selfvil export RUN OUT`)."""
+"""python launch/export.py RUN OUT [--network NAME] [--heads]"""
 
 import sys
 
 from selfvil.cli import main
 
-if __name__ == "__main__":
-    main(["export", *sys.argv[1:]])
+main(["export", *sys.argv[1:]])
