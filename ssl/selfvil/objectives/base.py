@@ -97,6 +97,14 @@ class Objective(nn.Module):
                 names |= {f"{prefix}.{name}" for name in module.no_weight_decay()}
         return names
 
+    def tags(self) -> dict[str, str]:
+        """Parameters, by name, whose learning rate is scaled by `lr_scales`, with their tags."""
+        return {}
+
+    def lr_scales(self, progress: Progress) -> dict[str, float]:
+        """For each tag, the factor on the learning rate at this step; 0 freezes."""
+        return {}
+
     @torch.no_grad()
     def picture(self, batch: Batch, progress: Progress) -> Tensor | None:
         """An RGB picture (3, H, W) in [0, 1] of what the objective sees in `batch`, or None."""

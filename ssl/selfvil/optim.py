@@ -1,0 +1,109 @@
+"""Parameter groups, schedules and clipping: everything about the optimizer that is not the optimizer."""
+
+import math
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from selfvil.errors import UserError
+
+NAME_SEPARATOR = "|"  # between a parameter's name and its optimizer state in a checkpoint; no module name holds it
+
+
+def parameter_groups(
+    model: nn.Module, no_weight_decay: Iterable[str] = (), tags: Mapping[str, str] | None = None
+) -> list[dict]:
+    """AdamW groups of the trainable parameters: decayed or not, and by tag; each group lists its `names`.
+
+    Not decayed are all tensors of fewer than two dimensions (norms, biases, LayerScale, skips, gate biases) and those
+    named (positions, tokens): decay pulls towards 0, which is no neutral value for any of them. `tags` gives some
+    parameters, by name, a tag by which `set_rates` scales their learning rate.
+    """
+    exempt, tags = set(no_weight_decay), tags or {}
+    groups: dict[tuple[bool, str], dict] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decay, tag = parameter.ndim >= 2 and name not in exempt, tags.get(name, "")
+            group = groups.setdefault((decay, tag), {"params": [], "names": [], "decay": decay, "tag": tag})
+            group["params"].append(parameter)
+            group["names"].append(name)
+    return list(groups.values())
+
+
+def adamw(groups: list[dict], betas: tuple[float, float]) -> torch.optim.AdamW:
+    """AdamW (Loshchilov & Hutter, 2019) over `groups`, in its fused form; rates are set before every step."""
+    return torch.optim.AdamW(groups, lr=0.0, betas=betas, weight_decay=0.0, fused=True)
+
+
+def set_rates(
+    optimizer: torch.optim.Optimizer, lr: float, weight_decay: float, lr_scales: Mapping[str, float] | None = None
+) -> None:
+    """Set the learning rate of all groups, scaled by tag, and the weight decay of those that are decayed."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * (lr_scales or {}).get(group["tag"], 1.0)
+        group["weight_decay"] = weight_decay if group["decay"] else 0.0
+
+
+def cosine(step: int, total: int, start: float, end: float, warmup: int = 0) -> float:
+    """Value at `step` of a half cosine from `start` to `end` after a linear rise from 0 over `warmup` steps.
+
+    The published DINO schedule: the rise is `linspace(0, start, warmup)`, so its last step already has `start`, and
+    the cosine comes one step short of `end`.
+    """
+    if step < warmup:
+        return start * step / max(1, warmup - 1)
+    phase = (step - warmup) / max(1, total - warmup)
+    return end + 0.5 * (start - end) * (1 + math.cos(math.pi * phase))
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None, per_tensor: bool = False) -> Tensor:
+    """Clip gradients in place and return the norm of all of them together, before clipping (a 0-dim tensor).
+
+    With `per_tensor`, each parameter's gradient is clipped to `max_norm` by itself, as the published DINO does.
+    """
+    parameters = [parameter for parameter in parameters if parameter.grad is not None]
+    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norms = torch._foreach_norm(grads)
+    total = torch.linalg.vector_norm(torch.stack(norms))
+    if max_norm is None:
+        return total
+    if per_tensor:
+        torch._foreach_mul_(grads, [(max_norm / (norm + 1e-6)).clamp(max=1.0) for norm in norms])
+    else:
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, total, foreach=True)
+    return total
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """State of the optimizer as named tensors, `parameter|state`, ready for a safetensors file."""
+    return {
+        f"{name}{NAME_SEPARATOR}{key}": value
+        for name, parameter in _named(optimizer)
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Inverse of `optimizer_tensors`, onto each parameter's device.
+
+    Raises:
+        UserError: the tensors belong to other parameters.
+    """
+    states: dict[str, dict[str, Tensor]] = {}
+    for full_name, tensor in tensors.items():
+        name, _, key = full_name.rpartition(NAME_SEPARATOR)
+        states.setdefault(name, {})[key] = tensor
+    parameters = dict(_named(optimizer))
+    if strangers := set(states) - set(parameters):
+        raise UserError(
+            f"the checkpoint's optimizer knows {len(strangers)} parameters that this model lacks, "
+            f"such as {min(strangers)}: it belongs to another architecture"
+        )
+    for name, state in states.items():
+        device = parameters[name].device
+        optimizer.state[parameters[name]] = {key: value.to(device, copy=True) for key, value in state.items()}
+
+
+def _named(optimizer: torch.optim.Optimizer) -> list[tuple[str, nn.Parameter]]:
+    return [pair for group in optimizer.param_groups for pair in zip(group["names"], group["params"])]
