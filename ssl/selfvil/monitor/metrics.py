@@ -1,0 +1,110 @@
+"""Metrics out: JSON lines always; TensorBoard and Weights & Biases when asked."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from selfvil.errors import UserError
+
+
+class Means:
+    """Running means of float scalars between two log lines, kept on the device so that no step waits for them."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+
+    def add(self, values: dict[str, Tensor]) -> None:
+        for name, value in values.items():
+            value = value.detach().float()
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+            self._counts[name] = self._counts.get(name, 0) + 1
+
+    def means(self) -> dict[str, Tensor]:
+        """The means so far, still on the device."""
+        return {name: total / self._counts[name] for name, total in self._sums.items()}
+
+    def reset(self) -> None:
+        self._sums.clear()
+        self._counts.clear()
+
+
+class MetricsWriter:
+    """Appends records to `metrics.jsonl` in the run's folder and passes them on.
+
+    Records after `resume_step` are taken out when a run goes on from an earlier checkpoint, so that every step stands
+    in the file once.
+
+    Raises:
+        UserError: wandb is asked for and not installed.
+    """
+
+    def __init__(self, folder: Path, resume_step: int, tensorboard: bool, wandb: str | None, name: str) -> None:
+        self.path = folder / "metrics.jsonl"
+        _drop_after(self.path, resume_step)
+        self._file = self.path.open("a")
+        self._tensorboard: Any = None
+        self._wandb: Any = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1)
+        if wandb:
+            try:
+                import wandb as wandb_module
+            except ImportError:
+                raise UserError(
+                    "monitor.wandb is set, but wandb is not installed: pip install 'selfvil[wandb]'"
+                ) from None
+            self._wandb = wandb_module.init(project=wandb, name=name, dir=str(folder), id=name, resume="allow")
+
+    def write(self, step: int, values: dict[str, float], kind: str = "train") -> None:
+        """Write one record; `step` counts finished optimizer steps."""
+        self._file.write(json.dumps({"step": step, "kind": kind} | values) + "\n")
+        self._file.flush()
+        if self._tensorboard:
+            for name, value in values.items():
+                self._tensorboard.add_scalar(f"{kind}/{name}", value, step)
+        if self._wandb:
+            self._wandb.log({f"{kind}/{name}": value for name, value in values.items()}, step=step)
+
+    def picture(self, step: int, picture: Tensor) -> None:
+        """Pass a picture (3, H, W) in [0, 1] on to TensorBoard."""
+        if self._tensorboard:
+            self._tensorboard.add_image("picture", picture.cpu(), step)
+
+    def close(self) -> None:
+        self._file.close()
+        if self._tensorboard:
+            self._tensorboard.close()
+        if self._wandb:
+            self._wandb.finish()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Records of a metrics.jsonl; a last line cut off by a crash is left out."""
+    records = []
+    for line in path.read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def _drop_after(path: Path, step: int) -> None:
+    if not path.exists():
+        return
+    kept = [record for record in read_metrics(path) if record["step"] <= step]
+    aside = path.with_suffix(".aside")
+    aside.write_text("".join(json.dumps(record) + "\n" for record in kept))
+    os.replace(aside, path)
+
+
+def finite(values: dict[str, Tensor]) -> bool:
+    """Whether all values are finite; waits for the device."""
+    return not values or bool(torch.isfinite(torch.stack([value.float() for value in values.values()])).all())

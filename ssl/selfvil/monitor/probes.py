@@ -1,0 +1,22 @@
+"""Scores during a run, by the code that scores a finished one."""
+
+import torch
+from torch import nn
+
+from selfvil.data.index import open_shards
+from selfvil.evaluate.features import extract
+from selfvil.evaluate.knn import knn
+from selfvil.recipe import Recipe
+
+
+def knn_score(backbone: nn.Module, recipe: Recipe, device: torch.device) -> dict[str, float]:
+    """k-NN accuracy in percent, by `k`, of the shards in `recipe.eval`. Raises UserError where they have no labels."""
+    features = [
+        extract(
+            backbone, open_shards(pattern), img_size=recipe.model.img_size, mean=recipe.data.mean, std=recipe.data.std,
+            workers=recipe.data.workers, device=device,
+        )
+        for pattern in (recipe.eval.train, recipe.eval.test)
+        if pattern is not None
+    ]  # fmt: skip
+    return {f"knn_{k}": accuracy for k, accuracy in knn(*features).items()}

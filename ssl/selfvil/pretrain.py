@@ -1,0 +1,360 @@
+"""The loop. Read it from `pretrain` downwards: what happens is what is written, in this order.
+
+recipe -> shards -> order -> decode -> views -> objective -> loss -> optimizer step -> teacher -> metrics, checkpoint
+"""
+
+import difflib
+import json
+import logging
+import math
+import os
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import yaml
+from accelerate import Accelerator
+
+from selfvil import checkpoint, optim, runtime
+from selfvil.data.index import Shards, open_shards
+from selfvil.data.loader import Batch, Ledger, train_batches
+from selfvil.errors import UserError
+from selfvil.monitor.console import ProgressLine
+from selfvil.monitor.metrics import Means, MetricsWriter, finite
+from selfvil.monitor.pictures import save_picture
+from selfvil.monitor.probes import knn_score
+from selfvil.monitor.summary import print_summary
+from selfvil.objectives import objective_class
+from selfvil.objectives.base import ImageSpec, Objective, Progress
+from selfvil.recipe import Recipe, differences, parse
+
+log = logging.getLogger("selfvil")
+
+
+@dataclass(frozen=True)
+class Summary:
+    """How a launch ended. `seconds` and `samples` count the whole run, earlier launches included."""
+
+    run: str
+    finished: bool
+    step: int
+    total_steps: int
+    samples: int
+    seconds: float
+    images_per_second: float
+    """Of this launch, from its first step to its last."""
+    loss: float | None
+    """Mean over the last logged steps."""
+    checkpoint: str | None
+
+
+def pretrain(recipe: Recipe) -> Summary:
+    """Run a recipe to its end, or until it is asked to stop; in both cases the state is saved.
+
+    Every process of a launch calls this. `run.resume=auto` goes on from the newest valid checkpoint in `run.out`.
+
+    Raises:
+        UserError: nothing has been overwritten; the message says what to change.
+    """
+    accelerator = runtime.start(recipe.run.precision)
+    is_main, world_size = accelerator.is_main_process, accelerator.num_processes
+    out = Path(recipe.run.out)
+    per_step = world_size * recipe.optim.accumulate
+    if recipe.optim.batch_size % per_step:
+        raise UserError(
+            f"optim.batch_size = {recipe.optim.batch_size} is not divisible by {world_size} processes x "
+            f"{recipe.optim.accumulate} micro-batches: take a multiple of {per_step}"
+        )
+    with accelerator.main_process_first():
+        shards = open_shards(recipe.data.train)
+        resumed = _claim(out, recipe, shards) if is_main else None
+    resumed = runtime.agree(accelerator, resumed)
+
+    objective = build_objective(recipe)
+    groups = optim.parameter_groups(objective, objective.no_weight_decay(), objective.tags())
+    optimizer = optim.adamw(groups, recipe.optim.betas)
+    model, optimizer = accelerator.prepare(objective, optimizer)
+
+    batch_size = recipe.optim.batch_size
+    total_steps = recipe.budget.total_steps(len(shards), batch_size)
+    first_step, seconds_before = 0, 0.0
+    if resumed is not None:
+        saved = checkpoint.load(Path(resumed))
+        objective.load_state_dict(saved.tensors("objective"))
+        optim.load_optimizer_tensors(optimizer, saved.tensors("optimizer"))
+        first_step, seconds_before = saved.step, saved.meta["seconds"]
+    if is_main:
+        _record_launch(out, recipe, accelerator, first_step)
+    accelerator.wait_for_everyone()
+
+    seed, rank, device = recipe.run.seed, accelerator.process_index, accelerator.device
+    peak_lr = recipe.optim.base_lr * batch_size / 256
+    warmup = round(recipe.optim.warmup * total_steps)
+    final_decay = recipe.optim.weight_decay_end
+    final_decay = recipe.optim.weight_decay if final_decay is None else final_decay
+    steps_per_epoch = len(shards) / batch_size
+    pause_at = time.monotonic() + 60 * (recipe.budget.pause_minutes or math.inf)
+
+    metrics = MetricsWriter(
+        out, first_step, recipe.monitor.tensorboard, recipe.monitor.wandb, out.name
+    ) if is_main else None  # fmt: skip
+    ledger = Ledger(out / ("ledger.jsonl" if is_main else f"ledger-{rank}.jsonl"), len(shards), recipe.data.max_bad)
+    line = ProgressLine(first_step, total_steps, enabled=is_main)
+    if is_main:
+        _greet(line, recipe, accelerator, objective, shards, first_step, total_steps)
+    means, last_loss = Means(), None
+    step, saved_at = first_step, first_step if resumed else None
+    began = window_began = time.monotonic()
+    window_step = first_step
+    batches = train_batches(
+        shards, objective.views(), seed=seed, batch_size=batch_size, rank=rank, world_size=world_size,
+        accumulate=recipe.optim.accumulate, start_step=first_step, stop_step=total_steps, workers=recipe.data.workers,
+        channels=recipe.model.in_chans,
+    )  # fmt: skip
+
+    def state_of_the_run() -> dict[str, Any]:
+        seconds = seconds_before + time.monotonic() - began
+        return _meta(recipe, shards, objective, step, seconds)
+
+    model.train()
+    try:
+        with runtime.StopRequest() as stop:
+            while step < total_steps:
+                # One optimizer step: micro-batches, clipping, update, teacher.
+                progress = Progress(step, total_steps, steps_per_epoch, seed)
+                lr = optim.cosine(step, total_steps, peak_lr, recipe.optim.min_lr, warmup)
+                decay = optim.cosine(step, total_steps, recipe.optim.weight_decay, final_decay)
+                optim.set_rates(optimizer, lr, decay, objective.lr_scales(progress))
+                runtime.seed_step(seed, step, rank)
+                batch: Batch | None = None
+                for micro in range(recipe.optim.accumulate):
+                    batch = next(batches).to(device)
+                    ledger.record(batch.bad)
+                    last = micro == recipe.optim.accumulate - 1
+                    with nullcontext() if last else accelerator.no_sync(model):
+                        output = model(batch, progress)
+                        accelerator.backward(output.loss / recipe.optim.accumulate)
+                    means.add({"loss": output.loss} | output.logs)
+                norm = optim.clip_gradients(
+                    objective.parameters(), recipe.optim.clip_norm, recipe.optim.clip_per_tensor
+                )
+                means.add({"grad_norm": norm})
+                optimizer.step()
+                optimizer.zero_grad()
+                objective.after_step(progress)
+                step += 1
+                line.step(step)
+
+                # What is due after it.
+                ended = step == total_steps
+                log_due = ended or step % recipe.monitor.log_every == 0
+                save_due = ended or step % recipe.run.checkpoint_every == 0
+                stopping = False
+                if log_due or world_size == 1:  # asking the other processes costs a collective: not at every step
+                    stopping = runtime.any_process(accelerator, bool(stop) or time.monotonic() > pause_at)
+                if log_due or save_due or stopping:
+                    averages = accelerator.reduce(means.means(), reduction="mean")
+                    if not finite(averages):
+                        raise UserError(_diverged(step, averages, out))
+                if log_due:
+                    now = time.monotonic()
+                    speed = (step - window_step) * batch_size / (now - window_began)
+                    window_began, window_step = now, step
+                    values = {name: value.item() for name, value in averages.items()}
+                    last_loss = values["loss"]
+                    values |= {"lr": lr, "weight_decay": decay, "samples": step * batch_size,
+                               "epoch": step / steps_per_epoch, "images_per_second": speed}  # fmt: skip
+                    if metrics:
+                        metrics.write(step, values)
+                    line.log(step, last_loss, speed)
+                    means.reset()
+                if is_main and _due(step, recipe.monitor.pictures_every, ended) and batch is not None:
+                    objective.eval()
+                    with accelerator.autocast():
+                        picture = objective.picture(batch, progress)
+                    objective.train()
+                    if picture is not None and metrics:
+                        save_picture(picture, out / "pictures" / f"step-{step:08d}.png")
+                        metrics.picture(step, picture)
+                if recipe.eval.train and recipe.eval.test and _due(step, recipe.eval.every or total_steps, ended):
+                    objective.eval()
+                    score = knn_score(objective.backbone, recipe, device) if is_main else {}
+                    objective.train()
+                    if metrics:
+                        metrics.write(step, score, kind="eval")
+                    line.say(f"step {step:,}: " + " · ".join(f"{name} {value:.2f} %" for name, value in score.items()))
+                    accelerator.wait_for_everyone()
+                if save_due or stopping:
+                    if is_main:
+                        tensors = {"objective": objective.state_dict(), "optimizer": optim.optimizer_tensors(optimizer)}
+                        checkpoint.save(
+                            out / "checkpoints", step, tensors, state_of_the_run(), recipe.run.keep_checkpoints
+                        )
+                    accelerator.wait_for_everyone()
+                    saved_at = step
+                if stopping and not ended:
+                    line.say(f"stopped after step {step:,} ({stop.signal_name or 'pause_minutes'}): "
+                             f"the state is saved, and the same command goes on from here")  # fmt: skip
+                    break
+    finally:
+        batches.close()
+        line.close()
+        if metrics:
+            metrics.close()
+    summary = Summary(
+        run=str(out),
+        finished=step == total_steps,
+        step=step,
+        total_steps=total_steps,
+        samples=step * batch_size,
+        seconds=round(seconds_before + time.monotonic() - began, 1),
+        images_per_second=round((step - first_step) * batch_size / (time.monotonic() - began), 1),
+        loss=last_loss,
+        checkpoint=str(out / "checkpoints" / f"step-{saved_at:08d}") if saved_at is not None else None,
+    )
+    if is_main:
+        _record_end(out, summary)
+        print_summary(out)
+    accelerator.end_training()
+    return summary
+
+
+def build_objective(recipe: Recipe) -> Objective:
+    """The objective of a recipe with a freshly initialised backbone: a function of `run.seed` alone."""
+    torch.manual_seed(recipe.run.seed)
+    name, kwargs = recipe.model.name, recipe.model.create_kwargs()
+    if not timm.is_model(name):
+        close = difflib.get_close_matches(name, timm.list_models(), n=3)
+        raise UserError(
+            f"model.name = {name!r} is no model that timm knows; did you mean {' or '.join(close)}?"
+            if close
+            else f"model.name = {name!r} is no model that timm knows; try vil_tiny_patch16_224"
+        )
+    try:
+        backbone = timm.create_model(name, **kwargs)
+    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+        raise UserError(f"model: {name} cannot be built with {kwargs}: {error}") from None
+    image = ImageSpec(
+        recipe.model.img_size, recipe.model.patch_size, recipe.model.in_chans, recipe.data.mean, recipe.data.std
+    )
+    return objective_class(recipe.objective.name)(backbone, recipe.objective, image)
+
+
+def _claim(out: Path, recipe: Recipe, shards: Shards) -> str | None:
+    """Make sure that `out` is new, or a run of the same recipe on the same images; return the checkpoint to go on from.
+
+    Raises UserError before anything is written.
+    """
+    if not out.exists() or not any(out.iterdir()):
+        return None
+    old_file = out / "recipe.yaml"
+    if not old_file.exists():
+        raise UserError(f"run.out = {out} is not empty and holds no run: choose a new folder")
+    if recipe.run.resume == "never":
+        raise UserError(f"run.out = {out} already holds a run, and run.resume is never: choose a new folder")
+    old = parse(yaml.safe_load(old_file.read_text()), str(old_file))
+    if changed := differences(old.identity(), recipe.identity()):
+        raise UserError(
+            f"run.out = {out} holds a run of another recipe ({'; '.join(changed[:3])}"
+            f"{'; ...' if len(changed) > 3 else ''}): choose a new run.out, or the old settings to go on"
+        )
+    newest = checkpoint.newest(out / "checkpoints")
+    if newest is None:
+        log.warning("%s holds a run without a usable checkpoint: it begins again from its first step", out)
+        return None
+    if newest.meta["data"]["fingerprint"] != shards.fingerprint:
+        raise UserError(
+            f"data.train = {recipe.data.train}: the shards are not those that {out} was trained on (their names, sizes "
+            f"or counts differ), so its sample order cannot be continued: restore them, or choose a new run.out"
+        )
+    return str(newest.folder)
+
+
+def _meta(recipe: Recipe, shards: Shards, objective: Objective, step: int, seconds: float) -> dict[str, Any]:
+    """What a checkpoint says about itself: enough to rebuild and export its networks without this recipe."""
+    train = recipe.data.train
+    return {
+        "format": 1,
+        "step": step,
+        "samples": step * recipe.optim.batch_size,
+        "seconds": seconds,
+        "seed": recipe.run.seed,
+        "model": {"name": recipe.model.name, "kwargs": recipe.model.create_kwargs()},
+        "networks": dict(objective.networks),
+        "export": objective.export,
+        "objective": recipe.objective.model_dump(mode="json"),
+        "data": {
+            "pattern": train if isinstance(train, str) else " ".join(train),
+            "mean": recipe.data.mean,
+            "std": recipe.data.std,
+            "fingerprint": shards.fingerprint,
+            "num_samples": len(shards),
+        },
+    }
+
+
+def _record_launch(out: Path, recipe: Recipe, accelerator: Accelerator, first_step: int) -> None:
+    """Save the resolved recipe, and one entry of versions, device and command for each launch."""
+    out.mkdir(parents=True, exist_ok=True)
+    _write(out / "recipe.yaml", recipe.to_yaml())
+    record = _read_record(out)
+    launch = {"started": _now(), "first_step": first_step} | runtime.describe(accelerator)
+    record["launches"] = [*record.get("launches", []), launch]
+    _write(out / "run.json", json.dumps(record, indent=2) + "\n")
+
+
+def _record_end(out: Path, summary: Summary) -> None:
+    record = _read_record(out)
+    record["launches"][-1]["ended"] = _now()
+    record["summary"] = asdict(summary)
+    _write(out / "run.json", json.dumps(record, indent=2) + "\n")
+
+
+def _read_record(out: Path) -> dict[str, Any]:
+    path = out / "run.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _write(path: Path, text: str) -> None:
+    aside = path.with_name(path.name + ".aside")
+    aside.write_text(text)
+    os.replace(aside, path)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _due(step: int, every: int | None, ended: bool) -> bool:
+    return every is not None and (ended or step % every == 0)
+
+
+def _greet(
+    line: ProgressLine, recipe: Recipe, accelerator: Accelerator, objective: Objective, shards: Shards,
+    first_step: int, total_steps: int,
+) -> None:  # fmt: skip
+    trainable = sum(parameter.numel() for parameter in objective.parameters() if parameter.requires_grad)
+    backbone = sum(parameter.numel() for parameter in objective.backbone.parameters())
+    line.say(
+        f"{recipe.objective.name} on {recipe.model.name}: {backbone / 1e6:.2f} M parameters in the backbone, "
+        f"{trainable / 1e6:.2f} M trained\n"
+        f"{len(shards):,} images, {total_steps:,} steps of {recipe.optim.batch_size} "
+        f"({total_steps * recipe.optim.batch_size / len(shards):.1f} epochs) on {accelerator.num_processes} x "
+        f"{runtime.device_name(accelerator.device)}, {recipe.run.precision}, into {recipe.run.out}"
+    )
+    if first_step:
+        line.say(f"going on after step {first_step:,}")
+
+
+def _diverged(step: int, averages: dict[str, torch.Tensor], out: Path) -> str:
+    culprits = [name for name, value in averages.items() if not torch.isfinite(value).all()]
+    return (
+        f"{' and '.join(culprits)} became NaN or infinite by step {step}; nothing broken was saved, and the "
+        f"checkpoints in {out / 'checkpoints'} are sound. Lower optim.base_lr, raise optim.warmup or set "
+        f"optim.clip_norm, with a new run.out"
+    )

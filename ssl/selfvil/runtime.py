@@ -1,0 +1,152 @@
+"""Where a run takes place: processes, devices, precision, signals. Accelerate does the work; this file asks it.
+
+Supported here: one CPU process, several CPU processes (torchrun and gloo), one GPU, several GPUs (DDP).
+"""
+
+import os
+import platform
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal, TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, broadcast_object_list
+
+from selfvil.errors import UserError
+from selfvil.version import __version__
+
+T = TypeVar("T")
+
+
+def start(precision: Literal["fp32", "bf16"]) -> Accelerator:
+    """The Accelerator of this launch.
+
+    Raises:
+        UserError: several processes were asked for, and each would silently have trained a run of its own.
+    """
+    accelerator = Accelerator(mixed_precision="bf16" if precision == "bf16" else "no")
+    refuse_split_launch(os.environ, accelerator.num_processes)
+    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+        raise UserError(
+            f"this launch asks for {accelerator.distributed_type.value}, which selfvil {__version__} does not train "
+            f"under: use one process, several CPU processes or several GPUs (DDP)"
+        )
+    return accelerator
+
+
+def refuse_split_launch(environ: Mapping[str, str], num_processes: int) -> None:
+    """Refuse a launch whose processes do not know of each other. Raises UserError with the command that works."""
+    launched = int(environ.get("WORLD_SIZE", "1"))
+    if launched > 1 and num_processes == 1:
+        raise UserError(
+            f"torchrun started {launched} processes, but each would train alone: on CPUs set ACCELERATE_USE_CPU=true "
+            f"(ACCELERATE_USE_CPU=true torchrun --nproc_per_node {launched} launch/pretrain.py ...)"
+        )
+    on_cpu = environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+    if on_cpu and num_processes == 1 and "MASTER_ADDR" in environ and "WORLD_SIZE" not in environ:
+        raise UserError(
+            "accelerate launch was asked for several CPU processes and started one (it needs MPI for more): use "
+            "ACCELERATE_USE_CPU=true torchrun --nproc_per_node N launch/pretrain.py ..., or --num_processes 1"
+        )
+
+
+def agree(accelerator: Accelerator, value: T) -> T:
+    """The main process's `value`, on every process."""
+    if accelerator.num_processes == 1:
+        return value
+    return broadcast_object_list([value], from_process=0)[0]
+
+
+def any_process(accelerator: Accelerator, flag: bool) -> bool:
+    """Whether `flag` is set on at least one process; a collective when there are several."""
+    if accelerator.num_processes == 1:
+        return flag
+    total = accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), reduction="sum")
+    return bool(total.item())
+
+
+class StopRequest:
+    """Turns the first Ctrl-C or SIGTERM into a wish to stop after the current step; the second one interrupts.
+
+    Use as a context manager: the previous handlers come back at its end. Truthy once a stop was asked for.
+    """
+
+    def __init__(self) -> None:
+        self.signal_name: str | None = None
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __bool__(self) -> bool:
+        return self.signal_name is not None
+
+    def __enter__(self) -> "StopRequest":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        if self.signal_name is not None:
+            raise KeyboardInterrupt
+        self.signal_name = signal.Signals(number).name
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seed torch for one optimizer step of one process.
+
+    What is drawn within a step (stochastic depth, dropout) then depends on nothing that went before, so a resumed run
+    draws the same without any generator's state in the checkpoint.
+    """
+    torch.manual_seed(((seed * 1_000_003 + step) * 65_537 + rank) % 2**63)
+
+
+def describe(accelerator: Accelerator) -> dict[str, Any]:
+    """Device, processes, versions, code commit and command: what a figure must be reported with."""
+    packages = ("torchvision", "timm", "lightly", "accelerate", "webdataset", "safetensors", "numpy")
+    return {
+        "device": device_name(accelerator.device),
+        "processes": accelerator.num_processes,
+        "strategy": accelerator.distributed_type.value,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "versions": {"selfvil": __version__, "torch": torch.__version__} | {name: _version(name) for name in packages},
+        "commit": commit(),
+        "command": " ".join(sys.argv),
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """Such as `NVIDIA H100 80GB HBM3` or `x86_64 CPU, 2 cores`."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} {device.type.upper()}, {os.cpu_count()} cores"
+
+
+def commit() -> str | None:
+    """Commit of the checkout this package runs from, marked when it has uncommitted changes; None if installed."""
+    folder = Path(__file__).parent
+    if "site-packages" in folder.parts:
+        return None
+    try:
+        text = subprocess.run(
+            ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"],
+            capture_output=True, text=True, check=True, timeout=10,
+        ).stdout.strip()  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return text or None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,242 @@
+"""The loop from end to end: it learns, it stops and goes on without a trace, and it refuses what cannot work."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from selfvil import checkpoint
+from selfvil.errors import UserError
+from selfvil.monitor.metrics import read_metrics
+from selfvil.pretrain import pretrain
+from selfvil.recipe import Recipe, load
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def overrides(shards: Path, out: Path, *more: str) -> list[str]:
+    return [
+        f"data.train={shards}/digits-*.tar", f"run.out={out}", "data.workers=0", "run.precision=fp32",
+        "model.img_size=16", "model.patch_size=4", "model.embed_dim=32", "model.depth=1",
+        "objective.decoder_dim=32", "objective.decoder_depth=1",
+        "optim.batch_size=40", "budget.epochs=null", "budget.samples=null", "budget.steps=12",
+        "monitor.log_every=4", "monitor.tensorboard=false", "run.checkpoint_every=5", *more,
+    ]  # fmt: skip
+
+
+def small(shards: Path, out: Path, *more: str) -> Recipe:
+    return load("demo", overrides(shards, out, *more))
+
+
+def state(run: Path) -> dict[str, torch.Tensor]:
+    newest = checkpoint.newest(run / "checkpoints")
+    assert newest is not None
+    return {f"{part}/{k}": v for part in ("objective", "optimizer") for k, v in newest.tensors(part).items()}
+
+
+def assert_same_state(one: Path, other: Path) -> None:
+    ours, theirs = state(one), state(other)
+    assert ours.keys() == theirs.keys()
+    different = [key for key in ours if not torch.equal(ours[key], theirs[key])]
+    assert not different, f"{len(different)} of {len(ours)} tensors differ, such as {different[:3]}"
+
+
+def launch(*command: str, **environ: str) -> subprocess.CompletedProcess:
+    env = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"} | environ
+    return subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=300)
+
+
+def test_a_run_learns_and_leaves_a_full_record(digit_shards, tmp_path, capsys):
+    recipe = small(
+        digit_shards, tmp_path / "run", "budget.steps=60", "optim.base_lr=0.01", "monitor.tensorboard=true",
+        "monitor.pictures_every=60", f"eval.train={digit_shards}", f"eval.test={digit_shards}",
+    )  # fmt: skip
+    summary = pretrain(recipe)
+    assert summary.finished
+    assert summary.samples == 60 * 40
+    records = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    losses = [record["loss"] for record in records if record["kind"] == "train"]
+    assert losses[-1] < 0.85 * losses[0]
+    assert {"lr", "weight_decay", "grad_norm", "samples", "epoch", "images_per_second"} <= records[0].keys()
+    assert 10 < records[-1]["knn_10"] <= 100
+    assert records[-1]["kind"] == "eval"
+    assert load(tmp_path / "run" / "recipe.yaml") == recipe
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["launches"][0]["versions"]["torch"] == torch.__version__
+    assert record["summary"]["checkpoint"].endswith("step-00000060")
+    assert (tmp_path / "run" / "pictures" / "step-00000060.png").stat().st_size > 0
+    assert any((tmp_path / "run" / "tensorboard").iterdir())
+    assert "finished" in capsys.readouterr().out
+
+
+def test_accumulated_micro_batches_make_the_same_step(digit_shards, tmp_path):
+    whole = small(digit_shards, tmp_path / "whole", "budget.steps=3", "optim.clip_norm=null")
+    split = small(digit_shards, tmp_path / "split", "budget.steps=3", "optim.clip_norm=null", "optim.accumulate=4")
+    pretrain(whole)
+    pretrain(split)
+    ours, theirs = state(tmp_path / "whole"), state(tmp_path / "split")
+    for key in ours:
+        torch.testing.assert_close(ours[key], theirs[key], rtol=1e-4, atol=1e-5, msg=lambda text, key=key: key + text)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_paused_run_goes_on_bit_for_bit(digit_shards, tmp_path, workers):
+    """7 steps of 40 of 200 images: the pause falls in the middle of an epoch, with and without worker processes."""
+    more = [f"data.workers={workers}", "model.drop_path_rate=0.2", "monitor.log_every=7"]
+    pretrain(small(digit_shards, tmp_path / "straight", *more))
+    for _ in range(3):
+        pretrain(small(digit_shards, tmp_path / "paused", *more, "budget.pause_minutes=1e-6"))
+    paused = checkpoint.newest(tmp_path / "paused" / "checkpoints")
+    assert paused is not None
+    assert paused.step == 3
+    pretrain(small(digit_shards, tmp_path / "paused", *more))
+    assert_same_state(tmp_path / "straight", tmp_path / "paused")
+    steps = [record["step"] for record in read_metrics(tmp_path / "paused" / "metrics.jsonl")]
+    assert steps == sorted(set(steps))
+
+
+def test_a_finished_run_is_left_as_it_is(digit_shards, tmp_path):
+    recipe = small(digit_shards, tmp_path / "run", "budget.steps=2")
+    pretrain(recipe)
+    before = state(tmp_path / "run")
+    assert pretrain(recipe).finished
+    assert all(torch.equal(tensor, before[key]) for key, tensor in state(tmp_path / "run").items())
+
+
+COMMAND = [sys.executable, "launch/pretrain.py", "demo"]
+
+
+@pytest.fixture(scope="module")
+def straight(digit_shards, tmp_path_factory) -> Path:
+    """A run of 150 steps in a process of its own that nothing stopped."""
+    out = tmp_path_factory.mktemp("straight") / "run"
+    launched = launch(*COMMAND, *overrides(digit_shards, out, "budget.steps=150", "run.checkpoint_every=50"))
+    assert launched.returncode == 0, launched.stderr
+    return out
+
+
+def test_ctrl_c_saves_and_the_same_command_finishes(digit_shards, straight, tmp_path):
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    arguments = overrides(digit_shards, tmp_path / "run", "budget.steps=150", "data.workers=1")
+    process = subprocess.Popen([*COMMAND, *arguments], cwd=REPOSITORY, env=env, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step"):
+            break
+    process.send_signal(signal.SIGINT)
+    rest = process.communicate(timeout=120)[0]
+    assert process.returncode == 0
+    stopped = re.search(r"stopped after step (\d+) \(SIGINT\): the state is saved", rest)
+    assert stopped, rest
+    newest = checkpoint.newest(tmp_path / "run" / "checkpoints")
+    assert newest is not None
+    assert newest.step == int(stopped[1]) < 150
+    assert launch(*COMMAND, *arguments).returncode == 0
+    assert_same_state(straight, tmp_path / "run")
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint(digit_shards, straight, tmp_path):
+    arguments = overrides(digit_shards, tmp_path / "run", "budget.steps=150", "run.checkpoint_every=50")
+    env = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    process = subprocess.Popen([*COMMAND, *arguments], cwd=REPOSITORY, env=env, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while checkpoint.newest(tmp_path / "run" / "checkpoints") is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    assert launch(*COMMAND, *arguments).returncode == 0
+    assert_same_state(straight, tmp_path / "run")
+
+
+def test_two_processes_train_as_one(digit_shards, tmp_path):
+    """Two gloo processes: the same samples and masks, so the same loss at every step, to rounding."""
+    alone, both = tmp_path / "alone", tmp_path / "both"
+    pretrain(small(digit_shards, alone, "monitor.log_every=1"))
+    launched = launch(
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "launch/pretrain.py",
+        "demo", *overrides(digit_shards, both, "monitor.log_every=1"),
+    )  # fmt: skip
+    assert launched.returncode == 0, launched.stderr
+    record = json.loads((both / "run.json").read_text())
+    assert record["launches"][0]["processes"] == 2
+    assert record["launches"][0]["strategy"] == "MULTI_CPU"
+    ours, theirs = (
+        [record["loss"] for record in read_metrics(run / "metrics.jsonl") if "loss" in record] for run in (alone, both)
+    )
+    assert len(ours) == 12
+    torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=1e-4, atol=0)
+
+
+def test_torchrun_that_would_split_is_refused(digit_shards, tmp_path):
+    launched = launch(
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "launch/pretrain.py",
+        "demo", *overrides(digit_shards, tmp_path / "run"), ACCELERATE_USE_CPU="false",
+    )  # fmt: skip
+    assert launched.returncode != 0
+    assert "each would train alone" in launched.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def refusal(arguments: list[str], capsys) -> str:
+    from selfvil.cli import main
+
+    with pytest.raises(SystemExit) as caught:
+        main(["pretrain", "demo", *arguments])
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    return error
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("data.train=nowhere/x-*.tar", "nowhere/x-*.tar"),
+        ("model.name=vil_tinny_patch16_224", "did you mean vil_tiny_patch16_224"),
+        ("objective.mask_ratio=0.99", "objective.mask_ratio = 0.99 keeps 0 of the 16 patches"),
+        ("objective.mask_ratio=1", "objective.mask_ratio = 1"),
+    ],
+)
+def test_a_users_mistake_is_one_sentence(digit_shards, tmp_path, capsys, override, expected):
+    assert expected in refusal(overrides(digit_shards, tmp_path / "run", override), capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_runs_folder_is_never_touched(digit_shards, tmp_path, capsys):
+    pretrain(small(digit_shards, tmp_path / "run", "budget.steps=2"))
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    other = overrides(digit_shards, tmp_path / "run", "budget.steps=3", "optim.base_lr=0.5")
+    error = refusal(other, capsys)
+    assert "optim.base_lr: 0.004 -> 0.5" in error or "optim.base_lr" in error
+    assert "holds a run" in refusal([*overrides(digit_shards, tmp_path / "run"), "run.resume=never"], capsys)
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "thesis.txt").write_text("mine")
+    assert "holds no run" in refusal(overrides(digit_shards, tmp_path / "foreign"), capsys)
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+
+
+def test_other_images_cannot_continue_a_run(digit_shards, tmp_path):
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    for path in digit_shards.glob("*.tar"):
+        (shards / path.name).write_bytes(path.read_bytes())
+    pretrain(small(shards, tmp_path / "run", "budget.steps=4", "budget.pause_minutes=1e-6"))
+    (shards / "digits-000001.tar").unlink()
+    with pytest.raises(UserError, match="sample order cannot be continued"):
+        pretrain(small(shards, tmp_path / "run", "budget.steps=4"))
+
+
+def test_a_divergence_is_told_and_not_saved(digit_shards, tmp_path):
+    recipe = small(digit_shards, tmp_path / "run", "optim.base_lr=1e30", "optim.warmup=0", "optim.clip_norm=null")
+    with pytest.raises(UserError, match="became NaN or infinite by step"):
+        pretrain(recipe)
+    for folder in (tmp_path / "run" / "checkpoints").glob("step-*"):
+        tensors = checkpoint.load(folder).tensors("objective")
+        assert all(torch.isfinite(tensor).all() for tensor in tensors.values() if tensor.is_floating_point())
