@@ -12,6 +12,7 @@ import hashlib
 import io
 import itertools
 import logging
+import math
 import os
 import re
 import zlib
@@ -99,15 +100,16 @@ def _expand(pattern: str) -> list[Path]:
     if pattern.startswith("pipe:") or re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", pattern):
         raise UserError(f"{pattern} is not a file: only local shards are read; download them first and give their path")
     pattern = os.path.expanduser(pattern)
+    ranges = re.findall(r"{(-?\d{1,18})\.\.(-?\d{1,18})[.}]", pattern)
+    if math.prod(abs(int(last) - int(first)) + 1 for first, last in ranges) > _MOST_SHARDS:
+        raise UserError(f"shard pattern {pattern} stands for more than {_MOST_SHARDS:,} files; check its braces")
     try:
         # A file may be called what looks like a pattern; then the file is meant.
-        names = [pattern] if os.path.exists(pattern) else list(itertools.islice(braceexpand(pattern), _MOST_SHARDS + 1))
+        names = [pattern] if os.path.exists(pattern) else list(braceexpand(pattern))
     except ValueError:
         raise UserError(
             f"shard pattern {pattern} has unbalanced braces; expected e.g. train-{{000000..000009}}.tar"
         ) from None
-    if len(names) > _MOST_SHARDS:
-        raise UserError(f"shard pattern {pattern} stands for more than {_MOST_SHARDS:,} files; check its braces")
     paths: list[Path] = []
     missing: list[str] = []
     for name in names:
@@ -196,9 +198,9 @@ def _build(path: Path) -> _Index:
             keys.append(key)
             if "cls" in parts:
                 text = _read_label(file, *parts["cls"])
-                try:
-                    labels[-1] = max(-1, int(text))
-                except ValueError:
+                if text.isascii() and text.isdigit() and len(text) < 10:
+                    labels[-1] = int(text)
+                elif text != "-1":  # which some writers use for none
                     strange.append(f"{key}: {text!r}")
 
         sample: tuple[str, dict[str, tuple[int, int]]] | None = None
@@ -221,7 +223,7 @@ def _build(path: Path) -> _Index:
     if ignored:
         _log.warning("%s: %d samples without an image are ignored", path, ignored)
     if strange:
-        _log.warning("%s: %d labels are no integers and are ignored (first: %s)", path, len(strange), strange[0])
+        _log.warning("%s: %d labels are no class numbers and are ignored (first: %s)", path, len(strange), strange[0])
     names = "\0".join(keys).encode("utf-8", "surrogateescape")
     return _Index(
         blocks=np.array(blocks, np.uint32),
@@ -258,10 +260,14 @@ def _load_or_build(path: Path) -> _Index:
     return index
 
 
-def _sidecars(path: Path) -> tuple[Path, Path]:
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "selfvil" / "index"
-    name = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()
-    return path.with_name(path.name + SIDECAR), cache / f"{name[:32]}{SIDECAR}"
+def _sidecars(path: Path) -> list[Path]:
+    """Where the index of a shard may be: beside it, or in the cache folder, under a hash of its path."""
+    beside = path.with_name(path.name + SIDECAR)
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if not os.path.isabs(cache):  # nobody's home, or a setting that the XDG specification tells to ignore
+        return [beside]
+    name = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32]
+    return [beside, Path(cache, "selfvil", "index", name + SIDECAR)]
 
 
 def _load(sidecar: Path, stamp: np.ndarray) -> _Index | None:
@@ -382,9 +388,12 @@ class Shards:
         """The sample's name within its shard: the member's path up to the first dot of its file name."""
         shard = self._shard(i)
         if self._keys is None or self._keys[0] != shard:  # names stay on the disk: they would fill the memory
-            self._keys = shard, _load_or_build(self.paths[shard]).names()
-        start, names = self._ends[shard - 1] if shard else 0, self._keys[1]
-        return names[i - start] if i - start < len(names) else f"number {i - start}"  # the shard may have changed
+            try:
+                self._keys = shard, _load_or_build(self.paths[shard]).names()
+            except UserError:  # the shard went bad after it was opened
+                self._keys = shard, []
+        number, names = i - (self._ends[shard - 1] if shard else 0), self._keys[1]
+        return names[number] if number < len(names) else f"sample {number}"
 
     def shard_of(self, i: int) -> Path:
         """The shard that holds sample i."""
@@ -424,11 +433,7 @@ class Shards:
         return unpacked
 
     def _damaged(self, i: int, reason: str) -> DamagedSample:
-        try:
-            key = self.key(i)
-        except UserError:  # the whole shard went bad after it was opened
-            key = f"number {i}"
-        return DamagedSample(self.shard_of(i), key, reason)
+        return DamagedSample(self.shard_of(i), self.key(i), reason)
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_descriptors": OrderedDict(), "_keys": None}

@@ -8,7 +8,7 @@ and the same step sees the same tensors on one process or on many, with workers 
 
 import json
 import signal
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from selfvil.data.index import Shards
-from selfvil.data.order import Order, mix
+from selfvil.data.order import Order
 from selfvil.data.read import DamagedImage, decode_image
 from selfvil.data.views import preserved_randomness, seed_randomness
 from selfvil.errors import UserError
@@ -80,7 +80,7 @@ def train_batches(
     stop_step: int,
     workers: int = 0,
     channels: int = 3,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Micro-batches of steps [start_step, stop_step) for one rank: `accumulate` of them for each step, in order.
 
     Args:
@@ -117,7 +117,7 @@ def ordered_batches(
     rank: int = 0,
     world_size: int = 1,
     channels: int = 3,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """All samples once, in the order of the shards, for evaluation; the last batch may be short.
 
     Rank r takes the r-th contiguous part, so the parts in the order of the ranks are the whole; it may be empty where
@@ -203,8 +203,8 @@ class _Samples(Dataset):
         return Batch(stacked, torch.from_numpy(positions), torch.from_numpy(ids), torch.from_numpy(labels), bad)
 
     def _image(self, position: int, first: int, bad: list[BadSample]) -> tuple[Image, int]:
-        """The image for a position and its id: another where the order's own is damaged, by a hop that depends on seed
-        and position alone, so that every topology finds the same."""
+        """The image for a position, and its id. Where `first` is damaged, what another seed's order has at the position
+        takes its place: every topology finds the same."""
         failed: list[tuple[int, str]] = []
         id = first
         for hop in range(_TRIES):
@@ -212,8 +212,7 @@ class _Samples(Dataset):
                 image = decode_image(self.shards.read(id), self.channels)
             except DamagedImage as damage:
                 failed.append((id, str(damage)))
-                key = np.array([position], np.uint64) ^ mix(np.array([self.seed * _TRIES + hop + 1], np.uint64))
-                id = int(mix(key)[0] % len(self.shards))
+                id = int(Order(len(self.shards), self.seed + hop + 1).ids(np.array([position]))[0])
                 continue
             for each, reason in failed:
                 bad.append(
@@ -222,11 +221,11 @@ class _Samples(Dataset):
             return image, id
         raise UserError(
             f"{_TRIES} samples in a row could not be read, the first from {self.shards.shard_of(first)}: "
-            f"{failed[0][1]}; check the shards with `selfvil index`"
+            f"{failed[0][1]}; repair the shards or leave out the damaged ones"
         )
 
 
-def _batches(samples: _Samples, ranges: Iterator[tuple[int, int]], workers: int) -> Iterator[Batch]:
+def _batches(samples: _Samples, ranges: Iterator[tuple[int, int]], workers: int) -> Generator[Batch, None, None]:
     loader: DataLoader[Any] = DataLoader(
         samples,
         batch_size=None,  # an item is a batch
@@ -240,25 +239,27 @@ def _batches(samples: _Samples, ranges: Iterator[tuple[int, int]], workers: int)
     )
     batches = iter(loader)
     try:
-        while (batch := _next(batches)) is not None:
+        while True:
+            # Errors leave outside of any `except`: a traceback that held the iterator would keep its workers alive.
+            batch, death = None, ""
+            try:
+                batch = next(batches, None)
+            except RuntimeError as error:
+                death = str(error)
+                if not death.startswith("DataLoader worker"):
+                    raise
+            if death:
+                raise UserError(
+                    f"a data worker died ({death}); most often memory ran out: lower data.workers, or give the "
+                    "container more shared memory (docker: --shm-size)"
+                )
+            if isinstance(batch, UserError):
+                raise batch
+            if batch is None:
+                return
             yield batch
     finally:
         del batches  # ends the workers now, not when the garbage collector comes by
-
-
-def _next(batches: Iterator[Any]) -> Batch | None:
-    try:
-        batch = next(batches, None)
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker"):
-            raise
-        raise UserError(
-            f"a data worker died ({error}); most often memory ran out: lower data.workers, or give the container more "
-            "shared memory (docker: --shm-size)"
-        ) from None
-    if isinstance(batch, UserError):
-        raise batch
-    return batch
 
 
 def _ignore_interrupt(worker: int) -> None:

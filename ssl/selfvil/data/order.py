@@ -13,7 +13,7 @@ _SMALLEST_HALF = 3  # bits; a network on fewer reaches too few permutations to l
 _GOLDEN = 0x9E3779B97F4A7C15
 
 
-def mix(x: np.ndarray) -> np.ndarray:
+def _mix(x: np.ndarray) -> np.ndarray:
     """Scramble uint64 values, elementwise and bijectively: SplitMix64's finaliser (Steele, Lea and Flood, 2014)."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -28,12 +28,12 @@ class Order:
             raise ValueError(f"an order needs at least one sample, not {length}")
         self.length = length
         self.half = max(_SMALLEST_HALF, -(-(length - 1).bit_length() // 2))
-        self.key = mix(np.array([seed & 0xFFFFFFFFFFFFFFFF], np.uint64) + np.uint64(_GOLDEN))
+        self.key = _mix(np.array([seed & 0xFFFFFFFFFFFFFFFF], np.uint64) + np.uint64(_GOLDEN))
 
     def ids(self, positions: np.ndarray) -> np.ndarray:
         """Sample ids (N,) int64 at global positions (N,) int64 >= 0, which may span epochs."""
         epochs, ids = np.divmod(np.asarray(positions, np.int64).astype(np.uint64), np.uint64(self.length))
-        keys = mix((epochs + np.uint64(1)) * np.uint64(_GOLDEN) ^ self.key)
+        keys = _mix((epochs + np.uint64(1)) * np.uint64(_GOLDEN) ^ self.key)
         ids = self._permute(ids, keys)
         outside = np.flatnonzero(ids >= self.length)
         while outside.size:
@@ -45,6 +45,6 @@ class Order:
         half, down = np.uint64(self.half), np.uint64(64 - self.half)
         left, right = ids >> half, ids & np.uint64((1 << self.half) - 1)
         for number in range(_ROUNDS):
-            scrambled = mix(keys + np.uint64(number * _GOLDEN & 0xFFFFFFFFFFFFFFFF) ^ right)
+            scrambled = _mix(keys + np.uint64(number * _GOLDEN & 0xFFFFFFFFFFFFFFFF) ^ right)
             left, right = right, left ^ (scrambled >> down)
         return left << half | right

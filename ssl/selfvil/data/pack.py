@@ -34,7 +34,7 @@ from selfvil.errors import UserError
 
 _CHUNK = 32  # images a worker takes at once
 _SUFFIXES = tuple(f".{name}" for name in EXTENSIONS)
-_MEMBERS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "TIFF": "tif", "BMP": "bmp", "PPM": "ppm"}
+_MEMBERS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "TIFF": "tif", "BMP": "bmp", "PPM": "ppm"}
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def pack(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} already holds files; give a new folder to pack into (nothing was changed)")
     images = _open_source(source, classes)
-    aside = out.parent / f".{out.name}.packing-{os.getpid()}"
+    aside = out.absolute().with_name(f".{out.absolute().name}.packing-{os.getpid()}")
     try:
         aside.mkdir(parents=True)
         ids = Order(images.size, seed).ids(np.arange(images.size)).tolist()
@@ -263,7 +263,7 @@ def _shrink(image: Image.Image, size: int, kind: str) -> tuple[bytes, str]:
     factor = size / min(image.size)
     width, height = (max(size, round(side * factor)) for side in image.size)
     image = image.resize((width, height), Image.Resampling.BICUBIC)
-    kind = "JPEG" if kind in ("JPEG", "WEBP") and image.mode != "RGBA" else "PNG"
+    kind = "JPEG" if kind in ("JPEG", "MPO", "WEBP") and image.mode != "RGBA" else "PNG"
     file = io.BytesIO()
     image.save(file, kind, **({"quality": 95} if kind == "JPEG" else {}))
     return file.getvalue(), kind
@@ -285,6 +285,8 @@ def _open_source(source: Pattern, classes: Sequence[str] | None) -> _Source:
             return _open_folder(folder, files, classes)
     elif folder is not None and folder.is_file() and folder.suffix != ".tar":
         raise UserError(f"{folder} is a file; expected a folder of images, or WebDataset shards (.tar)")
+    if classes is not None:
+        raise UserError(f"classes are for a folder of images; the labels of the shards {source} are kept as they are")
     return _open_shards(open_shards(source))
 
 

@@ -75,7 +75,7 @@ def members(file: BinaryIO, path: Path) -> Iterator[Member]:
             else:
                 records = _pax(extension, path, offset)
                 name = records.get("path", name)
-                size = int(records["size"]) if records.get("size", "").isdecimal() else size
+                size = _number(records["size"].encode(), path, offset, base=10) if "size" in records else size
         elif kind == b"S":
             raise _sparse(path, offset)
         elif kind not in b"Kg":  # a long link name and global pax records say nothing about a regular file's bytes
@@ -101,16 +101,16 @@ def _checksum_holds(header: bytes) -> bool:
     return high > 0 and unsigned - 256 * high == expected
 
 
-def _number(field: bytes, path: Path, offset: int) -> int:
-    """A size: octal text, or base 256 where the first bit is set (GNU, for 8 GiB and more)."""
-    if field[0] == 0x80:
+def _number(field: bytes, path: Path, offset: int, base: int = 8) -> int:
+    """A size: octal text (decimal in pax records), or binary after a byte 0x80 (GNU, for 8 GiB and more)."""
+    if field[:1] == b"\x80":
         return int.from_bytes(field[1:], "big")
     try:
-        value = int(field.strip(b" \0") or b"0", 8)
+        value = int(field.strip(b" \0") or b"0", base)
     except ValueError:
         value = -1
     if value < 0:
-        raise _damaged(path, offset, f"a header with the size {field!r}")
+        raise _damaged(path, offset, f"a header with the size {field[:20]!r}")
     return value
 
 
@@ -128,13 +128,13 @@ def _pax(data: bytes, path: Path, offset: int) -> dict[str, str]:
     records: dict[str, str] = {}
     while data:
         digits, space, _ = data.partition(b" ")
-        length = int(digits) if space and digits.isdigit() else 0
+        length = int(digits) if space and digits.isdigit() and len(digits) < 10 else 0
         key, equals, value = data[len(digits) + 1 : length].partition(b"=")
         if not equals or length > len(data) or not value.endswith(b"\n"):
             raise _damaged(path, offset, "a pax header with a malformed record")
         if key.startswith(b"GNU.sparse"):
             raise _sparse(path, offset)
-        records[key.decode("utf-8", "surrogateescape")] = value[:-1].decode("utf-8", "surrogateescape")
+        records[_text(key)] = _text(value[:-1])
         data = data[length:]
     return records
 
