@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from timm.layers import DropPath, LayerScale
 from torch import Tensor, nn
 
+from selfvil.models.masking import gather_tokens, scatter_tokens
 from selfvil.ops import mlstm
 
 Grid = tuple[int, int]
@@ -25,7 +26,7 @@ EXPANSION = 2
 NUM_HEADS = 4
 QKV_BLOCK = 4
 """Width of the diagonal blocks that the projections to q, k and v consist of."""
-MERGED_BLOCK = 16
+MERGED_BLOCK = 32
 """Width of the blocks that are really multiplied: fewer products with zeros in them beat many tiny ones."""
 
 
@@ -47,13 +48,13 @@ class HeadNorm(ResidualLayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.layer_norm(x, x.shape[-1:], eps=self.eps).transpose(1, 2).flatten(2)
-        return torch.addcmul(self.bias, x, 1 + self.weight)
+        return torch.addcmul(self.bias.to(x.dtype), x, (1 + self.weight).to(x.dtype))
 
 
 class BlockDiagonalLinear(nn.Module):
-    """A linear map (..., dim) to (..., dim) in which each `QKV_BLOCK` neighbouring channels mix among themselves.
+    """A linear map in which each `QKV_BLOCK` neighbouring channels mix among themselves, and the split into heads.
 
-    The weight is (dim / QKV_BLOCK, QKV_BLOCK, QKV_BLOCK), as published.
+    The weight is (E / QKV_BLOCK, QKV_BLOCK, QKV_BLOCK), as published.
     """
 
     def __init__(self, dim: int) -> None:
@@ -62,17 +63,26 @@ class BlockDiagonalLinear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(dim))
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, N, E) to (B, h, N, E/h)."""
         weight = self.merged_weight()
-        y = x.reshape(-1, *weight.shape[:2]).transpose(0, 1) @ weight.transpose(1, 2)
-        return y.transpose(0, 1).reshape(x.shape) + self.bias.to(y.dtype)
+        groups, width, _ = weight.shape
+        bias = self.bias.view(groups, 1, width)
+        y = torch.baddbmm(bias, x.reshape(-1, groups, width).transpose(0, 1), weight.mT)  # (groups, B·N, width)
+        y = y.view(NUM_HEADS, groups // NUM_HEADS, *x.shape[:2], width)
+        return y.permute(2, 0, 3, 1, 4).flatten(3)
 
     def merged_weight(self) -> Tensor:
-        """The same map as (dim / W, W, W) with larger, partly empty blocks of width W, at most `MERGED_BLOCK`."""
-        dim = self.bias.numel()
-        width = math.gcd(dim, MERGED_BLOCK)
-        small = self.weight.view(dim // width, width // QKV_BLOCK, QKV_BLOCK, QKV_BLOCK)
-        diagonal = torch.diag_embed(small.permute(0, 2, 3, 1))  # (dim / W, out, in, W / QKV_BLOCK, W / QKV_BLOCK)
+        """The same map with larger, partly empty blocks: (E / W, W, W), of a width W that no head's border cuts."""
+        head_dim = self.bias.numel() // NUM_HEADS
+        width = math.gcd(head_dim, MERGED_BLOCK)
+        small = self.weight.view(-1, width // QKV_BLOCK, QKV_BLOCK, QKV_BLOCK)
+        diagonal = torch.diag_embed(small.permute(0, 2, 3, 1))  # (E / W, out, in, W / QKV_BLOCK, W / QKV_BLOCK)
         return diagonal.permute(0, 3, 1, 4, 2).reshape(-1, width, width)
+
+    def folded_into(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Weight (O, E) and bias (O,) of this map followed by a linear one with `weight` (O, E)."""
+        blocks = weight.unflatten(1, (-1, QKV_BLOCK))
+        return torch.einsum("ogi,gij->ogj", blocks, self.weight).flatten(1), weight @ self.bias
 
 
 class ViLLayer(nn.Module):
@@ -122,39 +132,38 @@ class ViLLayer(nn.Module):
         """x (B, K, C), the kept tokens of `grid` in order (all of them if `keep` (B, K) is None), to the same shape."""
         x, gate = self.proj_up(x).chunk(2, dim=-1)
         conv = F.silu(self.convolve(x, grid, keep))
-        q, k, v = self.q_proj(conv), self.k_proj(conv), self.v_proj(x)
-        i, f = self.gates(q, k, v)
-        h = mlstm(split_heads(q), split_heads(k), split_heads(v), i, f, reverse=self.reverse)
-        return self.proj_down((self.outnorm(h) + self.skip * conv) * F.silu(gate))
+        i, f = self.gates(conv, x)
+        h = mlstm(self.q_proj(conv), self.k_proj(conv), self.v_proj(x), i, f, reverse=self.reverse)
+        h = torch.addcmul(self.outnorm(h), self.skip.to(conv.dtype), conv)
+        return self.proj_down(h * F.silu(gate))
 
     def convolve(self, x: Tensor, grid: Grid, keep: Tensor | None) -> Tensor:
         """Depthwise 3 × 3 convolution of tokens (B, K, E) at their places on the grid, zeros where none was kept."""
         weight = self.conv.weight.flip(2, 3) if self.reverse else self.conv.weight
         if keep is not None:
-            index = keep.unsqueeze(-1).expand(-1, -1, x.shape[-1])
-            x = x.new_zeros(x.shape[0], grid[0] * grid[1], x.shape[-1]).scatter(1, index, x)
+            x = scatter_tokens(x, keep, x.new_zeros(()), grid[0] * grid[1])
         # Tokens last to channels last is a change of strides, not of memory.
         x = x.unflatten(1, grid).permute(0, 3, 1, 2)
         x = F.conv2d(x, weight, self.conv.bias, padding=self.conv.padding, groups=self.conv.groups)
         x = x.permute(0, 2, 3, 1).flatten(1, 2)
-        return x if keep is None else x.gather(1, index)
+        return x if keep is None else gather_tokens(x, keep)
 
-    def gates(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Pre-activations (B, h, N), float32 or better, of the input and forget gate.
+    def gates(self, conv: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Pre-activations (B, h, K), float32 or better, of the input and the forget gate.
 
-        Biases are added after the step up to float32: the forget gate's are large beside what the tokens add.
+        They are linear in q, k and v, and these in the convolved and the plain branch (B, K, E), so that folding the
+        weights saves reading q, k, v once more. Biases are added after the step up to float32: the forget gate's are
+        large beside what the tokens add.
         """
-        weight_q, weight_k, weight_v = torch.cat([self.igate.weight, self.fgate.weight]).chunk(3, dim=1)
+        weight = torch.cat([self.igate.weight, self.fgate.weight])
         bias = torch.cat([self.igate.bias, self.fgate.bias])
-        gates = F.linear(q, weight_q) + F.linear(k, weight_k) + F.linear(v, weight_v)
-        gates = gates.to(torch.promote_types(gates.dtype, torch.float32)) + bias
+        (wq, bq), (wk, bk), (wv, bv) = (
+            proj.folded_into(w) for proj, w in zip((self.q_proj, self.k_proj, self.v_proj), weight.chunk(3, dim=1))
+        )
+        gates = F.linear(conv, wq + wk) + F.linear(x, wv)
+        gates = gates.to(torch.promote_types(gates.dtype, torch.float32)) + (bias + bq + bk + bv)
         i, f = gates.transpose(1, 2).chunk(2, dim=1)
         return i, f
-
-
-def split_heads(x: Tensor) -> Tensor:
-    """(B, N, E) to (B, h, N, E/h)."""
-    return x.unflatten(-1, (NUM_HEADS, -1)).transpose(1, 2)
 
 
 class ViLBlock(nn.Module):

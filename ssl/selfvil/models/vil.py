@@ -21,6 +21,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from selfvil.models.layers import Grid, ResidualLayerNorm, ViLBlockPair
+from selfvil.models.masking import gather_tokens
 from selfvil.models.pooling import POOLINGS, pooled_dim
 
 
@@ -148,11 +149,11 @@ class VisionLSTM(nn.Module):
     def _add_positions(self, x: Tensor, grid: Grid, keep: Tensor | None) -> Tensor:
         x = x + resample_positions(self.pos_embed, grid).flatten(1, 2)
         if keep is not None:
-            x = x.gather(1, keep.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+            x = gather_tokens(x, keep)
         return self.pos_drop(x)
 
     def _run_block(self, block: nn.Module, x: Tensor, grid: Grid, keep: Tensor | None) -> Tensor:
-        if self.grad_checkpointing and not torch.jit.is_scripting():
+        if self.grad_checkpointing:
             return checkpoint(block, x, grid, keep)
         return block(x, grid, keep)
 

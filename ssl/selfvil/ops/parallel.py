@@ -18,6 +18,8 @@ Shapes: B batch, H heads, N tokens, D head width.
 """
 
 import math
+from contextlib import AbstractContextManager, nullcontext
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -27,13 +29,13 @@ from torch.autograd.function import once_differentiable
 from selfvil.ops.reference import EPS
 
 ROW_BLOCK = 64
-"""Rows handled at once. Smaller ones skip more of the masked triangle, larger ones make fewer, larger products."""
+"""Rows handled at once, about. Smaller blocks skip more of what is masked, larger ones make fewer, larger products."""
 
 
 def mlstm_parallel(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, reverse: bool = False) -> Tensor:
     """mLSTM output h (B, H, N, D) of q, k, v (B, H, N, D) and gate pre-activations i, f (B, H, N).
 
-    Products run in the dtype of q, gates in float32 (float64 if q, i or f is float64). First derivatives only.
+    Products run in the dtype of q, gates in float32 (float64 if q or f is float64). First derivatives only.
     """
     return _MLSTM.apply(q, k, v, i, f, reverse)
 
@@ -41,84 +43,92 @@ def mlstm_parallel(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, revers
 class _MLSTM(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, i, f, reverse):
-        with torch.autocast(q.device.type, enabled=False):  # dtypes are chosen here, not by a surrounding autocast
-            gate_dtype = torch.promote_types(torch.promote_types(q.dtype, torch.float32), f.dtype)
-            log_forget = _scan(torch.cumsum, F.logsigmoid(f.to(gate_dtype)), reverse)
-            a = i.to(gate_dtype) - log_forget
-            row_max, argmax = _cummax(a, reverse)
-            limit = torch.exp(-(log_forget + row_max))
+        ctx.shape, ctx.i_dtype, ctx.reverse = q.shape, i.dtype, reverse
+        # Heads join the batch: three axes, so that a slice of rows can be multiplied without being copied first.
+        q, k, v, i, f = (x.flatten(0, 1) for x in (q, k, v, i, f))
+        gate_dtype = torch.promote_types(torch.promote_types(q.dtype, torch.float32), f.dtype)
+        log_forget = _cumsum(F.logsigmoid(f.to(gate_dtype)), reverse)
+        a = i.to(gate_dtype) - log_forget
+        row_max, argmax = _cummax(a, reverse)
+        limit = torch.exp(-(log_forget + row_max))
 
-            h = torch.empty_like(v)
-            row_sum = torch.empty_like(a)
-            for rows, cols in _blocks(q.shape[2], reverse):
-                weights = _scores(q, k, rows, cols) * _decay(a, row_max, rows, cols, reverse)
-                torch.sum(weights, -1, out=row_sum[..., rows])
-                h[:, :, rows] = weights.to(v.dtype) @ v[:, :, cols]
-            h /= (torch.maximum(row_sum.abs(), limit) + EPS).unsqueeze(-1)
+        h, row_sum = torch.empty_like(v), torch.empty_like(a)
+        with _no_autocast(q):
+            for rows, cols, square in _blocks(q.shape[1], reverse):
+                weights = (q[:, rows] @ k[:, cols].mT).mul_(_decay(a, row_max, rows, cols, square, ctx.reverse, q))
+                row_sum[:, rows] = weights.sum(-1, dtype=gate_dtype)
+                h[:, rows] = weights @ v[:, cols]
+        h /= (torch.maximum(row_sum.abs(), limit) + EPS).unsqueeze(-1)
         ctx.save_for_backward(q, k, v, f, h, a, row_max, argmax, row_sum, limit)
-        ctx.reverse = reverse
-        ctx.i_dtype = i.dtype
-        return h
+        return h.view(ctx.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dh):
         q, k, v, f, h, a, row_max, argmax, row_sum, limit = ctx.saved_tensors
-        reverse = ctx.reverse
-        with torch.autocast(q.device.type, enabled=False):
-            den = torch.maximum(row_sum.abs(), limit) + EPS
-            r = (h.to(a.dtype) * dh.to(a.dtype)).sum(-1)
-            sum_rules = row_sum.abs() >= limit  # the row sum, not its lower limit, is the normaliser
-            d_row_sum = torch.where(sum_rules, row_sum.sign() * r / den, 0)
-            scaled_dh = (dh / den.unsqueeze(-1)).to(q.dtype)
+        dh = dh.flatten(0, 1)
+        den = torch.maximum(row_sum.abs(), limit) + EPS
+        r = (h * dh).sum(-1, dtype=a.dtype)
+        sum_rules = row_sum.abs() >= limit  # the row sum, not its lower limit, is the normaliser
+        d_row_sum = torch.where(sum_rules, row_sum.sign() * r / den, 0).to(q.dtype).unsqueeze(-1)
+        dh = (dh / den.unsqueeze(-1)).to(q.dtype)
 
-            dq = torch.empty_like(q)
-            dk = torch.zeros_like(k, dtype=a.dtype)
-            dv = torch.zeros_like(v, dtype=a.dtype)
-            for rows, cols in _blocks(q.shape[2], reverse):
-                decay = _decay(a, row_max, rows, cols, reverse)
-                weights = _scores(q, k, rows, cols) * decay
-                dv[:, :, cols] += weights.to(v.dtype).transpose(-2, -1) @ scaled_dh[:, :, rows]
-                d_weights = scaled_dh[:, :, rows] @ v[:, :, cols].transpose(-2, -1) - d_row_sum[..., rows, None]
-                d_scores = (d_weights * decay).to(q.dtype)
-                dq[:, :, rows] = d_scores @ k[:, :, cols]
-                dk[:, :, cols] += d_scores.transpose(-2, -1) @ q[:, :, rows]
-            scale = 1 / math.sqrt(q.shape[-1])
-            dq *= scale
-            dk *= scale
+        dq = torch.empty_like(q)
+        dk, dv = torch.zeros_like(k, dtype=a.dtype), torch.zeros_like(v, dtype=a.dtype)
+        with _no_autocast(q):
+            for rows, cols, square in _blocks(q.shape[1], ctx.reverse):
+                decay = _decay(a, row_max, rows, cols, square, ctx.reverse, q)
+                weights = (q[:, rows] @ k[:, cols].mT).mul_(decay)
+                _add_product(dv[:, cols], weights.mT, dh[:, rows])
+                d_scores = (dh[:, rows] @ v[:, cols].mT).sub_(d_row_sum[:, rows]).mul_(decay)
+                dq[:, rows] = d_scores @ k[:, cols]
+                _add_product(dk[:, cols], d_scores.mT, q[:, rows])
 
-            da = (k * dk).sum(-1).scatter_add(-1, argmax, -r * EPS / den)
-            # 1 - EPS/den is d/den, and stays finite where the limit overflows.
-            d_log_forget = torch.where(sum_rules, 0, r * (1 - EPS / den)) - da
-            df = _scan(torch.cumsum, d_log_forget, not reverse) * torch.sigmoid(-f.to(a.dtype))
-        return dq, dk.to(k.dtype), dv.to(v.dtype), da.to(ctx.i_dtype), df.to(f.dtype), None
+        da = (k * dk).sum(-1).scatter_add_(-1, argmax, -r * EPS / den)
+        # 1 - EPS/den is d/den, and stays finite where the limit overflows.
+        d_log_forget = torch.where(sum_rules, 0, r * (1 - EPS / den)) - da
+        df = _cumsum(d_log_forget, not ctx.reverse) * torch.sigmoid(-f.to(a.dtype))
+        dq, dk, dv = (x.to(q.dtype).view(ctx.shape) for x in (dq, dk, dv))
+        return dq, dk, dv, da.to(ctx.i_dtype).view(ctx.shape[:3]), df.to(f.dtype).view(ctx.shape[:3]), None
 
 
-def _blocks(num_tokens: int, reverse: bool) -> list[tuple[slice, slice]]:
-    """Blocks of rows, each with the columns that any of its rows sees."""
-    starts = range(0, num_tokens, ROW_BLOCK)
-    ends = [min(start + ROW_BLOCK, num_tokens) for start in starts]
-    return [(slice(s, e), slice(s, num_tokens) if reverse else slice(0, e)) for s, e in zip(starts, ends)]
+def _no_autocast(q: Tensor) -> AbstractContextManager:
+    """Products run in the dtype of q, whatever the surrounding autocast (which the meta device does not know) says."""
+    device = q.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
-def _scores(q: Tensor, k: Tensor, rows: slice, cols: slice) -> Tensor:
-    return q[:, :, rows] @ k[:, :, cols].transpose(-2, -1) * (1 / math.sqrt(q.shape[-1]))
+def _blocks(num_tokens: int, reverse: bool) -> list[tuple[slice, slice, slice]]:
+    """Blocks of rows of about equal size: the rows, the columns that any of them sees, and where among these columns
+    the block's own square lies, which alone needs a mask."""
+    count = math.ceil(num_tokens / ROW_BLOCK)
+    bounds = [num_tokens * block // count for block in range(count + 1)]
+    if reverse:
+        return [(slice(s, e), slice(s, num_tokens), slice(0, e - s)) for s, e in pairwise(bounds)]
+    return [(slice(s, e), slice(0, e), slice(s, e)) for s, e in pairwise(bounds)]
 
 
-def _decay(a: Tensor, row_max: Tensor, rows: slice, cols: slice, reverse: bool) -> Tensor:
-    """D of one block of rows, zero where a row does not see a column. Only the block's own square needs the mask."""
-    exponent = a[..., None, cols] - row_max[..., rows, None]
-    size = rows.stop - rows.start
-    square = exponent[..., :size] if reverse else exponent[..., -size:]
+def _decay(a: Tensor, row_max: Tensor, rows: slice, cols: slice, square: slice, reverse: bool, q: Tensor) -> Tensor:
+    """D of a block of rows, times the scale of the products, in the dtype of q; 0 where a row does not see a column."""
+    exponent = a[:, None, cols] - (row_max[:, rows, None] + math.log(q.shape[-1]) / 2)
+    size = square.stop - square.start
     hidden = torch.ones(size, size, dtype=torch.bool, device=a.device)
     # Masked before exp: a hidden entry may exceed the row's maximum by any amount.
-    square.masked_fill_(hidden.tril(-1) if reverse else hidden.triu(1), -math.inf)
-    return exponent.exp_()
+    exponent[..., square].masked_fill_(hidden.tril(-1) if reverse else hidden.triu(1), -math.inf)
+    return exponent.exp_().to(q.dtype)
 
 
-def _scan(scan, x: Tensor, reverse: bool) -> Tensor:
-    """A scan over the last axis, from its end if `reverse`. Only ever (B, H, N), so flipping costs nothing."""
-    return scan(x.flip(-1), -1).flip(-1) if reverse else scan(x, -1)
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, in one go unless `total` is the more precise, as it is for bfloat16 products."""
+    if total.dtype == left.dtype:
+        total.baddbmm_(left, right)
+    else:
+        total += left @ right
+
+
+def _cumsum(x: Tensor, reverse: bool) -> Tensor:
+    """Running sum over the last axis, from the end if `reverse`. Flipping (B, H, N) costs nothing beside the rest."""
+    return x.flip(-1).cumsum(-1).flip(-1) if reverse else x.cumsum(-1)
 
 
 def _cummax(a: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
