@@ -79,7 +79,8 @@ def test_timm_loads_the_very_network(tmp_path, kind):
         config = timm.data.resolve_model_data_config(loaded)
         assert list(config["mean"]) == [0.5] * kwargs["in_chans"]
         assert tuple(config["input_size"]) == (kwargs["in_chans"], *kwargs["img_size"])
-        again, normalisation = load_export(out)
+        again, normalisation, samples_seen = load_export(out)
+        assert samples_seen == 1280
         assert all(torch.equal(tensor, expected[key]) for key, tensor in again.state_dict().items())
         channels = kwargs["in_chans"]
         assert normalisation == Normalisation((0.5,) * channels, (0.2,) * channels, tuple(kwargs["img_size"]))
@@ -89,13 +90,14 @@ def test_timm_loads_the_very_network(tmp_path, kind):
 def test_a_new_classifier_a_new_size_and_no_weights(tmp_path):
     run, _, teacher = make_run(tmp_path / "run")
     out = export(run, tmp_path / "out")
-    model, _ = load_export(out, num_classes=7, drop_path_rate=0.2)
+    model = load_export(out, num_classes=7, drop_path_rate=0.2).backbone
     assert model.num_classes == 7
     assert model(torch.randn(1, 3, 32, 32)).shape == (1, 7)
     assert torch.equal(model.blocks[0].first.state_dict()["norm.weight"], teacher.blocks[0].first.norm.weight)
-    larger, _ = load_export(out, img_size=48)
+    larger = load_export(out, img_size=48).backbone
     assert larger.forward_features(torch.randn(1, 3, 48, 48)).shape == (1, 12, 12, 96)
-    untrained, _ = load_export(out, pretrained=False)
+    untrained, _, samples_seen = load_export(out, pretrained=False)
+    assert samples_seen == 0
     assert not torch.equal(untrained.pos_embed, teacher.pos_embed)
     with pytest.raises(UserError, match=r"cannot load vil_nano_patch4_32 from .*out"):
         load_export(out, depth=5)
@@ -231,8 +233,8 @@ def test_untrained_is_a_function_of_the_seed_and_trained_of_the_checkpoint(tmp_p
     run, student, _ = make_run(tmp_path / "run")
     saved = open_checkpoint(run)
     torch.manual_seed(5)
-    first, _ = create_backbone(saved.meta)
+    first = create_backbone(saved.meta).backbone
     torch.manual_seed(5)
-    second, _ = create_backbone(saved.meta)
+    second = create_backbone(saved.meta).backbone
     assert torch.equal(first.pos_embed, second.pos_embed)
-    assert torch.equal(load_network(saved, "student")[0].pos_embed, student.pos_embed)
+    assert torch.equal(load_network(saved, "student").backbone.pos_embed, student.pos_embed)

@@ -17,7 +17,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -54,6 +54,14 @@ class Normalisation:
         return len(self.mean)
 
 
+class Network(NamedTuple):
+    """A backbone, how its images were presented, and how many it saw in pretraining (repetitions counted)."""
+
+    backbone: nn.Module
+    normalisation: Normalisation
+    samples_seen: int
+
+
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
@@ -81,7 +89,7 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
     return found
 
 
-def create_backbone(meta: Mapping[str, Any]) -> tuple[nn.Module, Normalisation]:
+def create_backbone(meta: Mapping[str, Any]) -> Network:
     """A freshly initialised backbone (from torch's global generator) as a checkpoint's meta describes it.
 
     Raises UserError if timm does not know the model or its arguments.
@@ -97,22 +105,23 @@ def create_backbone(meta: Mapping[str, Any]) -> tuple[nn.Module, Normalisation]:
         raise UserError(f"timm {timm.__version__} cannot build {name} with {kwargs}: {error}") from error
     size = kwargs.get("img_size") or backbone.pretrained_cfg["input_size"][1:]
     height, width = (size, size) if isinstance(size, int) else size
-    return backbone, Normalisation(tuple(meta["data"]["mean"]), tuple(meta["data"]["std"]), (height, width))
+    normalisation = Normalisation(tuple(meta["data"]["mean"]), tuple(meta["data"]["std"]), (height, width))
+    return Network(backbone, normalisation, samples_seen=0)
 
 
-def load_network(saved: Checkpoint, network: str | None = None) -> tuple[nn.Module, Normalisation]:
+def load_network(saved: Checkpoint, network: str | None = None) -> Network:
     """The pretrained backbone inside a checkpoint: `network` is "student", "teacher" ...; None takes the run's choice.
 
     Raises UserError for an unknown network, weights of another architecture, or weights that are not finite.
     """
-    backbone, normalisation = create_backbone(saved.meta)
     network, prefix = _choose(saved, network)
+    untrained = create_backbone(saved.meta)
     weights = {
         name.removeprefix(prefix): tensor
         for name, tensor in saved.tensors("objective").items()
         if name.startswith(prefix)
     }
-    expected = backbone.state_dict()
+    expected = untrained.backbone.state_dict()
     where = f"{saved.folder}: the weights of {network!r} do not fit {saved.meta['model']['name']}"
     if missing := sorted(expected.keys() - weights.keys()):
         raise UserError(f"{where}: {len(missing)} are missing, the first is {missing[0]}.")
@@ -124,11 +133,11 @@ def load_network(saved: Checkpoint, network: str | None = None) -> tuple[nn.Modu
             raise UserError(f"{where}: {name} has shape {found}, expected {wanted}.")
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise UserError(f"{saved.folder}: {name} of {network!r} holds NaN or infinity; take an earlier checkpoint.")
-    backbone.load_state_dict(weights)
-    return backbone, normalisation
+    untrained.backbone.load_state_dict(weights)
+    return untrained._replace(samples_seen=saved.meta["samples"])
 
 
-def load_export(folder: str | Path, *, pretrained: bool = True, **overrides: Any) -> tuple[nn.Module, Normalisation]:
+def load_export(folder: str | Path, *, pretrained: bool = True, **overrides: Any) -> Network:
     """The backbone and normalisation of an export, its weights checked against their SHA-256.
 
     overrides: arguments of `timm.create_model`, such as num_classes or drop_path_rate. pretrained=False gives the same
@@ -140,7 +149,8 @@ def load_export(folder: str | Path, *, pretrained: bool = True, **overrides: Any
         cfg = config["pretrained_cfg"]
         _, height, width = cfg["input_size"]
         normalisation = Normalisation(tuple(cfg["mean"]), tuple(cfg["std"]), (height, width))
-        architecture, digest = config["architecture"], config["selfvil"]["sha256"]
+        architecture, ours = config["architecture"], config["selfvil"]
+        digest, samples_seen = ours["sha256"], ours["samples_seen"]
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{folder / 'config.json'} is no config that `selfvil export` wrote: {error!r}.") from error
     weights = folder / WEIGHTS
@@ -156,7 +166,7 @@ def load_export(folder: str | Path, *, pretrained: bool = True, **overrides: Any
         )
     except (TypeError, ValueError, RuntimeError, KeyError, AssertionError) as error:
         raise UserError(f"timm {timm.__version__} cannot load {architecture} from {folder}: {error}") from error
-    return backbone, normalisation
+    return Network(backbone, normalisation, samples_seen if pretrained else 0)
 
 
 def _choose(saved: Checkpoint, network: str | None) -> tuple[str, str]:
@@ -200,7 +210,7 @@ def export(run: str | Path, out: str | Path, *, network: str | None = None, head
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} already exists and is not an empty folder: choose a new one, nothing was overwritten.")
     saved = open_checkpoint(run)
-    backbone, normalisation = load_network(saved, network)
+    backbone, normalisation, samples_seen = load_network(saved, network)
     network, prefix = _choose(saved, network)
     out = out.resolve()
     aside = out.with_name(f".{out.name}.partial-{os.getpid()}")
@@ -212,6 +222,7 @@ def export(run: str | Path, out: str | Path, *, network: str | None = None, head
                 "format": FORMAT,
                 "version": __version__,
                 "network": network,
+                "samples_seen": samples_seen,
                 "sha256": _sha256(aside / WEIGHTS),
             }
         }

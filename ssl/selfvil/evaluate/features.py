@@ -1,0 +1,236 @@
+"""Features of frozen backbones: one row for each labelled image.
+
+A readout turns the tokens of an image into its row. Shapes: B images, P prefix tokens (class token, registers), N patch
+tokens in reading order, C channels, D features.
+"""
+
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor, nn
+
+from selfvil.data.index import Shards
+from selfvil.data.loader import ordered_batches
+from selfvil.data.views import CenterCrop
+from selfvil.errors import UserError
+from selfvil.export import Network, create_backbone, load_export, load_network, open_checkpoint
+from selfvil.models import VisionLSTM
+
+log = logging.getLogger(__name__)
+
+Precision = Literal["fp32", "bf16"]
+
+
+@dataclass(frozen=True)
+class Features:
+    """x: float32 (N, D), one row for each image; y: int64 (N,), its label."""
+
+    x: Tensor
+    y: Tensor
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def to(self, device: torch.device | str) -> "Features":
+        return Features(self.x.to(device), self.y.to(device))
+
+
+# --- from tokens to a row --------------------------------------------------------------------------------------------
+
+# readout -> (prefix (B, P, C), patches (B, N, C)) -> rows (B, D)
+READOUTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "first_last_mean": lambda prefix, patches: torch.cat([patches[:, 0], patches[:, -1], patches.mean(dim=1)], dim=1),
+    "bilateral": lambda prefix, patches: torch.cat([patches[:, 0], patches[:, -1]], dim=1),
+    "mean": lambda prefix, patches: patches.mean(dim=1),
+    "cls": lambda prefix, patches: prefix[:, 0],
+    "cls_mean": lambda prefix, patches: torch.cat([prefix[:, 0], patches.mean(dim=1)], dim=1),
+}
+
+
+def choose_readout(backbone: nn.Module, readout: str | None = None) -> str:
+    """`readout` if `backbone` has the tokens for it; for None, the architecture's usual one.
+
+    A Vision-LSTM reads from both ends, so its first and last token have seen the whole image; a ViT has a class token
+    for that; for anything else the mean is left. Raises UserError for an unknown readout, or one without its tokens.
+    """
+    has_class_token = getattr(backbone, "cls_token", None) is not None
+    if readout is None:
+        return "first_last_mean" if isinstance(backbone, VisionLSTM) else "cls_mean" if has_class_token else "mean"
+    if readout not in READOUTS:
+        raise UserError(f"There is no readout {readout!r}; choose one of: {', '.join(READOUTS)}.")
+    if readout.startswith("cls") and not has_class_token:
+        raise UserError(f"The readout {readout!r} needs a class token, which {type(backbone).__name__} does not have.")
+    return readout
+
+
+def read_out(backbone: nn.Module, images: Tensor, readout: str) -> Tensor:
+    """Images (B, in_chans, H, W) to rows (B, D), float32. Raises UserError for a model without token features."""
+    features = backbone.forward_features(images).float()  # type: ignore[operator]  # every timm model has it
+    if features.ndim == 4:
+        channels_last = getattr(backbone, "output_fmt", "NCHW") == "NHWC"
+        patches = features.flatten(1, 2) if channels_last else features.flatten(2).mT
+        prefix = patches[:, :0]
+    elif features.ndim == 3:
+        prefix, patches = features.tensor_split([getattr(backbone, "num_prefix_tokens", 0)], dim=1)
+    else:
+        raise UserError(
+            f"{type(backbone).__name__} gives features of shape {list(features.shape)}; expected tokens "
+            f"(B, N, C) or a map (B, H, W, C) or (B, C, H, W)."
+        )
+    return READOUTS[readout](prefix, patches)
+
+
+# --- from shards to rows ---------------------------------------------------------------------------------------------
+
+
+def extract(
+    backbone: nn.Module,
+    shards: Shards,
+    *,
+    img_size: int | Sequence[int],
+    mean: Sequence[float],
+    std: Sequence[float],
+    readout: str | None = None,
+    batch_size: int = 256,
+    workers: int = 2,
+    device: torch.device | str | None = None,
+    precision: Precision = "fp32",
+    title: str | None = None,
+) -> Features:
+    """Features of every readable image in `shards`, in their order, on the CPU.
+
+    Each image is resized and cropped at its centre to `img_size` (H, W), and normalised with mean and std per channel.
+    The backbone moves to `device` (None: a GPU if there is one) and runs in evaluation mode, without gradients, in
+    float32 or bf16 autocast; afterwards its mode is as before. title: shown with a progress bar on a terminal.
+
+    Raises UserError if images have no labels, or for a readout the backbone cannot give.
+    """
+    readout = choose_readout(backbone, readout)
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    was_training = backbone.training
+    backbone.to(device).eval()
+    autocast: Any = torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+
+    def row(images: Tensor) -> Tensor:
+        with autocast:
+            return read_out(backbone, images.to(device), readout)
+
+    try:
+        return _rows(row, shards, CenterCrop(img_size, mean, std), len(mean), batch_size, workers, title)
+    finally:
+        backbone.train(was_training)
+
+
+def raw_pixels(
+    shards: Shards,
+    img_size: int | Sequence[int],
+    *,
+    channels: int = 3,
+    batch_size: int = 256,
+    workers: int = 2,
+    title: str | None = None,
+) -> Features:
+    """The pixels themselves, 0 to 1, of images resized and cropped to `img_size`: what a probe gets without a network.
+
+    x is (N, channels · H · W). Raises UserError if images have no labels.
+    """
+    view = CenterCrop(img_size, [0.0] * channels, [1.0] * channels)
+    return _rows(lambda images: images.flatten(1), shards, view, channels, batch_size, workers, title)
+
+
+@torch.no_grad()
+def _rows(
+    row: Callable[[Tensor], Tensor],
+    shards: Shards,
+    view: CenterCrop,
+    channels: int,
+    batch_size: int,
+    workers: int,
+    title: str | None,
+) -> Features:
+    need_labels(shards)
+    batches = ordered_batches(shards, view, batch_size=batch_size, workers=workers, channels=channels)
+    xs, ys, bad = [], [], []
+    for batch in track(
+        batches,
+        description=title or "",
+        total=-(-len(shards) // batch_size),
+        console=Console(stderr=True),
+        transient=True,
+        disable=title is None or not sys.stderr.isatty(),
+    ):
+        bad += batch.bad
+        replaced = {sample.position for sample in batch.bad}
+        kept = torch.tensor([position not in replaced for position in batch.positions.tolist()])
+        xs.append(row(batch.views[0][kept]).float().cpu())
+        ys.append(batch.labels[kept].cpu())
+    if bad:
+        first = bad[0]
+        log.warning("%d of %d images cannot be read and are left out (first: %s in %s: %s)",
+                    len(bad), len(shards), first.key, first.shard, first.reason)  # fmt: skip
+    return Features(torch.cat(xs), torch.cat(ys))
+
+
+def need_labels(shards: Shards) -> None:
+    """Raises UserError if any image has no label."""
+    unlabelled = len(shards) if shards.labels is None else int((shards.labels < 0).sum())
+    if unlabelled:
+        more = f" and {len(shards.paths) - 1} more shards" if len(shards.paths) > 1 else ""
+        raise UserError(
+            f"{unlabelled} of the {len(shards)} images in {shards.paths[0]}{more} have no label, and a probe needs one "
+            f"(.cls) for each: pack a folder with one subfolder for each class, `selfvil pack SOURCE OUT`."
+        )
+
+
+# --- what a protocol needs -------------------------------------------------------------------------------------------
+
+
+def shared_classes(train: Features, test: Features) -> tuple[Tensor, Tensor, Tensor]:
+    """Classes (K,) among the labels of `train`, ascending, and the labels of both as positions in it.
+
+    Raises UserError if either is empty or holds NaN, their widths differ, or `test` has a class that `train` lacks.
+    """
+    for name, features in (("training", train), ("test", test)):
+        if len(features) == 0:
+            raise UserError(f"There are no {name} images.")
+        if not torch.isfinite(features.x).all():
+            raise UserError(f"The features of the {name} images hold NaN or infinity: the backbone is broken.")
+        if int(features.y.min()) < 0:
+            raise UserError(f"Some {name} images have no label.")
+    if train.x.shape[1] != test.x.shape[1]:
+        raise UserError(f"Training features have {train.x.shape[1]} columns, test features {test.x.shape[1]}.")
+    classes, train_ids = train.y.unique(return_inverse=True)
+    unknown = sorted(set(test.y.tolist()) - set(classes.tolist()))
+    if unknown:
+        raise UserError(
+            f"The test images have labels that no training image has: {unknown[:10]}"
+            f"{' ...' if len(unknown) > 10 else ''}; training has {len(classes)} classes, {int(classes[0])} to "
+            f"{int(classes[-1])}. Give both parts of the same data set."
+        )
+    return classes, train_ids, torch.searchsorted(classes, test.y.to(classes.device))
+
+
+def load_backbone(source: str | Path, *, network: str | None = None, untrained: bool = False, seed: int = 0) -> Network:
+    """The backbone that `source` holds, how its images were presented, and how many it saw.
+
+    source: an export folder, a run folder (its newest valid checkpoint) or a checkpoint folder. network: which one of
+    a run; None takes its choice. untrained=True gives the same architecture, freshly initialised from `seed`.
+    Raises UserError as `selfvil.export` does.
+    """
+    source = Path(source)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if (source / "config.json").is_file():
+            if network is not None:
+                raise UserError(f"{source} is an export and holds one network: leave out the choice of {network!r}.")
+            return load_export(source, pretrained=not untrained)
+        saved = open_checkpoint(source)
+        return create_backbone(saved.meta) if untrained else load_network(saved, network)

@@ -1,0 +1,47 @@
+"""Weighted k-nearest-neighbour classification of frozen features.
+
+The protocol of instance discrimination (Wu et al., 2018, arXiv 1805.01978, section 3.4) in DINO's settings (Caron et
+al., 2021, arXiv 2104.14294): cosine similarity s, votes weighted by exp(s / T) with T = 0.07, and k of 10, 20, 100
+and 200.
+"""
+
+import logging
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+
+from selfvil.errors import UserError
+from selfvil.evaluate.features import Features, shared_classes
+
+log = logging.getLogger(__name__)
+
+_CHUNK_ELEMENTS = 2**26  # similarities held at once: 256 MiB
+
+
+def knn(
+    train: Features, test: Features, ks: Sequence[int] = (10, 20, 100, 200), temperature: float = 0.07
+) -> dict[int, float]:
+    """Top-1 accuracy on `test` in percent, for each k, with `train` as the neighbours.
+
+    Computed in float32 where `train.x` lies. Any k beyond the number of training images is left out, with a note.
+    Raises UserError if none is left, the features do not fit each other, or a test label is not among train's.
+    """
+    fitting = sorted({k for k in ks if 1 <= k <= len(train)})
+    if not fitting:
+        raise UserError(f"k-NN with k in {sorted(ks)} needs at least {min(ks)} training images, found {len(train)}.")
+    if len(fitting) < len(set(ks)):
+        log.warning("k-NN leaves out k = %s: there are %d training images", sorted({*ks} - {*fitting}), len(train))
+    classes, bank_labels, test_labels = shared_classes(train, test)
+    bank = F.normalize(train.x.float(), dim=1)
+    queries = F.normalize(test.x.to(bank), dim=1)
+    correct = dict.fromkeys(fitting, 0)
+    chunk = max(1, _CHUNK_ELEMENTS // len(bank))
+    for part, truth in zip(queries.split(chunk), test_labels.to(bank.device).split(chunk)):
+        similarity, neighbours = (part @ bank.T).topk(fitting[-1], dim=1)
+        # Only ratios of votes count; relative to the nearest neighbour no temperature can overflow.
+        votes = ((similarity - similarity[:, :1]) / temperature).exp()
+        voted = bank_labels.to(bank.device)[neighbours]
+        for k in fitting:
+            scores = votes.new_zeros(len(part), len(classes)).scatter_add_(1, voted[:, :k], votes[:, :k])
+            correct[k] += int((scores.argmax(dim=1) == truth).sum())
+    return {k: 100 * hits / len(test) for k, hits in correct.items()}
