@@ -84,23 +84,21 @@ class RandomCropFlip:
         self.normalise = _Normalise(mean, std)
 
     def __call__(self, image: Image.Image) -> Tensor:
-        draws = torch.rand(41).tolist()  # one call: ten tries of four numbers, and the flip
-        left, top, width, height = self._box(*image.size, draws)
+        left, top, width, height = self._box(*image.size)
         if (left, top, width, height) != (0, 0, *image.size):
             image = image.crop((left, top, left + width, top + height))
         if (width, height) != (self.width, self.height):
             image = image.resize((self.width, self.height), Image.Resampling.BICUBIC)
-        return self.normalise(image, flip=draws[40] < 0.5)
+        return self.normalise(image, flip=random.random() < 0.5)
 
-    def _box(self, width: int, height: int, draws: list[float]) -> tuple[int, int, int, int]:
+    def _box(self, width: int, height: int) -> tuple[int, int, int, int]:
         (low, high), (narrow, wide) = self.scale, map(math.log, self.ratio)
-        for start in range(0, 40, 4):
-            share, shape, x, y = draws[start : start + 4]
-            area = width * height * (low + (high - low) * share)
-            aspect = math.exp(narrow + (wide - narrow) * shape)
+        for _ in range(10):
+            area = width * height * random.uniform(low, high)
+            aspect = math.exp(random.uniform(narrow, wide))
             w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
             if 0 < w <= width and 0 < h <= height:
-                return int(x * (width - w + 1)), int(y * (height - h + 1)), w, h
+                return random.randrange(width - w + 1), random.randrange(height - h + 1), w, h
         # No try fitted, as happens for very long images: the largest central part with an allowed ratio.
         w = min(width, max(1, round(height * self.ratio[1])))
         h = min(height, max(1, round(width / self.ratio[0])))
