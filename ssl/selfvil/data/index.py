@@ -17,7 +17,7 @@ import os
 import re
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -118,8 +118,10 @@ def _expand(pattern: str) -> list[Path]:
             if not found:
                 raise UserError(f"folder {name} holds no .tar files; expected WebDataset shards (see `selfvil pack`)")
             paths += map(Path, found)
-        elif os.path.exists(name):
+        elif os.path.isfile(name):
             paths.append(Path(name))
+        elif os.path.exists(name):  # opening a pipe would wait for ever
+            raise UserError(f"{name} is no regular file; expected a WebDataset shard (.tar)")
         elif glob.has_magic(name):
             found = sorted(each for each in glob.glob(name, recursive=True) if not each.endswith(SIDECAR))
             if not found:
@@ -173,20 +175,34 @@ def _split_name(name: str) -> tuple[str, str] | None:
     return f"{folder}{slash}{stem}", extension.lower()
 
 
+def _group(file: BinaryIO, path: Path) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
+    """The samples of a shard: each key with the (offset, size) of its members by extension. As in webdataset, members
+    belong together where they follow each other."""
+    key, parts = "", dict[str, tuple[int, int]]()
+    for name, offset, size in members(file, path):
+        if (split := _split_name(name)) is None:
+            continue
+        if split[0] != key:
+            if parts:
+                yield key, parts
+            key, parts = split[0], {}
+        if split[1] in parts:
+            raise UserError(f"{path} holds {name} twice in a row (at byte {offset}); each sample needs its own key")
+        parts[split[1]] = offset, size
+    if parts:
+        yield key, parts
+
+
 def _build(path: Path) -> _Index:
     """Walk a shard and read every image once. Raises UserError where it is damaged or has no image."""
     blocks, sizes, crcs, labels, keys = [], [], [], [], []
-    ignored, strange = 0, []
-    extensions: set[str] = set()
+    without_image, strange = [], []
     with open(path, "rb", buffering=1 << 20) as file:
-
-        def finish(key: str, parts: dict[str, tuple[int, int]]) -> None:
-            nonlocal ignored
+        for key, parts in _group(file, path):
             images = parts.keys() & _PREFERENCE.keys()
             if not images:
-                ignored += 1
-                extensions.update(parts)
-                return
+                without_image.append(f"{key}.{'|'.join(sorted(parts))}")
+                continue
             offset, size = parts[min(images, key=_PREFERENCE.__getitem__)]
             if size >= 1 << 31 or offset >= BLOCK << 32:
                 raise UserError(f"{path}: image {key} at byte {offset} ({size} bytes) is beyond what an index can hold")
@@ -194,34 +210,19 @@ def _build(path: Path) -> _Index:
             sizes.append(size)
             file.seek(offset)
             crcs.append(zlib.crc32(file.read(size)))
-            labels.append(-1)
             keys.append(key)
-            if "cls" in parts:
-                text = _read_label(file, *parts["cls"])
-                if text.isascii() and text.isdigit() and len(text) < 10:
-                    labels[-1] = int(text)
-                elif text != "-1":  # which some writers use for none
-                    strange.append(f"{key}: {text!r}")
-
-        sample: tuple[str, dict[str, tuple[int, int]]] | None = None
-        for name, offset, size in members(file, path):
-            if (split := _split_name(name)) is None:
-                continue
-            key, extension = split
-            if sample is None or sample[0] != key:
-                if sample is not None:
-                    finish(*sample)
-                sample = key, {}
-            if extension in sample[1]:
-                raise UserError(f"{path} holds {name} twice in a row (at byte {offset}); each sample needs its own key")
-            sample[1][extension] = offset, size
-        if sample is not None:
-            finish(*sample)
+            label = _read_label(file, *parts["cls"]) if "cls" in parts else "-1"  # some writers have -1 for none, too
+            valid = label.isascii() and label.isdigit() and len(label) < 10
+            labels.append(int(label) if valid else -1)
+            if not valid and label != "-1":
+                strange.append(f"{key}: {label!r}")
     if not blocks:
-        found = f"only .{', .'.join(sorted(extensions)[:8])}" if extensions else "no samples at all"
+        found = f"only {', '.join(without_image[:4])}" if without_image else "no samples at all"
         raise UserError(f"{path} holds no image ({found}); expected members named KEY.jpg, KEY.png, KEY.webp ...")
-    if ignored:
-        _log.warning("%s: %d samples without an image are ignored", path, ignored)
+    if without_image:
+        _log.warning(
+            "%s: %d samples have no image and are ignored (first: %s)", path, len(without_image), without_image[0]
+        )
     if strange:
         _log.warning("%s: %d labels are no class numbers and are ignored (first: %s)", path, len(strange), strange[0])
     names = "\0".join(keys).encode("utf-8", "surrogateescape")
@@ -231,7 +232,7 @@ def _build(path: Path) -> _Index:
         crcs=np.array(crcs, np.uint32),
         labels=np.array(labels, np.int64),
         keys=np.frombuffer(names, np.uint8),
-        ignored=np.array(ignored),
+        ignored=np.array(len(without_image)),
     )
 
 
