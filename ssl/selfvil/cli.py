@@ -3,11 +3,14 @@
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from rich.console import Console
+from rich.progress import Progress
 
 from selfvil.errors import UserError
 from selfvil.version import __version__
@@ -16,6 +19,9 @@ app = typer.Typer(
     help="Self-supervised pretraining of Vision-LSTM backbones.", no_args_is_help=True, add_completion=False,
     pretty_exceptions_enable=False,
 )  # fmt: skip
+
+eval_app = typer.Typer(help="Score a pretrained backbone on labelled shards.", no_args_is_help=True)
+app.add_typer(eval_app, name="eval")
 
 Shards = Annotated[str, typer.Argument(help="Shards: a path, a glob, a folder, or a pattern with {000000..000009}.")]
 
@@ -47,12 +53,21 @@ def pack(
     samples_per_shard: Annotated[int, typer.Option(min=1, help="Images in a shard.")] = 5000,
     size: Annotated[int | None, typer.Option(min=1, help="Shrink the shorter side to this many pixels.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the shuffle.")] = 0,
+    classes: Annotated[Path | None, typer.Option(help="classes.txt of earlier shards, whose labels to keep.")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; all cores unless told.")] = None,
 ) -> None:
     """Pack images into WebDataset shards, and index them."""
     from selfvil.data.pack import pack
 
-    print(pack(source, out, name=name, samples_per_shard=samples_per_shard, size=size, seed=seed, workers=workers))
+    names = None if classes is None else _lines(classes)
+    with _progress("packing") as progress:
+        report = pack(
+            source, out, name=name, samples_per_shard=samples_per_shard, size=size, classes=names, seed=seed,
+            workers=workers, progress=progress,
+        )  # fmt: skip
+    print(report)
+    for file, reason in report.skipped[:5]:
+        print(f"  skipped {file}: {reason}")
 
 
 @app.command()
@@ -60,7 +75,24 @@ def index(shards: Shards) -> None:
     """Index shards, so that samples are read by position; pretrain and eval do this when it was not done."""
     from selfvil.data.index import index_shards
 
-    print(index_shards(shards))
+    with _progress("indexing") as progress:
+        report = index_shards(shards, progress)
+    print(report)
+
+
+@contextmanager
+def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on a terminal, nothing elsewhere; called with (done, total)."""
+    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--classes {path} cannot be read: {error}") from None
 
 
 @app.command()
@@ -69,7 +101,6 @@ def pretrain(
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value ...")] = None,
 ) -> None:
     """Pretrain by a recipe; on several devices, start it with accelerate launch or torchrun launch/pretrain.py."""
-    import selfvil  # noqa: F401 - registers the vil_* models with timm
     from selfvil.pretrain import pretrain
     from selfvil.recipe import load
 
@@ -101,7 +132,6 @@ def export(
     heads: Annotated[bool, typer.Option("--heads", help="Also write the rest of the objective, to continue.")] = False,
 ) -> None:
     """Export the pretrained backbone: a folder that timm.create_model("local-dir:OUT", pretrained=True) loads."""
-    import selfvil  # noqa: F401 - registers the vil_* models with timm
     from selfvil.export import export
 
     export(run, out, network=network, heads=heads)
@@ -119,3 +149,59 @@ def report(
 
     print_summary(run)
     print(f"loss curve: {loss_curve(run, curve or run / 'pictures' / 'loss.png')}")
+
+
+Source = Annotated[Path, typer.Argument(help="Export folder, run folder or checkpoint folder.")]
+Train = Annotated[str, typer.Option(help="Labelled shards to fit on.")]
+Test = Annotated[str, typer.Option(help="Labelled shards to score.")]
+Baselines = Annotated[bool, typer.Option("--baselines", help="Also score the untrained network and raw pixels.")]
+Readout = Annotated[str | None, typer.Option(help="How tokens become features; the architecture's usual way.")]
+NetworkName = Annotated[str | None, typer.Option("--network", help="Which network of a run that has several.")]
+Workers = Annotated[int, typer.Option(min=0, help="Processes that decode images.")]
+Seed = Annotated[int, typer.Option(help="Seed of the untrained network, the held-out part and the draws.")]
+Json = Annotated[Path | None, typer.Option("--json", help="Also write the rows to this file.")]
+LabelsPerClass = Annotated[int | None, typer.Option(min=1, help="Fit on so few labels of each class; all otherwise.")]
+
+
+@eval_app.command("knn")
+def eval_knn(
+    source: Source, train: Train, test: Test, baselines: Baselines = False, readout: Readout = None,
+    network: NetworkName = None, workers: Workers = 2, seed: Seed = 0, json_file: Json = None,
+) -> None:  # fmt: skip
+    """Weighted k-nearest-neighbour accuracy, k = 10, 20, 100 and 200."""
+    _eval(["knn"], source, train, test, json_file,
+          baselines=baselines, readout=readout, network=network, workers=workers, seed=seed)  # fmt: skip
+
+
+@eval_app.command("linear")
+def eval_linear(
+    source: Source, train: Train, test: Test, baselines: Baselines = False, readout: Readout = None,
+    network: NetworkName = None, workers: Workers = 2, seed: Seed = 0, json_file: Json = None,
+    labels_per_class: LabelsPerClass = None,
+    draws: Annotated[int, typer.Option(min=1, help="Draws of the few labels.")] = 20,
+) -> None:  # fmt: skip
+    """Accuracy of a logistic regression on frozen features, its strength chosen on a held-out part of train."""
+    _eval(["linear"], source, train, test, json_file, labels_per_class=labels_per_class, draws=draws,
+          baselines=baselines, readout=readout, network=network, workers=workers, seed=seed)  # fmt: skip
+
+
+@eval_app.command("all")
+def eval_all(
+    source: Source, train: Train, test: Test, baselines: Baselines = False, readout: Readout = None,
+    network: NetworkName = None, workers: Workers = 2, seed: Seed = 0, json_file: Json = None,
+) -> None:  # fmt: skip
+    """Every protocol, on features computed once."""
+    _eval(["knn", "linear"], source, train, test, json_file,
+          baselines=baselines, readout=readout, network=network, workers=workers, seed=seed)  # fmt: skip
+
+
+def _eval(
+    protocols: list[str], source: Path, train: str, test: str, json_file: Path | None, **options: Any
+) -> None:  # fmt: skip
+    from selfvil.evaluate.score import as_json, as_table, score
+
+    rows = score(source, train, test, protocols=protocols, **options)
+    Console().print(as_table(rows))
+    if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        json_file.write_text(json.dumps(as_json(rows), indent=1) + "\n")

@@ -11,12 +11,11 @@ from selfvil.recipe import Recipe
 
 def knn_score(backbone: nn.Module, recipe: Recipe, device: torch.device) -> dict[str, float]:
     """k-NN accuracy in percent, by `k`, of the shards in `recipe.eval`. Raises UserError where they have no labels."""
-    features = [
+    train, test = (
         extract(
             backbone, open_shards(pattern), img_size=recipe.model.img_size, mean=recipe.data.mean, std=recipe.data.std,
             workers=recipe.data.workers, device=device,
         )
-        for pattern in (recipe.eval.train, recipe.eval.test)
-        if pattern is not None
-    ]  # fmt: skip
-    return {f"knn_{k}": accuracy for k, accuracy in knn(*features).items()}
+        for pattern in (recipe.eval.train or (), recipe.eval.test or ())
+    )  # fmt: skip
+    return {f"knn_{k}": accuracy for k, accuracy in knn(train, test).items()}

@@ -1,0 +1,135 @@
+"""The whole road in a few minutes on a CPU: pack, pretrain, score, export, reload. Started by `make demo`.
+
+The images are scikit-learn's handwritten digits (1,797 real 8x8 scans, 10 classes): they come with a package that is
+installed anyway, so nothing is downloaded. With all labels they leave no headroom, so the score that tells is the
+linear probe with 5 labels a class, over 20 draws.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+from sklearn.datasets import load_digits
+
+import selfvil  # noqa: F401 - registers the vil_* models with timm
+from selfvil.evaluate.features import load_backbone
+from selfvil.evaluate.score import Row, score
+from selfvil.monitor.pictures import loss_curve
+
+TEST_IMAGES = 500
+console = Console(highlight=False)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("demo_out"), help="folder of everything the demo makes")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the run")
+    options = parser.parse_args()
+    out = options.out
+    if out.exists():
+        if any(out.iterdir()) and not (out / "digits").is_dir():
+            sys.exit(f"demo: {out} is not empty and not from an earlier demo: choose another folder with --out")
+        shutil.rmtree(out)  # the demo starts afresh every time
+    began = time.monotonic()
+
+    say("1. pack real images into WebDataset shards")
+    write_digits(out / "digits")
+    for split in ("train", "test"):
+        run("selfvil", "pack", out / "digits" / split, out / "shards" / split, "--name", "digits")
+    train, test = (f"{out}/shards/{split}/digits-*.tar" for split in ("train", "test"))
+
+    say("2. pretrain a small ViL by MAE, without labels")
+    overrides = [f"data.train={train}", f"run.out={out / 'run'}", f"run.seed={options.seed}"]
+    run("accelerate", "launch", "launch/pretrain.py", "recipes/demo.yaml", *overrides)
+    loss_curve(out / "run", out / "loss.png")
+
+    say("3. export it, and load the export as anybody would")
+    run("selfvil", "export", out / "run", out / "export")
+    reload_equals_run(out)
+
+    say("4. score it, the same network untrained, and raw pixels")
+    exported = out / "export"
+    rows = score(exported, train, test, protocols=["linear"], labels_per_class=5, baselines=True, seed=options.seed)
+    rows += score(exported, train, test, baselines=True, seed=options.seed)
+    picture = out / "reconstructions.png"
+    shutil.copy(max((out / "run" / "pictures").glob("step-*.png")), picture)
+    close(out, rows, picture, time.monotonic() - began)
+
+
+def write_digits(folder: Path) -> None:
+    """Write the digits as grey PNG files, train/<class>/ and test/<class>/, split by a fixed permutation."""
+    digits = load_digits()
+    order = np.random.default_rng(0).permutation(len(digits.images))
+    for rank, index in enumerate(order):
+        label = digits.target[index]
+        path = folder / ("test" if rank < TEST_IMAGES else "train") / str(label) / f"{index:04d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((digits.images[index] * 255 / 16).round().astype(np.uint8)).save(path)
+
+
+def reload_equals_run(out: Path) -> None:
+    """The exported network, loaded through timm alone, must compute what the run's network computes."""
+    reloaded = timm.create_model(f"local-dir:{out / 'export'}", pretrained=True).eval()
+    trained = load_backbone(out / "run").backbone.eval()
+    image = torch.rand(2, reloaded.pretrained_cfg["input_size"][0], *reloaded.pretrained_cfg["input_size"][1:])
+    with torch.no_grad():
+        if not torch.equal(reloaded(image), trained(image)):
+            sys.exit("demo: the reloaded export does not compute what the run's network computes")
+    console.print(f"timm.create_model('local-dir:{out / 'export'}', pretrained=True) computes the same, bit for bit")
+
+
+def close(out: Path, rows: list[Row], picture: Path, seconds: float) -> None:
+    """Print the closing table."""
+    summary = json.loads((out / "run" / "run.json").read_text())["summary"]
+    protocols = list(dict.fromkeys(row.protocol for row in rows))
+    networks = list(dict.fromkeys(row.network for row in rows))
+    table = Table(title="accuracy on 500 test images, in percent")
+    table.add_column("protocol")
+    for network in networks:
+        table.add_column(network, justify="right")
+    for protocol in protocols:
+        found = {row.network: row for row in rows if row.protocol == protocol}
+        table.add_row(protocol, *(cell(found[network]) for network in networks))
+    console.print(table)
+    where = Table(show_header=False)
+    for name, value in {
+        "images seen": f"{summary['samples']:,} at {summary['images_per_second']:,.0f} images/s",
+        "time": f"{seconds:.0f} s in all, {summary['seconds']:.0f} s of it pretraining",
+        "run": f"{out / 'run'} (recipe, metrics, checkpoints)",
+        "export": f"timm.create_model('local-dir:{out / 'export'}', pretrained=True)",
+        "reconstructions": str(picture),
+        "loss curve": str(out / "loss.png"),
+    }.items():
+        where.add_row(name, value)
+    console.print(where)
+
+
+def cell(row: Row) -> str:
+    return f"{row.value:.1f}" + (f" ± {row.deviation:.1f}" if row.deviation is not None else "")
+
+
+def run(*command: object) -> None:
+    """Show a command and run it with this environment's programs; stop the demo where it fails."""
+    words = [str(word) for word in command]
+    console.print(f"[bold]$ {' '.join(words)}[/bold]", soft_wrap=True)
+    program = Path(sys.executable).parent / words[0]
+    if subprocess.run([str(program), *words[1:]], cwd=Path(__file__).parents[1]).returncode:
+        sys.exit(f"demo: this command failed: {' '.join(words)}")
+
+
+def say(title: str) -> None:
+    console.rule(title, align="left")
+
+
+if __name__ == "__main__":
+    main()
