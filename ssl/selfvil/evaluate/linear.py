@@ -163,7 +163,8 @@ def _fit(
         residual = log_p.exp_()
         residual[torch.arange(len(y), device=y.device), y] -= 1
         residual /= len(y)
-        weight.grad = ((residual.T @ x).T + strength * w) * scale  # several times faster than x.T @ residual
+        slope = (residual.T @ x).T  # several times faster than x.T @ residual
+        weight.grad = ((slope + strength * w) * scale).contiguous()
         bias.grad = residual.sum(dim=0) * bias_scale
         return loss
 

@@ -1,0 +1,138 @@
+"""From a run, a checkpoint or an export to a table of figures."""
+
+import io
+import json
+import logging
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from rich.console import Console
+
+from selfvil import checkpoint
+from selfvil.data.index import open_shards
+from selfvil.data.pack import pack
+from selfvil.errors import UserError
+from selfvil.evaluate.features import extract, load_backbone
+from selfvil.evaluate.knn import knn
+from selfvil.evaluate.linear import linear_probe
+from selfvil.evaluate.score import as_json, as_table, score
+from selfvil.export import export
+
+KWARGS = {"img_size": [8, 8], "patch_size": 2, "in_chans": 1, "num_classes": 0, "embed_dim": 32, "depth": 1}
+FAST = {"workers": 0, "device": "cpu"}
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run folder with one checkpoint of a random network."""
+    torch.manual_seed(123)
+    backbone = timm.create_model("vil_nano_patch4_32", **KWARGS)
+    meta = {
+        "format": 1, "step": 5, "samples": 640, "seconds": 1.0, "seed": 0, "export": "student",
+        "networks": {"student": "backbone."}, "objective": {"name": "mae"},
+        "model": {"name": "vil_nano_patch4_32", "kwargs": KWARGS},
+        "data": {"pattern": "x.tar", "mean": [0.3], "std": [0.4], "fingerprint": "f", "num_samples": 9},
+    }  # fmt: skip
+    tensors = {"objective": {f"backbone.{key}": value for key, value in backbone.state_dict().items()}}
+    checkpoint.save(tmp_path / "run" / "checkpoints", 5, tensors, meta)
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def parts(digit_shards):
+    return str(digit_shards / "digits-000000.tar"), str(digit_shards / "digits-000001.tar")
+
+
+def test_all_protocols_and_baselines(run, parts):
+    rows = score(run, *parts, baselines=True, seed=2, **FAST)
+    protocols = ["k-NN, k = 10", "k-NN, k = 20", "k-NN, k = 100", "linear probe"]
+    assert [(row.network, row.protocol) for row in rows] == [
+        (network, protocol) for network in ("pretrained", "untrained", "raw pixels") for protocol in protocols
+    ]
+    assert all(row.train_images + row.test_images == 200 and row.seed == 2 for row in rows)
+    assert {row.network: row.samples_seen for row in rows} == {"pretrained": 640, "untrained": 0, "raw pixels": 0}
+    assert {row.network: row.readout for row in rows} == {
+        "pretrained": "first_last_mean", "untrained": "first_last_mean", "raw pixels": "8 x 8 pixels",
+    }  # fmt: skip
+    values = {(row.network, row.protocol): row.value for row in rows}
+    assert values["raw pixels", "linear probe"] > 60  # digits are easy: a scrambled label or row would show
+    assert values["raw pixels", "k-NN, k = 10"] > 60
+
+    # The same as by hand.
+    backbone, look, _ = load_backbone(run)
+    train, test = (
+        extract(backbone, open_shards(part), img_size=look.img_size, mean=look.mean, std=look.std, **FAST)
+        for part in parts
+    )
+    assert values["pretrained", "k-NN, k = 10"] == knn(train, test)[10]
+    assert values["pretrained", "linear probe"] == linear_probe(train, test, seed=2).accuracy
+
+    out = io.StringIO()
+    Console(file=out, width=120).print(as_table(rows))
+    assert all(text in out.getvalue() for text in ("linear probe", "untrained", "8 x 8 pixels", "120 train / 80 test"))
+    plain = json.loads(json.dumps(as_json(rows)))
+    assert plain[0]["value"] == rows[0].value
+    assert {"device", "versions", "commit", "seconds", "source"} <= plain[0].keys()
+
+
+def test_few_labels(run, parts):
+    (row,) = score(run, *parts, protocols=["linear"], labels_per_class=3, draws=4, readout="mean", **FAST)
+    assert row.protocol == "linear probe, 3 labels per class, 4 draws"
+    assert row.deviation is not None
+    assert row.deviation > 0
+    assert row.readout == "mean"
+    with pytest.raises(UserError, match="fewer than the 100 labels for each class"):
+        score(run, *parts, protocols=["linear"], labels_per_class=100, **FAST)
+
+
+def test_run_checkpoint_and_export_score_the_same(run, parts, tmp_path):
+    sources = [run, run / "checkpoints" / "step-00000005", export(run, tmp_path / "out")]
+    values = [score(source, *parts, protocols=["knn"], **FAST)[0].value for source in sources]
+    assert values[0] == values[1] == values[2]
+
+
+def test_untrained_is_a_function_of_its_seed_and_leaves_the_random_state(run, tmp_path):
+    sources = run, export(run, tmp_path / "out")
+    state = torch.get_rng_state()
+    for source in sources:
+        first, again, other = (load_backbone(source, untrained=True, seed=seed).backbone for seed in (1, 1, 2))
+        assert torch.equal(first.pos_embed, again.pos_embed)
+        assert not torch.equal(first.pos_embed, other.pos_embed)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_mistakes_are_told_before_features_are_computed(run, parts, tmp_path, monkeypatch):
+    monkeypatch.setattr("selfvil.evaluate.score.extract", None)  # calling it would be a TypeError
+    train, test = parts
+    (tmp_path / "flat").mkdir()
+    Image.new("L", (8, 8)).save(tmp_path / "flat" / "a.png")
+    pack(str(tmp_path / "flat"), tmp_path / "unlabelled", workers=1)
+    unlabelled = str(tmp_path / "unlabelled")
+    exported = export(run, tmp_path / "out")
+    for arguments, options, message in [
+        ((run, train, test), {"protocols": ["svm"]}, "no protocol 'svm'; choose of: knn, linear"),
+        ((tmp_path / "no", train, test), {}, "no folder"),
+        ((run, train, str(tmp_path / "none-*.tar")), {}, "none-"),
+        ((run, train, unlabelled), {}, "have no label"),
+        ((run, unlabelled, test), {}, "have no label"),
+        ((run, train, train), {}, "the same images"),
+        ((run, train, test), {"readout": "middle"}, "no readout 'middle'"),
+        ((run, train, test), {"network": "teacher"}, "no network 'teacher'; choose one of: student"),
+        ((exported, train, test), {"network": "teacher"}, "holds one network"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            score(*arguments, **options, **FAST)
+
+
+def test_real_images(run, shared_data, caplog):
+    """Colour photographs through a network for grey ones: decoded to its channels, and better than chance by pixels."""
+    cifar = shared_data / "cifar10"
+    with caplog.at_level(logging.WARNING):
+        rows = score(
+            run, str(cifar / "cifar10-test-000000.tar"), str(cifar / "cifar10-test-000001.tar"), protocols=["knn"],
+            baselines=True, **FAST,
+        )  # fmt: skip
+    assert (rows[0].train_images, rows[0].test_images) == (5000, 5000)
+    assert {row.network: row.value > 12 for row in rows}["raw pixels"]
