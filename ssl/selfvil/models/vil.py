@@ -276,7 +276,7 @@ def resample_positions(pos_embed: Tensor, grid: Grid) -> Tensor:
 # published modules, then these brought to ours.
 _PUBLISHED_NAMES = [
     (r"\.xlstm\.", ".layer."),
-    (r"^xlstm\.", ""),
+    (r"xlstm\.", ""),
     (r"\.xlstm_norm\.", ".norm."),
     (r"\.conv1d\.", ".conv."),
     (r"^post_blocks_norm\.", "norm."),

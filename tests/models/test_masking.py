@@ -1,0 +1,126 @@
+"""Tokens dropped, grid kept."""
+
+import pytest
+import timm
+import torch
+
+from selfvil.errors import UserError
+from selfvil.models import VisionLSTM
+from selfvil.models.masking import encode_kept, gather_tokens, keep_from_noise, scatter_tokens, token_grid
+
+
+def small_vil(**settings):
+    settings = {"img_size": (24, 16), "patch_size": 4, "embed_dim": 16, "depth": 2, "num_classes": 0, **settings}
+    return VisionLSTM(**settings).double().eval()
+
+
+def small_vit(**settings):
+    settings = {"img_size": (24, 16), "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2, **settings}
+    return timm.models.VisionTransformer(num_classes=0, **settings).double().eval()
+
+
+IMAGES = (3, 3, 24, 16)
+NUM_TOKENS = 24
+
+
+def random_keep(num_keep, batch=IMAGES[0]):
+    return keep_from_noise(torch.rand(batch, NUM_TOKENS), num_keep)
+
+
+def test_the_least_noise_is_kept_in_order():
+    noise = torch.tensor([[0.3, 0.1, 0.9, 0.2], [0.5, 0.5, 0.5, 0.5]])
+    assert keep_from_noise(noise, 2).tolist() == [[1, 3], [0, 1]]
+    assert keep_from_noise(noise, 4).tolist() == [[0, 1, 2, 3]] * 2
+    keep = random_keep(7)
+    assert keep.dtype == torch.int64
+    assert (keep.diff(dim=1) > 0).all()
+
+
+@pytest.mark.parametrize("fill_shape", [(), (5,), (1, 1, 5), (1, 24, 5), (3, 24, 5)])
+def test_scatter_puts_tokens_back_and_gradients_go_to_both(fill_shape):
+    keep = random_keep(6)
+    x = torch.randn(3, 6, 5, dtype=torch.float64, requires_grad=True)
+    fill = torch.randn(fill_shape, dtype=torch.float64, requires_grad=True)
+    full = scatter_tokens(x, keep, fill, NUM_TOKENS)
+    assert torch.equal(gather_tokens(full, keep), x)
+
+    expected = fill.expand(3, NUM_TOKENS, 5).clone()
+    for image, ids in enumerate(keep.tolist()):
+        for row, token in enumerate(ids):
+            expected[image, token] = x[image, row]
+    assert torch.equal(full, expected)
+    weight = torch.randn_like(full)
+    for a, b in zip(torch.autograd.grad(full, (x, fill), weight), torch.autograd.grad(expected, (x, fill), weight)):
+        torch.testing.assert_close(a, b)
+
+
+def test_scatter_follows_the_dtype_of_the_tokens():
+    assert (
+        scatter_tokens(torch.ones(1, 1, 2).bfloat16(), torch.tensor([[0]]), torch.zeros(2), 3).dtype == torch.bfloat16
+    )
+
+
+@pytest.mark.parametrize("make", [small_vil, small_vit], ids=["vil", "vit"])
+def test_all_kept_is_the_dense_pass(make):
+    backbone, images = make(), torch.randn(IMAGES, dtype=torch.float64)
+    tokens = encode_kept(backbone, images, random_keep(NUM_TOKENS))
+    dense = backbone.forward_features(images)
+    dense = dense.flatten(1, 2) if dense.ndim == 4 else dense[:, 1:]
+    torch.testing.assert_close(tokens, dense, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("make", [small_vil, small_vit], ids=["vil", "vit"])
+def test_dropped_patches_have_no_say(make):
+    backbone, images, keep = make(), torch.randn(IMAGES, dtype=torch.float64), random_keep(6)
+    images.requires_grad_()
+    encode_kept(backbone, images, keep).square().sum().backward()
+    patches = images.grad.unfold(2, 4, 4).unfold(3, 4, 4).abs().sum((1, 4, 5)).flatten(1)  # (B, N)
+    kept = torch.zeros(3, NUM_TOKENS, dtype=torch.bool).scatter_(1, keep, True)
+    assert (patches[kept] > 0).all()
+    assert (patches[~kept] == 0).all()
+
+
+def test_the_grid_is_kept():
+    """The same six patches, further apart on the grid, are not the same to the convolution or to the positions."""
+    backbone = small_vil()
+    torch.nn.init.zeros_(backbone.pos_embed)
+    x = torch.randn(1, NUM_TOKENS, 16, dtype=torch.float64)
+    close, apart = torch.tensor([[0, 1, 2]]), torch.tensor([[0, 10, 21]])
+    x[:, apart[0]] = x[:, close[0]]
+    assert not torch.allclose(
+        backbone.forward_tokens(x, (6, 4), close), backbone.forward_tokens(x, (6, 4), apart), atol=1e-3
+    )
+    # Where none has a neighbour, distance makes no difference.
+    lonely, lonelier = torch.tensor([[0, 10, 21]]), torch.tensor([[2, 8, 23]])
+    x[:, lonelier[0]] = x[:, lonely[0]]
+    torch.testing.assert_close(
+        backbone.forward_tokens(x, (6, 4), lonely), backbone.forward_tokens(x, (6, 4), lonelier), rtol=1e-12, atol=1e-12
+    )
+
+
+def test_registers_of_a_vit_go_through_and_come_off():
+    backbone = small_vit(reg_tokens=2, dynamic_img_size=True)
+    assert encode_kept(backbone, torch.randn(IMAGES, dtype=torch.float64), random_keep(5)).shape == (3, 5, 16)
+
+
+@pytest.mark.parametrize("make", [small_vil, small_vit], ids=["vil", "vit"])
+def test_checkpointed_blocks_give_the_same(make):
+    backbone, images, keep = make(), torch.randn(IMAGES, dtype=torch.float64), random_keep(5)
+    expected = torch.autograd.grad(encode_kept(backbone, images, keep).square().sum(), backbone.patch_embed.proj.weight)
+    backbone.set_grad_checkpointing()
+    got = torch.autograd.grad(encode_kept(backbone, images, keep).square().sum(), backbone.patch_embed.proj.weight)
+    torch.testing.assert_close(got, expected)
+
+
+def test_token_grid_of_sizes_and_shapes():
+    assert token_grid(small_vil(), (24, 16)) == (6, 4)
+    assert token_grid(small_vil(), (2, 3, 32, 8)) == (8, 2)
+    assert token_grid(small_vit(), (24, 16)) == (6, 4)
+
+
+def test_other_architectures_are_refused():
+    resnet = timm.create_model("resnet18", num_classes=0)
+    with pytest.raises(UserError, match=r"ResNet cannot leave tokens out.*vil_\*"):
+        encode_kept(resnet, torch.randn(1, 3, 32, 32), torch.tensor([[0]]))
+    with pytest.raises(UserError, match="ResNet cannot leave tokens out"):
+        token_grid(resnet, (32, 32))

@@ -1,0 +1,165 @@
+"""Our backbone against the published network (NX-AI/vision-lstm): the same function, the same gradients."""
+
+import os
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+
+from selfvil.models.vil import VisionLSTM, checkpoint_filter_fn, resample_positions
+
+VALUES = Path(__file__).with_name("published_v2.safetensors")
+PARAMETERS = {
+    "vil_tiny_patch16_224": 6_390_760,
+    "vil_small_patch16_224": 23_397_160,
+    "vil_base_patch16_224": 89_260_456,
+}
+
+
+@pytest.fixture(scope="module")
+def published():
+    """The published package, from the checkout that SELFVIL_PUBLISHED_VIL names."""
+    folder = os.environ.get("SELFVIL_PUBLISHED_VIL")
+    if not folder:
+        pytest.skip("SELFVIL_PUBLISHED_VIL does not name a checkout of NX-AI/vision-lstm")
+    sys.path.insert(0, folder)
+    try:
+        return pytest.importorskip("vision_lstm")
+    finally:
+        sys.path.remove(folder)
+
+
+def relative_error(got, expected):
+    return ((got.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+def gradients(model, images, weight):
+    images = images.clone().requires_grad_()
+    output = model(images)
+    (output * weight).sum().backward()
+    return output.detach(), images.grad, {name: p.grad for name, p in model.named_parameters()}
+
+
+def worst_gradient(ours, published, model):
+    """Names and layout of gradients change just as those of parameters do: the filter is linear."""
+    published = checkpoint_filter_fn(published, model)
+    assert set(ours) == set(published)
+    return max(relative_error(ours[name], published[name]) for name in ours)
+
+
+def test_stored_outputs_and_gradients():
+    values = load_file(VALUES)
+    parameters = {name.removeprefix("parameter/"): v for name, v in values.items() if name.startswith("parameter/")}
+    expected = {name.removeprefix("gradient/"): v for name, v in values.items() if name.startswith("gradient/")}
+
+    model = VisionLSTM(img_size=(16, 12), patch_size=4, num_classes=5, embed_dim=8, depth=1, fc_norm=True)
+    model.load_state_dict(checkpoint_filter_fn(parameters, model))
+    output, d_images, grads = gradients(model.double(), values["images"].double(), values["weight"].double())
+    assert relative_error(output, values["output"]) < 1e-10
+    assert relative_error(d_images, values["d_images"]) < 1e-10
+    assert worst_gradient(grads, expected, model) < 1e-10
+
+
+@pytest.mark.parametrize("fc_norm", [False, True])
+@pytest.mark.parametrize(
+    ("dim", "depth", "image", "patch_size", "global_pool"),
+    [
+        (32, 2, (3, 32, 32), 8, "bilateral_concat"),
+        (64, 3, (1, 24, 40), 4, "bilateral_concat"),
+        (192, 1, (3, 112, 160), 16, "bilateral_avg"),
+    ],
+)
+def test_outputs_and_gradients(published, dim, depth, image, patch_size, global_pool, fc_norm):
+    theirs = published.VisionLSTM2(
+        dim=dim,
+        depth=depth,
+        input_shape=image,
+        patch_size=patch_size,
+        output_shape=(7,),
+        legacy_norm=fc_norm,
+        pooling={"bilateral_concat": "bilateral_flatten"}.get(global_pool, global_pool),
+    )
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.add_(torch.randn_like(parameter) / 10)
+    ours = VisionLSTM(
+        img_size=image[1:],
+        patch_size=patch_size,
+        in_chans=image[0],
+        num_classes=7,
+        embed_dim=dim,
+        depth=depth,
+        global_pool=global_pool,
+        fc_norm=fc_norm,
+    )
+    ours.load_state_dict(checkpoint_filter_fn(theirs.state_dict(), ours))
+
+    images, weight = torch.randn(2, *image), torch.randn(2, 7)
+    exact = gradients(theirs.double(), images.double(), weight.double())
+    for dtype, output_tolerance, gradient_tolerance in ((torch.float32, 1e-5, 5e-5), (torch.float64, 1e-10, 1e-10)):
+        ours.to(dtype).zero_grad()
+        output, d_images, grads = gradients(ours, images.to(dtype), weight.to(dtype))
+        assert relative_error(output, exact[0]) < output_tolerance
+        assert relative_error(d_images, exact[1]) < gradient_tolerance
+        assert worst_gradient(grads, exact[2], ours) < gradient_tolerance
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_sizes_are_the_published_ones(name):
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_sizes_equal_those_of_the_checkout(published, name):
+    with torch.device("meta"):
+        ours = timm.create_model(name)
+        theirs = published.VisionLSTM2(dim=ours.embed_dim, depth=len(ours.blocks))
+    assert sum(p.numel() for p in theirs.parameters()) == PARAMETERS[name]
+
+
+def test_finer_positions_are_interpolated_as_published(published):
+    old = published.VisionLSTM2(dim=16, depth=1, input_shape=(3, 32, 32), patch_size=8)
+    new = published.VisionLSTM2(dim=16, depth=1, input_shape=(3, 64, 48), patch_size=8)
+    new.load_state_dict(old.state_dict())
+    torch.testing.assert_close(resample_positions(old.pos_embed.embed, (8, 6)), new.pos_embed.embed)
+
+
+def test_the_published_files_load():
+    """The files name things otherwise than the published modules do, count single blocks, and wrap it all."""
+    model = VisionLSTM(img_size=16, patch_size=4, num_classes=3, embed_dim=8, depth=2, fc_norm=True)
+    in_file = {}
+    for name, value in model.state_dict().items():
+        name = re.sub(
+            r"^blocks\.(\d+)\.(first|second)\.", lambda m: f"xlstm.blocks.{2 * int(m[1]) + (m[2] == 'second')}.", name
+        )
+        name = re.sub(r"\.norm\.(?=weight|bias)", ".xlstm_norm.", name)
+        name = re.sub(r"\.layer\.(igate|fgate|outnorm)", r".layer.mlstm_cell.\1", name)
+        name = name.replace(".layer.", ".xlstm.").replace(".conv.", ".conv1d.").replace(".skip", ".learnable_skip")
+        name = re.sub("^norm", "xlstm.post_blocks_norm", name)
+        name = re.sub("^head", "head.1", name)
+        name = re.sub("^fc_norm", "head.0", name)
+        in_file["pos_embed.embed" if name == "pos_embed" else name] = torch.randn_like(value)
+    assert "xlstm.blocks.3.xlstm.mlstm_cell.igate.weight" in in_file
+
+    model.load_state_dict(checkpoint_filter_fn({"state_dict": in_file}, model))
+    loaded = model.state_dict()
+    for ours, theirs in {
+        "blocks.1.second.layer.q_proj.weight": "xlstm.blocks.3.xlstm.q_proj.weight",
+        "blocks.1.first.norm.weight": "xlstm.blocks.2.xlstm_norm.weight",
+        "blocks.0.first.layer.conv.weight": "xlstm.blocks.0.xlstm.conv1d.weight",
+        "norm.bias": "xlstm.post_blocks_norm.bias",
+        "fc_norm.weight": "head.0.weight",
+        "head.bias": "head.1.bias",
+        "pos_embed": "pos_embed.embed",
+    }.items():
+        assert torch.equal(loaded[ours], in_file[theirs])
+
+    finer = VisionLSTM(img_size=32, patch_size=4, num_classes=3, embed_dim=8, depth=2)  # no fc_norm, another grid
+    finer.load_state_dict(checkpoint_filter_fn({"state_dict": in_file}, finer))
+    assert torch.equal(finer.pos_embed, resample_positions(in_file["pos_embed.embed"], (8, 8)))

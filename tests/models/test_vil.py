@@ -1,0 +1,244 @@
+"""The backbone as a timm model."""
+
+import json
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from timm.models import group_parameters
+
+from selfvil.models import VisionLSTM
+from selfvil.models.vil import checkpoint_filter_fn, resample_positions
+
+NAMES = ["vil_nano_patch4_32", "vil_tiny_patch16_224", "vil_small_patch16_224", "vil_base_patch16_224"]
+
+
+def small(**settings):
+    settings = {"img_size": 32, "patch_size": 4, "num_classes": 10, "embed_dim": 32, "depth": 3, **settings}
+    return VisionLSTM(**settings).eval()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_name_makes_a_model(name):
+    assert name in timm.list_models("vil_*")
+    with torch.device("meta"):
+        model = timm.create_model(name)
+        images = torch.empty(2, *model.default_cfg["input_size"])
+        features = model.forward_features(images)
+        assert features.shape == (2, *model.grid_size, model.num_features)
+        assert model.forward_head(features, pre_logits=True).shape == (2, model.head_hidden_size)
+        assert model(images).shape == (2, model.num_classes)
+    assert model.head_hidden_size == 2 * model.num_features
+
+
+@pytest.mark.parametrize("name", NAMES[1:])
+def test_pretrained_names_point_at_the_published_files(name):
+    config = timm.get_pretrained_cfg(name)
+    assert config.url.startswith("https://ml.jku.at/research/vision_lstm/download/vil2_")
+    assert config.num_classes == 1000
+
+
+@pytest.mark.parametrize("image", [(32, 32), (16, 48), (8, 4), (40, 36)])
+def test_any_grid_will_do(image):
+    assert small()(torch.randn(2, 3, *image)).shape == (2, 10)
+    features = small().forward_features(torch.randn(2, 3, *image))
+    assert features.shape == (2, image[0] // 4, image[1] // 4, 32)
+
+
+def test_an_image_that_patches_do_not_divide_is_refused():
+    with pytest.raises(AssertionError, match="divisible by patch size"):
+        small()(torch.randn(1, 3, 30, 32))
+
+
+@pytest.mark.parametrize("in_chans", [1, 4, 13])
+def test_any_number_of_channels_will_do(in_chans):
+    assert small(in_chans=in_chans)(torch.randn(1, in_chans, 32, 32)).shape == (1, 10)
+
+
+def test_rectangular_patches():
+    model = small(img_size=(24, 32), patch_size=(4, 8))
+    assert model.grid_size == (6, 4)
+    assert model(torch.randn(1, 3, 24, 32)).shape == (1, 10)
+
+
+@pytest.mark.parametrize(
+    ("global_pool", "expected"),
+    [
+        ("bilateral_concat", lambda x: torch.cat([x[:, 0, 0], x[:, -1, -1]], dim=1)),
+        ("bilateral_avg", lambda x: (x[:, 0, 0] + x[:, -1, -1]) / 2),
+        ("avg", lambda x: x.mean((1, 2))),
+        ("", lambda x: x),
+    ],
+)
+def test_poolings(global_pool, expected):
+    model = small(global_pool=global_pool)
+    x = model.forward_features(torch.randn(2, 3, 16, 24))
+    torch.testing.assert_close(model.forward_head(x, pre_logits=True), expected(x))
+    assert model.forward_head(x, pre_logits=True).shape[-1] == model.head_hidden_size
+    assert model.forward_head(x).shape[-1] == 10
+
+
+def test_an_unknown_pooling_names_the_choices():
+    with pytest.raises(ValueError, match=r"'bilateral_concat', 'bilateral_avg', 'avg', ''"):
+        small(global_pool="token")
+
+
+def test_classifier_can_be_exchanged():
+    model = small(fc_norm=True)
+    model.reset_classifier(3)
+    assert model(torch.randn(1, 3, 32, 32)).shape == (1, 3)
+    assert isinstance(model.fc_norm, torch.nn.LayerNorm)
+    model.reset_classifier(4, "avg")
+    assert model.get_classifier().weight.shape == (4, 32)
+    assert isinstance(model.fc_norm, torch.nn.Identity)
+    model.reset_classifier(0)
+    assert model(torch.randn(1, 3, 32, 32)).shape == (1, 32)
+    assert model.num_classes == 0
+
+
+def test_positions_on_another_grid():
+    positions = torch.randn(1, 4, 6, 8, dtype=torch.float64)
+    assert resample_positions(positions, (4, 6)) is positions
+    grown = resample_positions(positions, (8, 6))
+    expected = F.interpolate(positions.permute(0, 3, 1, 2), (8, 6), mode="bicubic").permute(0, 2, 3, 1)
+    torch.testing.assert_close(grown, expected)
+    assert grown.dtype == torch.float64
+    constant = torch.full((1, 8, 8, 2), 3.0)
+    torch.testing.assert_close(resample_positions(constant, (3, 5)), torch.full((1, 3, 5, 2), 3.0))
+    # Smoothed where it shrinks: a checkerboard has no trace left at half the size.
+    board = (torch.arange(16).view(16, 1) + torch.arange(16)).remainder(2).float().view(1, 16, 16, 1)
+    assert (resample_positions(board, (8, 8)) - 0.5)[:, 2:-2, 2:-2].abs().max() < 0.05
+
+
+def test_set_input_size_keeps_the_function():
+    model, images = small(), torch.randn(1, 3, 48, 16)
+    before = model(images)
+    model.set_input_size((48, 16))
+    assert model.grid_size == (12, 4)
+    assert model.pos_embed.shape == (1, 12, 4, 32)
+    torch.testing.assert_close(model(images), before)
+    model.set_input_size(64, patch_size=8)
+    assert model.grid_size == (8, 8)
+    assert model(torch.randn(1, 3, 64, 64)).shape == (1, 10)
+
+
+def test_state_dict_survives_a_file_and_another_grid(tmp_path):
+    model, images = small(fc_norm=True, init_values=0.1), torch.randn(2, 3, 32, 32)
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    state = load_file(tmp_path / "model.safetensors")
+    twin = small(fc_norm=True, init_values=0.1)
+    twin.load_state_dict(checkpoint_filter_fn(state, twin))
+    torch.testing.assert_close(twin(images), model(images), rtol=0, atol=0)
+
+    finer = small(fc_norm=True, init_values=0.1, img_size=(48, 32))
+    finer.load_state_dict(checkpoint_filter_fn(state, finer))
+    images = torch.randn(2, 3, 48, 32)
+    torch.testing.assert_close(finer(images), model(images))
+
+
+def test_timm_loads_it_from_a_folder(tmp_path):
+    settings = {"embed_dim": 32, "depth": 2, "in_chans": 1, "global_pool": "avg", "init_values": 1e-4, "num_classes": 0}
+    model = timm.create_model("vil_nano_patch4_32", **settings).eval()
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    config = {
+        "architecture": "vil_nano_patch4_32",
+        "num_classes": 0,
+        "model_args": settings,
+        "pretrained_cfg": {"num_classes": 0, "input_size": [1, 32, 32], "first_conv": "patch_embed.proj"},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    images = torch.randn(2, 1, 32, 32)
+    torch.testing.assert_close(loaded(images), model(images), rtol=0, atol=0)
+
+
+def test_a_pair_is_one_layer_for_layer_wise_rates():
+    model = small()
+    layers = group_parameters(model, model.group_matcher(), reverse=True)
+    assert layers["pos_embed"] == layers["patch_embed.proj.weight"] == 0
+    assert layers["blocks.0.first.norm.weight"] == layers["blocks.0.second.layer.skip"] == 1
+    assert layers["blocks.2.second.layer.proj_down.weight"] == layers["norm.weight"] == 3
+    assert layers["head.weight"] > 3
+    assert set(layers) == {name for name, _ in model.named_parameters()}
+
+
+def test_only_weights_of_maps_decay():
+    model = small(fc_norm=True, init_values=0.1)
+    decayed = {name for name, _ in model.named_parameters()} - model.no_weight_decay()
+    assert decayed == {n for n, _ in model.named_parameters() if n.endswith("weight") and "norm" not in n}
+
+
+def test_intermediates():
+    model, images = small(), torch.randn(2, 3, 32, 16)
+    final, maps = model.forward_intermediates(images)
+    torch.testing.assert_close(final, model.forward_features(images))
+    assert [m.shape for m in maps] == 3 * [(2, 32, 8, 4)]
+    last = model.forward_intermediates(
+        images, indices=1, norm=True, stop_early=True, output_fmt="NHWC", intermediates_only=True
+    )
+    torch.testing.assert_close(last[0], final)
+    first = model.forward_intermediates(images, indices=[0], stop_early=True, output_fmt="NLC", intermediates_only=True)
+    torch.testing.assert_close(first[0].transpose(1, 2).unflatten(2, (8, 4)), maps[0])
+    with pytest.raises(ValueError, match="output_fmt must be"):
+        model.forward_intermediates(images, output_fmt="CHW")
+
+    assert model.prune_intermediate_layers([0], prune_norm=True) == [0]
+    torch.testing.assert_close(model(images).permute(0, 3, 1, 2), maps[0])
+
+
+def test_features_only():
+    model = timm.create_model("vil_nano_patch4_32", features_only=True, out_indices=[0, 5])
+    assert [m.shape for m in model(torch.randn(1, 3, 32, 48))] == 2 * [(1, 96, 8, 12)]
+    assert model.feature_info.reduction() == [4, 4]
+
+
+def test_grad_checkpointing_changes_nothing():
+    model, images = small(), torch.randn(2, 3, 32, 32)
+    expected = torch.autograd.grad(model(images).square().sum(), list(model.parameters()))
+    model.set_grad_checkpointing()
+    got = torch.autograd.grad(model(images).square().sum(), list(model.parameters()))
+    torch.testing.assert_close(got, expected)
+
+
+def test_depth_scaled_init_starts_smaller():
+    plain, scaled = small(), small(depth_scaled_init=True)
+    ratio = plain.blocks[0].first.layer.proj_down.weight.std() / scaled.blocks[0].first.layer.proj_down.weight.std()
+    assert ratio.item() == pytest.approx(6, rel=0.1)
+
+
+def test_bfloat16_autocast_stays_near_float32():
+    model, images = timm.create_model("vil_nano_patch4_32", num_classes=0), torch.randn(4, 3, 32, 32)
+    weight = torch.randn(4, 192)
+
+    def run(enabled):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            output = model(images)
+        (output.float() * weight).sum().backward()
+        return output.detach().float(), {name: p.grad.clone() for name, p in model.named_parameters()}
+
+    (exact, exact_grads), (output, grads) = run(False), run(True)
+    assert (output - exact).norm() / exact.norm() < 0.02
+    for name, gradient in grads.items():
+        assert torch.isfinite(gradient).all(), name
+    together = [torch.cat([g.flatten() for g in group.values()]) for group in (grads, exact_grads)]
+    assert (together[0] - together[1]).norm() / together[1].norm() < 0.05
+
+
+def test_exports_to_a_graph():
+    model, images = small(depth=1), torch.randn(2, 3, 32, 32)
+    graph = torch.export.export(model, (images,)).module()
+    with torch.no_grad():
+        torch.testing.assert_close(graph(images), model(images))
+
+
+@pytest.mark.slow
+def test_compiles_whole():
+    model, images = small(depth=1), torch.randn(2, 3, 32, 32)
+    compiled = torch.compile(model, fullgraph=True)
+    inputs = list(model.parameters())
+    expected = torch.autograd.grad(model(images).square().sum(), inputs)
+    got = torch.autograd.grad(compiled(images).square().sum(), inputs)
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)

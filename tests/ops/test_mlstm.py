@@ -1,0 +1,180 @@
+"""The operator against the paper's equations, and against itself run the other way round."""
+
+import pytest
+import torch
+
+from selfvil.ops import mlstm
+from selfvil.ops import parallel as parallel_module
+from selfvil.ops.mlstm import BACKENDS
+
+FAST = [name for name in BACKENDS if name != "reference"]
+NAMES = ("h", "dq", "dk", "dv", "di", "df")
+
+
+def make_inputs(num_tokens, *, gates="plain", batch=2, heads=3, head_dim=5, dtype=torch.float64):
+    """q, k, v, i, f and a gradient of h. "extreme" throws a third of the gates 50 up or down.
+
+    There, all of a head's scores get one sign: a sum that happened to cancel would stand in the denominator without
+    its lower limit exp(-50), and blow up the rounding of whichever side is compared.
+    """
+    q, k, v, dh = torch.randn(4, batch, heads, num_tokens, head_dim, dtype=dtype)
+    i, f = torch.randn(2, batch, heads, num_tokens, dtype=dtype)
+    if gates == "extreme":
+        i, f = (torch.where(torch.rand_like(x) < 1 / 3, x + 50 * x.sign(), x) for x in (i, f))
+        q, k = q.abs(), k.abs() * torch.randn(batch, heads, 1, 1).sign()
+    return q, k, v, i, f, dh
+
+
+def run(inputs, **settings):
+    """Output and the five gradients."""
+    *inputs, dh = inputs
+    inputs = [x.detach().clone().requires_grad_() for x in inputs]
+    h = mlstm(*inputs, **settings)
+    return [h.detach(), *torch.autograd.grad(h, inputs, dh)]
+
+
+def assert_close(got, expected, tolerance, floor=1e-3):
+    """Relative to each norm, or to `floor` of the largest gradient's: some are zero in truth, and rounding here."""
+    floor *= max(x.norm() for x in expected[1:])
+    for name, a, b in zip(NAMES, got, expected, strict=True):
+        assert a.shape == b.shape
+        assert torch.isfinite(a).all(), name
+        error = (a - b).norm() / max(b.norm(), floor)
+        assert error < tolerance, f"{name}: relative error {error:.1e}"
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("gates", ["plain", "extreme"])
+@pytest.mark.parametrize("num_tokens", [1, 2, 7, 33, 64, 65, 131])
+def test_equals_the_reference_in_values_and_all_gradients(num_tokens, gates, reverse, backend):
+    inputs = make_inputs(num_tokens, gates=gates)
+    expected = run(inputs, reverse=reverse, backend="reference")
+    assert_close(run(inputs, reverse=reverse, backend=backend), expected, 1e-12)
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("i", [-50.0, 50.0])
+@pytest.mark.parametrize("f", [-50.0, 50.0])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_all_gates_at_an_extreme(i, f, reverse, backend):
+    q, k, v, _, _, dh = make_inputs(33)
+    # Not quite equal gates: among exactly equal maxima, the reference's choice of one is arbitrary.
+    inputs = (q, k, v, i + 0.1 * torch.randn_like(q[..., 0]), f + 0.1 * torch.randn_like(q[..., 0]), dh)
+    expected = run(inputs, reverse=reverse, backend="reference")
+    # Where all is forgotten, h = v but for eps, and those gradients are what cancelling terms leave.
+    assert_close(run(inputs, reverse=reverse, backend=backend), expected, 1e-12, floor=1)
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_nothing_overflows_where_the_gates_go_to_extremes_in_float32(backend):
+    for i in (-100.0, 100.0):
+        for f in (-100.0, 100.0):
+            q, k, v, _, _, dh = make_inputs(70, dtype=torch.float32)
+            results = run((q, k, v, torch.full_like(q[..., 0], i), torch.full_like(q[..., 0], f), dh), backend=backend)
+            assert all(torch.isfinite(x).all() for x in results), (i, f)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("num_tokens", [1, 6, 77])
+def test_reverse_is_flip_run_flip(num_tokens, backend):
+    inputs = make_inputs(num_tokens)
+    flipped = run([x.flip(2) for x in inputs], backend=backend)
+    assert_close(run(inputs, reverse=True, backend=backend), [x.flip(2) for x in flipped], 1e-12)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reverse", [False, True])
+def test_no_token_sees_what_comes_after_it(reverse, backend):
+    inputs = make_inputs(70)[:5]
+    changed = [x.clone() for x in inputs]
+    unseen = slice(0, 20) if reverse else slice(50, 70)
+    for x in changed:
+        x[:, :, unseen] += 1.0
+    seen = slice(20, 70) if reverse else slice(0, 50)
+    before, after = (mlstm(*x, reverse=reverse, backend=backend)[:, :, seen] for x in (inputs, changed))
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_equals_the_recurrence(backend):
+    """The recurrent form of the paper: matrix memory, normaliser, and a running maximum in place of a log matrix."""
+    q, k, v, i, f, _ = make_inputs(23, gates="extreme")
+    log_forget = torch.nn.functional.logsigmoid(f)
+    memory = q.new_zeros(*q.shape[:2], 5, 5)
+    normaliser, maximum = q.new_zeros(*q.shape[:2], 5), q.new_full(q.shape[:2], -torch.inf)
+    outputs = []
+    for t in range(q.shape[2]):
+        new_maximum = torch.maximum(log_forget[:, :, t] + maximum, i[:, :, t])
+        forget = torch.exp(log_forget[:, :, t] + maximum - new_maximum)
+        take = torch.exp(i[:, :, t] - new_maximum)
+        maximum = new_maximum
+        key = k[:, :, t] / 5**0.5
+        memory = forget[..., None, None] * memory + take[..., None, None] * (key[..., :, None] * v[:, :, t, None, :])
+        normaliser = forget[..., None] * normaliser + take[..., None] * key
+        numerator = (q[:, :, t, :, None] * memory).sum(-2)
+        denominator = torch.maximum((q[:, :, t] * normaliser).sum(-1).abs(), torch.exp(-maximum)) + 1e-6
+        outputs.append(numerator / denominator[..., None])
+    torch.testing.assert_close(mlstm(q, k, v, i, f, backend=backend), torch.stack(outputs, 2), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("reverse", [False, True])
+def test_gradients_by_finite_differences(reverse, backend, monkeypatch):
+    monkeypatch.setattr(parallel_module, "ROW_BLOCK", 3)
+    inputs = [x.requires_grad_() for x in make_inputs(7, batch=1, heads=2, head_dim=3)[:5]]
+    torch.autograd.gradcheck(lambda *x: mlstm(*x, reverse=reverse, backend=backend), inputs)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("row_block", [1, 5, 1000])
+def test_the_size_of_row_blocks_changes_nothing(row_block, reverse, monkeypatch):
+    inputs = make_inputs(37)
+    expected = run(inputs, reverse=reverse)
+    monkeypatch.setattr(parallel_module, "ROW_BLOCK", row_block)
+    assert_close(run(inputs, reverse=reverse), expected, 1e-12)
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_bfloat16_products_with_float32_gates(autocast, reverse, backend):
+    q, k, v, i, f, dh = make_inputs(100, head_dim=32, dtype=torch.float32)
+    # Scores as small as a network's: larger ones sum to nearly nothing now and then, and h divides by that.
+    half = [x.bfloat16() for x in (q / 3, k / 3, v)]
+    f = f + 4
+    expected = run((*(x.float() for x in half), i, f, dh), reverse=reverse, backend="reference")
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        got = run((*half, i, f, dh.bfloat16()), reverse=reverse, backend=backend)
+    assert [x.dtype for x in got] == 4 * [torch.bfloat16] + 2 * [torch.float32]
+    assert_close([x.float() for x in got], expected, 0.03)
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_autocast_does_not_lower_the_precision_of_float32_inputs(backend):
+    inputs = make_inputs(50, dtype=torch.float32)
+    expected = run([x.double() for x in inputs], backend="reference")
+    with torch.autocast("cpu", torch.bfloat16):
+        got = run(inputs, backend=backend)
+    assert_close([x.double() for x in got], expected, 1e-4)
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_heads_may_lie_interleaved_in_memory(backend):
+    inputs = make_inputs(40)
+    interleaved = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs]
+    assert_close(run(interleaved, backend=backend), run(inputs, backend=backend), 1e-14)
+
+
+def test_mistakes_are_named():
+    q, k, v, i, f, _ = make_inputs(4)
+    with pytest.raises(ValueError, match=r"choose one of: auto, reference, parallel"):
+        mlstm(q, k, v, i, f, backend="fastest")
+    with pytest.raises(ValueError, match=r"one shape \(B, H, N, D\)"):
+        mlstm(q, k[:, :, :3], v, i, f)
+    with pytest.raises(ValueError, match=r"must be \(B, H, N\) = \(2, 3, 4\)"):
+        mlstm(q, k, v, i[..., None], f)
+    with pytest.raises(ValueError, match="one floating dtype"):
+        mlstm(q, k.float(), v, i, f)
+    with pytest.raises(ValueError, match="at least 1"):
+        mlstm(q[:, :, :0], k[:, :, :0], v[:, :, :0], i[:, :, :0], f[:, :, :0])
