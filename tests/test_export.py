@@ -115,13 +115,13 @@ def test_loads_in_a_fresh_process_with_the_lines_of_the_model_card(tmp_path):
 
 def test_model_card_tells_how_it_came_about(tmp_path):
     run, *_ = make_run(tmp_path / "run")
-    (run / "scores.json").write_text(json.dumps([{"protocol": "knn", "value": 41.5}, {"protocol": "linear"}]))
+    (run / "scores.json").write_text(json.dumps([{"protocol": "k-NN", "value": 41.5, "commit": "x"}, {}]))
     out = export(run, tmp_path / "out")
     card = (out / "README.md").read_text()
     for fact in ("vil_nano_patch4_32", "teacher, one of student, teacher", "mae, mask_ratio 0.75", "20 steps",
                  "1,280 images seen", "0.03 hours", "2 x a CPU", "Seed: 3", "0123abc", "torch 2.x",
                  "4,000 without labels", "images-{000..003}.tar",
-                 "mean [0.5, 0.5, 0.5]", "| knn | 41.5 |"):  # fmt: skip
+                 "mean [0.5, 0.5, 0.5]", "|  | k-NN | 41.5 |"):  # fmt: skip
         assert fact in card
     assert (out / "recipe.yaml").read_text() == (run / "recipe.yaml").read_text()
     assert {path.name for path in out.iterdir()} == {"model.safetensors", "config.json", "README.md", "recipe.yaml"}

@@ -38,6 +38,7 @@ _FACTORY_ARGUMENTS = {
     "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir",
     "scriptable", "exportable", "no_jit",
 }  # fmt: skip
+_SCORE_COLUMNS = ["network", "protocol", "value", "deviation", "readout", "train_images", "test_images"]
 _META_KEYS = {"model", "networks", "export", "objective", "data", "seed", "samples", "seconds"}
 
 
@@ -333,13 +334,13 @@ def model_card(backbone: nn.Module, saved: Checkpoint, network: str, normalisati
 
 
 def _score_lines(scores: list[Any]) -> list[str]:
-    """A Markdown table of the rows that `selfvil eval` saved, or nothing."""
+    """A Markdown table of the rows that `selfvil eval ... --json RUN/scores.json` wrote, or nothing."""
     rows = [row for row in scores if isinstance(row, dict)]
     if not rows:
         return []
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    table = [columns, ["---"] * len(columns), *([row.get(column, "") for column in columns] for row in rows)]
-    return ["## Scores", "", *("| " + " | ".join(map(str, cells)) + " |" for cells in table), ""]
+    table = [_SCORE_COLUMNS, ["---"] * len(_SCORE_COLUMNS)]
+    table += [[str(row.get(column, "")) for column in _SCORE_COLUMNS] for row in rows]
+    return ["## Scores", "", *("| " + " | ".join(cells) + " |" for cells in table), ""]
 
 
 def _inline(settings: Mapping[str, Any]) -> str:
