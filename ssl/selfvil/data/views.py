@@ -13,7 +13,7 @@ from struct import pack
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageFilter
 from torch import Tensor
 
 Size = int | Sequence[int]
@@ -84,12 +84,15 @@ class RandomCropFlip:
         self.normalise = _Normalise(mean, std)
 
     def __call__(self, image: Image.Image) -> Tensor:
+        return self.normalise(self._crop(image), flip=random.random() < 0.5)
+
+    def _crop(self, image: Image.Image) -> Image.Image:
         left, top, width, height = self._box(*image.size)
         if (left, top, width, height) != (0, 0, *image.size):
             image = image.crop((left, top, left + width, top + height))
         if (width, height) != (self.width, self.height):
             image = image.resize((self.width, self.height), Image.Resampling.BICUBIC)
-        return self.normalise(image, flip=random.random() < 0.5)
+        return image
 
     def _box(self, width: int, height: int) -> tuple[int, int, int, int]:
         (low, high), (narrow, wide) = self.scale, map(math.log, self.ratio)
@@ -103,6 +106,85 @@ class RandomCropFlip:
         w = min(width, max(1, round(height * self.ratio[1])))
         h = min(height, max(1, round(width / self.ratio[0])))
         return (width - w) // 2, (height - h) // 2, w, h
+
+
+class DINOCrop(RandomCropFlip):
+    """A random part of the image with its colours disturbed: the augmentation of DINO (Caron et al., 2021) and BYOL.
+
+    After crop and flip: with probability 0.8 brightness, contrast, saturation and hue are changed, in random order, by
+    amounts drawn within `jitter`; with 0.2 colours become grey; with `blur`, a Gaussian of 0.1 to 2 pixels; with
+    `solarise`, values of 128 and more are inverted. Grey images (L) keep what has a meaning for them; an alpha channel
+    (RGBA) is left as the crop gives it.
+    """
+
+    def __init__(
+        self,
+        size: Size,
+        scale: tuple[float, float],
+        mean: Sequence[float],
+        std: Sequence[float],
+        *,
+        blur: float,
+        solarise: float = 0.0,
+        jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1),
+    ) -> None:
+        super().__init__(size, scale, mean, std)
+        if not (0 <= blur <= 1 and 0 <= solarise <= 1 and min(jitter) >= 0 and jitter[3] <= 0.5):
+            raise ValueError(
+                f"blur {blur} and solarise {solarise} must lie within [0, 1], jitter {jitter} above 0, hue's up to 0.5"
+            )
+        self.blur, self.solarise, self.jitter = blur, solarise, jitter
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        image = self._crop(image)
+        if image.mode == "RGBA":
+            alpha, image = image.getchannel("A"), self._disturb(image.convert("RGB"))
+            image.putalpha(alpha)
+        else:
+            image = self._disturb(image)
+        return self.normalise(image, flip=random.random() < 0.5)
+
+    def _disturb(self, image: Image.Image) -> Image.Image:
+        in_colour = image.mode == "RGB"
+        if random.random() < 0.8:
+            changes = list(zip((_brightness, _contrast, _saturation, _hue), self.jitter))[: None if in_colour else 2]
+            random.shuffle(changes)
+            for change, amount in changes:
+                image = change(image, random.uniform(-amount, amount))
+        if in_colour and random.random() < 0.2:
+            image = image.convert("L").convert("RGB")
+        if random.random() < self.blur:
+            image = image.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2.0)))
+        if random.random() < self.solarise:
+            image = image.point(_SOLARISED * len(image.getbands()))
+        return image
+
+
+# Changes of colour by an amount, 0 for none, in Pillow's arithmetic: 8 bits after every change, as published.
+
+
+def _brightness(image: Image.Image, amount: float) -> Image.Image:
+    return Image.blend(Image.new(image.mode, image.size), image, max(0.0, 1 + amount))
+
+
+def _contrast(image: Image.Image, amount: float) -> Image.Image:
+    level = int(np.asarray(image.convert("L")).mean() + 0.5)
+    uniform = Image.new("L", image.size, level).convert(image.mode)
+    return Image.blend(uniform, image, max(0.0, 1 + amount))
+
+
+def _saturation(image: Image.Image, amount: float) -> Image.Image:
+    return Image.blend(image.convert("L").convert("RGB"), image, max(0.0, 1 + amount))
+
+
+def _hue(image: Image.Image, amount: float) -> Image.Image:
+    """`amount` in turns of the colour wheel."""
+    hue, saturation, value = image.convert("HSV").split()
+    turned = Image.fromarray(np.asarray(hue) + np.uint8(int(amount * 255) % 256))  # wraps around, as hues do
+    return Image.merge("HSV", (turned, saturation, value)).convert("RGB")
+
+
+_SOLARISED = [level if level < 128 else 255 - level for level in range(256)]
 
 
 class CenterCrop:
