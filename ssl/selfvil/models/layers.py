@@ -26,8 +26,8 @@ EXPANSION = 2
 NUM_HEADS = 4
 QKV_BLOCK = 4
 """Width of the diagonal blocks that the projections to q, k and v consist of."""
-MERGED_BLOCK = 32
-"""Width of the blocks that are really multiplied: fewer products with zeros in them beat many tiny ones."""
+MERGED_BLOCK = 48
+"""Most width of the blocks that are really multiplied: fewer products with zeros in them beat many tiny ones."""
 
 
 class ResidualLayerNorm(nn.Module):
@@ -74,7 +74,7 @@ class BlockDiagonalLinear(nn.Module):
     def merged_weight(self) -> Tensor:
         """The same map with larger, partly empty blocks: (E / W, W, W), of a width W that no head's border cuts."""
         head_dim = self.bias.numel() // NUM_HEADS
-        width = math.gcd(head_dim, MERGED_BLOCK)
+        width = max(w for w in range(QKV_BLOCK, MERGED_BLOCK + 1, QKV_BLOCK) if head_dim % w == 0)
         small = self.weight.view(-1, width // QKV_BLOCK, QKV_BLOCK, QKV_BLOCK)
         diagonal = torch.diag_embed(small.permute(0, 2, 3, 1))  # (E / W, out, in, W / QKV_BLOCK, W / QKV_BLOCK)
         return diagonal.permute(0, 3, 1, 4, 2).reshape(-1, width, width)

@@ -74,17 +74,22 @@ class _MLSTM(torch.autograd.Function):
         dh = (dh / den.unsqueeze(-1)).to(q.dtype)
 
         dq = torch.empty_like(q)
-        dk, dv = torch.zeros_like(k, dtype=a.dtype), torch.zeros_like(v, dtype=a.dtype)
+        blocks = _blocks(q.shape[1], ctx.reverse)
         with _no_autocast(q):
-            for rows, cols, square in _blocks(q.shape[1], ctx.reverse):
+            for index, (rows, cols, square) in enumerate(blocks):
                 decay = _decay(a, row_max, rows, cols, square, ctx.reverse, q)
                 weights = (q[:, rows] @ k[:, cols].mT).mul_(decay)
-                _add_product(dv[:, cols], weights.mT, dh[:, rows])
                 d_scores = (dh[:, rows] @ v[:, cols].mT).sub_(d_row_sum[:, rows]).mul_(decay)
                 dq[:, rows] = d_scores @ k[:, cols]
-                _add_product(dk[:, cols], d_scores.mT, q[:, rows])
+                if index == 0:  # this block sees all columns
+                    dk, dv = d_scores.mT @ q[:, rows], weights.mT @ dh[:, rows]
+                    if len(blocks) > 1:  # sums of many products, in float32
+                        dk, dv = dk.to(a.dtype), dv.to(a.dtype)
+                else:
+                    _add_product(dk[:, cols], d_scores.mT, q[:, rows])
+                    _add_product(dv[:, cols], weights.mT, dh[:, rows])
 
-        da = (k * dk).sum(-1).scatter_add_(-1, argmax, -r * EPS / den)
+        da = (k * dk).sum(-1, dtype=a.dtype).scatter_add_(-1, argmax, -r * EPS / den)
         # 1 - EPS/den is d/den, and stays finite where the limit overflows.
         d_log_forget = torch.where(sum_rules, 0, r * (1 - EPS / den)) - da
         df = _cumsum(d_log_forget, not ctx.reverse) * torch.sigmoid(-f.to(a.dtype))
@@ -99,13 +104,13 @@ def _no_autocast(q: Tensor) -> AbstractContextManager:
 
 
 def _blocks(num_tokens: int, reverse: bool) -> list[tuple[slice, slice, slice]]:
-    """Blocks of rows of about equal size: the rows, the columns that any of them sees, and where among these columns
-    the block's own square lies, which alone needs a mask."""
+    """Blocks of rows of about equal size, the one that sees most first: its rows, the columns that any of them sees,
+    and where among these columns the block's own square lies, which alone needs a mask."""
     count = math.ceil(num_tokens / ROW_BLOCK)
-    bounds = [num_tokens * block // count for block in range(count + 1)]
+    bounds = list(pairwise(num_tokens * block // count for block in range(count + 1)))
     if reverse:
-        return [(slice(s, e), slice(s, num_tokens), slice(0, e - s)) for s, e in pairwise(bounds)]
-    return [(slice(s, e), slice(0, e), slice(s, e)) for s, e in pairwise(bounds)]
+        return [(slice(s, e), slice(s, num_tokens), slice(0, e - s)) for s, e in bounds]
+    return [(slice(s, e), slice(0, e), slice(s, e)) for s, e in reversed(bounds)]
 
 
 def _decay(a: Tensor, row_max: Tensor, rows: slice, cols: slice, square: slice, reverse: bool, q: Tensor) -> Tensor:

@@ -1,0 +1,113 @@
+"""From a backbone to what an objective compares: one vector an image, and its projection onto prototypes.
+
+Shapes: B images, P prefix tokens (class token, registers), N patches in reading order, C channels, K prototypes.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import Format, PatchEmbed
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from selfvil.errors import UserError
+from selfvil.models.pooling import avg, bilateral_concat
+from selfvil.models.vil import VisionLSTM
+
+READOUTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "bilateral_concat": lambda prefix, patches: bilateral_concat(patches),
+    "mean": lambda prefix, patches: avg(patches),
+    "first": lambda prefix, patches: patches[:, 0],
+    "last": lambda prefix, patches: patches[:, -1],
+    "cls": lambda prefix, patches: prefix[:, 0],
+}
+"""From prefix tokens (B, P, C) and patches (B, N, C) to one vector an image, (B, C) or (B, 2·C)."""
+
+
+def choose_readout(backbone: nn.Module, readout: str | None = None) -> tuple[str, int]:
+    """Name and width of a readout for `backbone`; for None, the one its architecture is made for.
+
+    A Vision-LSTM reads from both ends, so its first and last token have seen the whole image; a ViT has a class token.
+    Raises UserError for an unknown readout, or one whose token the backbone lacks.
+    """
+    has_class_token = getattr(backbone, "cls_token", None) is not None
+    if readout is None:
+        is_vil = isinstance(backbone, VisionLSTM)
+        readout = "bilateral_concat" if is_vil else "cls" if has_class_token else "mean"
+    usable = [name for name in READOUTS if name != "cls" or has_class_token]
+    if readout not in usable:
+        raise UserError(
+            f"objective.readout = {readout!r} is not possible with {type(backbone).__name__}; "
+            f"choose one of: {', '.join(usable)}"
+        )
+    dim = int(backbone.embed_dim)  # type: ignore[arg-type]  # a number, in timm
+    return readout, 2 * dim if readout == "bilateral_concat" else dim
+
+
+def read_out(backbone: nn.Module, images: Tensor, readout: str) -> Tensor:
+    """Images (B, in_chans, H·P, W·P) to vectors (B, C) or (B, 2·C), after the backbone's final norm."""
+    features = backbone.forward_features(images)  # type: ignore[operator]  # every timm model has it
+    if features.ndim == 4:
+        features = features.flatten(1, 2)
+    prefix, patches = features.tensor_split([int(backbone.num_prefix_tokens)], dim=1)  # type: ignore[arg-type]
+    return READOUTS[readout](prefix, patches)
+
+
+def take_any_size(backbone: nn.Module) -> None:
+    """Let `backbone` take images of any size that its patches divide, with positions resampled to their grid.
+
+    A `VisionLSTM` does so by itself. One of timm's plain vision transformers is changed to what `dynamic_img_size=True`
+    would have made of it; its parameters stay the same. Raises UserError for any other architecture.
+    """
+    if isinstance(backbone, VisionLSTM):
+        return
+    embed: Any = getattr(backbone, "patch_embed", None)
+    if not isinstance(backbone, VisionTransformer) or not isinstance(embed, PatchEmbed):
+        raise UserError(
+            f"{type(backbone).__name__} cannot take crops of several sizes: use a vil_* model or one of timm's plain "
+            f"vision transformers (vit_*)"
+        )
+    backbone.dynamic_img_size = True  # type: ignore[misc]  # final for TorchScript alone
+    embed.strict_img_size, embed.flatten, embed.output_fmt = False, False, Format.NHWC
+
+
+class ProjectionHead(nn.Module):
+    """Three linear layers down to a bottleneck, and its cosine with K prototypes (Caron et al., "DINO", 2021, app. C).
+
+    With `norm_last_layer` all prototypes have length 1; without, lengths are learned: better and less stable, the
+    authors say. The normalisation is written out because torch's old `weight_norm`, on which lightly's head rests,
+    does not let itself be deep-copied into a teacher.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        *,
+        hidden_dim: int = 2048,
+        bottleneck_dim: int = 256,
+        norm_last_layer: bool = True,
+    ) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(in_dim, hidden_dim), nn.GELU(),
+            nn.Linear(hidden_dim, hidden_dim), nn.GELU(),
+            nn.Linear(hidden_dim, bottleneck_dim),
+        )  # fmt: skip
+        self.last_layer = nn.Parameter(torch.empty(out_dim, bottleneck_dim))
+        self.last_layer_length = nn.Parameter(torch.ones(out_dim, 1), requires_grad=not norm_last_layer)
+        for module in self.mlp:
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+        # As torch starts a linear layer: its scale is not seen in the output, but sets how far a step turns the rows.
+        nn.init.kaiming_uniform_(self.last_layer, a=math.sqrt(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Vectors (B, D) to logits (B, K): cosines, from -1 to 1, times the prototypes' lengths."""
+        x = F.normalize(self.mlp(x).float(), dim=-1)
+        prototypes = F.normalize(self.last_layer.float(), dim=-1) * self.last_layer_length
+        return F.linear(x, prototypes)
