@@ -1,0 +1,205 @@
+"""Speed of the backbone, beside the published network and a vision transformer of the same width.
+
+    python benchmarks/backbone.py --published ../vision-lstm --rounds 10 --json benchmarks/results/backbone.json
+
+Each round times every network once, in turn, so that whatever else the machine does hits all of them alike; what is
+reported is the median over the rounds, and of the ratios within each round with their quartiles. The published network
+(a checkout of NX-AI/vision-lstm, needs einops) runs with our parameters, and first both must give the same scores.
+Masked training drops three quarters of the tokens, as MAE does; the published network cannot do that.
+"""
+
+import argparse
+import datetime
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import timm
+import torch
+from torch import Tensor, nn
+
+import selfvil
+from selfvil.models.masking import encode_kept, keep_from_noise, token_grid
+from selfvil.models.vil import VisionLSTM, checkpoint_filter_fn
+
+OURS = "ours"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="vil_tiny_patch16_224", help="our model's name in timm")
+    parser.add_argument("--vit", default="vit_tiny_patch16_224", help="timm's transformer to compare with; '' for none")
+    parser.add_argument("--published", type=Path, help="checkout of NX-AI/vision-lstm to compare with")
+    parser.add_argument("--img-size", type=int, default=224)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtypes", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
+    parser.add_argument("--modes", nargs="+", default=list(MODES), choices=list(MODES))
+    parser.add_argument("--json", type=Path, help="file to write the figures to")
+    args = parser.parse_args()
+
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    images = torch.randn(args.batch, 3, args.img_size, args.img_size, device=args.device)
+    models = build_models(args)
+    if "published" in models:
+        check_equal(models, images)
+
+    rows = []
+    for dtype in args.dtypes:
+        for mode in args.modes:
+            steps = {
+                name: make_step(MODES[mode], model, images, dtype)
+                for name, model in models.items()
+                if not (mode == "masked training" and name == "published")
+            }
+            rows += measure(steps, args, dtype, mode)
+    print_table(rows, args)
+    if args.json:
+        record = {"about": about(args), "rows": rows}
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(record, indent=2) + "\n")
+
+
+def build_models(args: argparse.Namespace) -> dict[str, nn.Module]:
+    ours = timm.create_model(args.model, img_size=args.img_size)
+    models: dict[str, nn.Module] = {OURS: ours}
+    if args.published:
+        sys.path.insert(0, str(args.published))
+        from vision_lstm import VisionLSTM2
+
+        models["published"] = VisionLSTM2(
+            dim=ours.embed_dim,
+            depth=len(ours.blocks),
+            input_shape=(3, args.img_size, args.img_size),
+            patch_size=ours.patch_embed.patch_size,
+            output_shape=(ours.num_classes,),
+        )
+    if args.vit:
+        models[args.vit] = timm.create_model(args.vit, img_size=args.img_size)
+    return {name: model.to(args.device) for name, model in models.items()}
+
+
+def check_equal(models: dict[str, nn.Module], images: Tensor) -> None:
+    """Give our network the published one's parameters, and stop unless both then compute the same."""
+    ours, published = models[OURS], models["published"]
+    assert isinstance(ours, VisionLSTM)
+    nn.init.normal_(published.head.weight, std=0.02)  # all but zero at first
+    ours.load_state_dict(checkpoint_filter_fn(published.state_dict(), ours))
+    with torch.no_grad():
+        got, expected = ours(images), published(images)
+    error = ((got - expected).norm() / expected.norm()).item()
+    print(f"scores of ours and the published network differ by {error:.1e} (relative norm, float32)")
+    if not error < 1e-4:
+        sys.exit("they do not compute the same function: no timing would mean anything")
+
+
+def infer(model: nn.Module, images: Tensor, keep: Tensor) -> None:
+    with torch.no_grad():
+        model(images)
+
+
+def train(model: nn.Module, images: Tensor, keep: Tensor) -> None:
+    model(images).float().square().mean().backward()
+
+
+def train_masked(model: nn.Module, images: Tensor, keep: Tensor) -> None:
+    encode_kept(model, images, keep).float().square().mean().backward()
+
+
+MODES: dict[str, Callable[[nn.Module, Tensor, Tensor], None]] = {
+    "inference": infer,
+    "training": train,
+    "masked training": train_masked,
+}
+
+
+def make_step(function: Callable, model: nn.Module, images: Tensor, dtype: str) -> Callable[[], None]:
+    """One step without arguments: forward, and backward where `function` has one. No optimizer: it is the same."""
+    rows, cols = token_grid(model, images.shape) if function is train_masked else (2, 2)
+    keep = keep_from_noise(torch.rand(len(images), rows * cols, device=images.device), rows * cols // 4)
+
+    def step() -> None:
+        model.train(function is not infer)
+        model.zero_grad(set_to_none=True)
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=dtype == "bf16"):
+            function(model, images, keep)
+        if images.is_cuda:
+            torch.cuda.synchronize()
+
+    return step
+
+
+def measure(steps: dict[str, Callable[[], None]], args: argparse.Namespace, dtype: str, mode: str) -> list[dict]:
+    for step in steps.values():
+        step()  # the first one allocates, and chooses kernels
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(args.rounds):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            seconds[name].append(time.perf_counter() - start)
+    rows = []
+    for name, times in seconds.items():
+        ratios = [other / ours for other, ours in zip(times, seconds[OURS], strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else 3 * ratios
+        rows.append(
+            {
+                "dtype": dtype,
+                "mode": mode,
+                "network": name,
+                "images_per_s": args.batch / statistics.median(times),
+                "time_over_ours": {"median": middle, "quartiles": [low, high]},
+                "seconds": times,
+            }
+        )
+    return rows
+
+
+def print_table(rows: list[dict], args: argparse.Namespace) -> None:
+    print(f"{args.model}, {args.img_size} px, batch {args.batch}, {args.device}, {args.threads} threads")
+    print(f"{'':5} {'':16} {'network':22} {'images/s':>9}   time over ours: median [quartiles]")
+    for row in rows:
+        ratio, (low, high) = row["time_over_ours"]["median"], row["time_over_ours"]["quartiles"]
+        print(
+            f"{row['dtype']:5} {row['mode']:16} {row['network']:22} {row['images_per_s']:9.2f}"
+            f"   {ratio:.2f} [{low:.2f}, {high:.2f}]"
+        )
+
+
+def about(args: argparse.Namespace) -> dict:
+    """What a reader needs to judge the figures, or to take them again."""
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    return {
+        "date": datetime.date.today().isoformat(),
+        "command": " ".join(["python", "benchmarks/backbone.py", *sys.argv[1:]]),
+        "device": torch.cuda.get_device_name() if args.device.startswith("cuda") else processor(),
+        "threads": args.threads,
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "selfvil": selfvil.__version__,
+        "commit": commit.stdout.strip() or None,
+    }
+
+
+def processor() -> str:
+    """The processor's name, and whether it multiplies bfloat16 by itself."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    fields = dict(line.split(":", 1) for line in lines if ":" in line)
+    fields = {name.strip(): value.strip() for name, value in fields.items()}
+    bf16 = [flag for flag in ("avx512_bf16", "amx_bf16") if flag in fields.get("flags", "").split()]
+    return " ".join([fields.get("model name", platform.machine()), *bf16])
+
+
+if __name__ == "__main__":
+    main()
