@@ -138,12 +138,13 @@ def test_state_dict_survives_a_file_and_another_grid(tmp_path):
     torch.testing.assert_close(finer(images), model(images))
 
 
-def test_timm_loads_it_from_a_folder(tmp_path):
-    settings = {"embed_dim": 32, "depth": 2, "in_chans": 1, "global_pool": "avg", "init_values": 1e-4, "num_classes": 0}
-    model = timm.create_model("vil_nano_patch4_32", **settings).eval()
+@pytest.mark.parametrize("name", ["vil_nano_patch4_32", "vil_tiny_patch16_224"])
+def test_timm_loads_it_from_a_folder(name, tmp_path):
+    settings = {"img_size": 32, "embed_dim": 32, "depth": 2, "in_chans": 1, "init_values": 1e-4, "num_classes": 0}
+    model = timm.create_model(name, **settings).eval()
     save_file(model.state_dict(), tmp_path / "model.safetensors")
     config = {
-        "architecture": "vil_nano_patch4_32",
+        "architecture": name,
         "num_classes": 0,
         "model_args": settings,
         "pretrained_cfg": {"num_classes": 0, "input_size": [1, 32, 32], "first_conv": "patch_embed.proj"},
@@ -152,6 +153,23 @@ def test_timm_loads_it_from_a_folder(tmp_path):
     loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
     images = torch.randn(2, 1, 32, 32)
     torch.testing.assert_close(loaded(images), model(images), rtol=0, atol=0)
+
+
+def test_published_weights_bring_their_norm_and_take_new_classes_and_channels(tmp_path):
+    name, settings = "vil_tiny_patch16_224", {"embed_dim": 32, "depth": 2}
+    model = timm.create_model(name, fc_norm=True, **settings)
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    settings["pretrained_cfg_overlay"] = {"file": str(tmp_path / "model.safetensors")}
+
+    loaded = timm.create_model(name, pretrained=True, **settings)
+    assert all(
+        torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), model.state_dict().values(), strict=True)
+    )
+    changed = timm.create_model(name, pretrained=True, num_classes=5, in_chans=1, img_size=64, **settings)
+    assert torch.equal(changed.fc_norm.weight, model.fc_norm.weight)
+    assert changed(torch.randn(1, 1, 64, 64)).shape == (1, 5)
+    averaged = timm.create_model(name, pretrained=True, num_classes=0, global_pool="avg", **settings)
+    assert isinstance(averaged.fc_norm, torch.nn.Identity)
 
 
 def test_a_pair_is_one_layer_for_layer_wise_rates():

@@ -223,8 +223,8 @@ class VisionLSTM(nn.Module):
         if isinstance(img_size, int):
             img_size = (img_size, img_size)
         self.patch_embed.set_input_size(img_size=img_size, patch_size=patch_size)
-        with torch.no_grad():
-            self.pos_embed = nn.Parameter(resample_positions(self.pos_embed, self.grid_size).clone())
+        resampled = resample_positions(self.pos_embed.detach(), self.grid_size).clone()
+        self.pos_embed = nn.Parameter(resampled, requires_grad=self.pos_embed.requires_grad)
 
     def get_classifier(self) -> nn.Module:
         return self.head
@@ -360,8 +360,10 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> VisionLSTM:
 
 
 def _create_published(variant: str, pretrained: bool, **kwargs: Any) -> VisionLSTM:
-    # The published weights were trained with a norm after Bilateral Concat; new networks go without.
-    has_norm = pretrained and kwargs.get("global_pool", "bilateral_concat") == "bilateral_concat"
+    # The published weights were trained with a norm after Bilateral Concat; new networks go without. A configuration
+    # that is no tag of ours comes from a folder or the hub, and says itself what it needs.
+    published = pretrained and isinstance(kwargs.get("pretrained_cfg"), str | None)
+    has_norm = published and kwargs.get("global_pool", "bilateral_concat") == "bilateral_concat"
     return _create(variant, pretrained, **{"fc_norm": has_norm, **kwargs})
 
 
