@@ -23,7 +23,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 def overrides(shards: Path, out: Path, *more: str) -> list[str]:
     return [
-        f"data.train={shards}/digits-*.tar", f"run.out={out}", "data.workers=0", "run.precision=fp32",
+        f"data.train={shards}/digits-*.tar", f"run.out={out}", "data.workers=0", "run.precision=fp32", "run.threads=1",
         "model.img_size=16", "model.patch_size=4", "model.embed_dim=32", "model.depth=1",
         "objective.decoder_dim=32", "objective.decoder_depth=1",
         "optim.batch_size=40", "budget.epochs=null", "budget.samples=null", "budget.steps=12",

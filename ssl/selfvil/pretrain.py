@@ -61,7 +61,7 @@ def pretrain(recipe: Recipe) -> Summary:
     Raises:
         UserError: nothing has been overwritten; the message says what to change.
     """
-    accelerator = runtime.start(recipe.run.precision)
+    accelerator = runtime.start(recipe.run.precision, recipe.run.threads)
     is_main, world_size = accelerator.is_main_process, accelerator.num_processes
     out = Path(recipe.run.out)
     per_step = world_size * recipe.optim.accumulate
@@ -116,10 +116,6 @@ def pretrain(recipe: Recipe) -> Summary:
         accumulate=recipe.optim.accumulate, start_step=first_step, stop_step=total_steps, workers=recipe.data.workers,
         channels=recipe.model.in_chans,
     )  # fmt: skip
-
-    def state_of_the_run() -> dict[str, Any]:
-        seconds = seconds_before + time.monotonic() - began
-        return _meta(recipe, shards, objective, step, seconds)
 
     model.train()
     try:
@@ -192,9 +188,8 @@ def pretrain(recipe: Recipe) -> Summary:
                 if save_due or stopping:
                     if is_main:
                         tensors = {"objective": objective.state_dict(), "optimizer": optim.optimizer_tensors(optimizer)}
-                        checkpoint.save(
-                            out / "checkpoints", step, tensors, state_of_the_run(), recipe.run.keep_checkpoints
-                        )
+                        meta = _meta(recipe, shards, objective, step, seconds_before + time.monotonic() - began)
+                        checkpoint.save(out / "checkpoints", step, tensors, meta, recipe.run.keep_checkpoints)
                     accelerator.wait_for_everyone()
                     saved_at = step
                 if stopping and not ended:
@@ -267,6 +262,9 @@ def _claim(out: Path, recipe: Recipe, shards: Shards) -> str | None:
     if newest is None:
         log.warning("%s holds a run without a usable checkpoint: it begins again from its first step", out)
         return None
+    model = {"name": recipe.model.name, "kwargs": recipe.model.create_kwargs()}
+    if changed := differences(newest.meta["model"], model):
+        raise UserError(f"{newest.folder} is of another architecture ({'; '.join(changed)}): choose a new run.out")
     if newest.meta["data"]["fingerprint"] != shards.fingerprint:
         raise UserError(
             f"data.train = {recipe.data.train}: the shards are not those that {out} was trained on (their names, sizes "

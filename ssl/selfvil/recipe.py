@@ -157,6 +157,9 @@ class RunSection(Section):
     """Seed of initialisation, sample order, augmentation and masks."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """Arithmetic of the matrix products: bf16 autocast, or float32. Weights and optimizer are always float32."""
+    threads: int | None = Field(None, ge=1)
+    """CPU threads of each process; null leaves them to the launcher (accelerate launch counts physical cores, which on
+    a virtual machine may be half of those that help)."""
     resume: Literal["auto", "never"] = "auto"
     """auto: go on from the newest valid checkpoint in `out`, if there is one; never: `out` must be new."""
     checkpoint_every: int = Field(500, ge=1)

@@ -24,14 +24,16 @@ from selfvil.version import __version__
 T = TypeVar("T")
 
 
-def start(precision: Literal["fp32", "bf16"]) -> Accelerator:
-    """The Accelerator of this launch.
+def start(precision: Literal["fp32", "bf16"], threads: int | None = None) -> Accelerator:
+    """The Accelerator of this launch; `threads` CPU threads for each process (None: as the launcher set them).
 
     Raises:
         UserError: several processes were asked for, and each would silently have trained a run of its own.
     """
     accelerator = Accelerator(mixed_precision="bf16" if precision == "bf16" else "no")
     refuse_split_launch(os.environ, accelerator.num_processes)
+    if threads is not None:
+        torch.set_num_threads(threads)
     if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
         raise UserError(
             f"this launch asks for {accelerator.distributed_type.value}, which selfvil {__version__} does not train "

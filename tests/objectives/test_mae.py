@@ -120,6 +120,12 @@ def test_a_mask_must_leave_something_on_both_sides(ratio):
         mae(mask_ratio=ratio)
 
 
+def test_a_patch_of_one_value_cannot_be_normalised():
+    backbone = timm.create_model("vil_nano_patch4_32", embed_dim=32, depth=1, patch_size=1, img_size=8, in_chans=1)
+    with pytest.raises(UserError, match=r"objective\.normalise_targets = true"):
+        MAE(backbone, MAESettings(), ImageSpec((8, 8), 1, 1, (0.5,), (0.5,)))
+
+
 def test_a_backbone_that_cannot_drop_tokens_is_refused():
     spec = ImageSpec((32, 32), 4, 3, (0.5,) * 3, (0.2,) * 3)
     with pytest.raises(UserError, match=r"ResNet cannot leave tokens out"):

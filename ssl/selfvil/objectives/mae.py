@@ -62,6 +62,9 @@ class MAE(Objective):
                 f"of a {image.size[0]}x{image.size[1]} image: at least one must be kept and one hidden"
             )
 
+        if settings.normalise_targets and image.patch_size**2 * image.in_chans == 1:
+            raise UserError("objective.normalise_targets = true, but a patch is a single value: set it to false")
+
         dim = settings.decoder_dim
         self.decoder_embed = nn.Linear(int(backbone.embed_dim), dim)  # type: ignore[arg-type]  # a number, in timm
         self.mask_token = nn.Parameter(torch.zeros(dim))

@@ -1,0 +1,78 @@
+"""Metrics: means between two lines, one record a step after a resume, and writers that are optional."""
+
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from selfvil.errors import UserError
+from selfvil.monitor.metrics import Means, MetricsWriter, finite, read_metrics
+from selfvil.monitor.pictures import loss_curve, save_picture
+
+
+def write(folder, steps, resume_step=0, **options):
+    writer = MetricsWriter(folder, resume_step, **({"tensorboard": False, "wandb": None, "name": "run"} | options))
+    for step in steps:
+        writer.write(step, {"loss": 1 / step, "samples": 8 * step, "lr": 0.1})
+    writer.close()
+
+
+def test_means_are_over_what_was_added():
+    means = Means()
+    means.add({"loss": torch.tensor(1.0), "entropy": torch.tensor(5.0)})
+    means.add({"loss": torch.tensor(2.0, dtype=torch.bfloat16)})
+    assert {name: value.item() for name, value in means.means().items()} == {"loss": 1.5, "entropy": 5.0}
+    means.reset()
+    assert means.means() == {}
+
+
+def test_finite_sees_one_nan_among_many():
+    assert finite({})
+    assert finite({"a": torch.tensor(1.0), "b": torch.tensor(2.0)})
+    assert not finite({"a": torch.tensor(1.0), "b": torch.tensor(float("inf"))})
+
+
+def test_a_resumed_run_has_every_step_once(tmp_path):
+    write(tmp_path, range(1, 8))
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 8, "ki')  # cut off by a crash
+    write(tmp_path, range(5, 9), resume_step=4)
+    assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [*range(1, 9)]
+
+
+def test_wandb_gets_what_the_file_gets(tmp_path, monkeypatch):
+    logged = []
+    run = SimpleNamespace(log=lambda values, step: logged.append((step, values)), finish=lambda: logged.append("end"))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **options: run))
+    write(tmp_path, [2], wandb="project")
+    assert logged == [(2, {"train/loss": 0.5, "train/samples": 16, "train/lr": 0.1}), "end"]
+
+
+def test_wandb_that_is_not_installed_is_said(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match=r"pip install 'selfvil\[wandb\]'"):
+        write(tmp_path, [1], wandb="project")
+
+
+def test_the_loss_curve_is_drawn_and_an_empty_run_is_refused(tmp_path):
+    with pytest.raises(UserError, match="holds no training metrics"):
+        loss_curve(tmp_path, tmp_path / "loss.png")
+    write(tmp_path, range(1, 8))
+    assert loss_curve(tmp_path, tmp_path / "loss.png").stat().st_size > 1000
+
+
+def test_a_small_picture_is_enlarged_by_a_whole_factor(tmp_path):
+    from PIL import Image
+
+    picture = torch.rand(3, 5, 100)
+    with Image.open(save_picture(picture, tmp_path / "deep" / "x.png")) as image:
+        assert image.size == (400, 20)
+        assert image.getpixel((4 * 7 + 1, 4 * 2 + 3)) == tuple((picture[:, 2, 7] * 255).round().int().tolist())
+
+
+def test_records_are_json_lines(tmp_path):
+    write(tmp_path, [1, 2])
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["kind"] for line in lines] == ["train", "train"]

@@ -1,0 +1,125 @@
+"""The command line from end to end, and what it says when an input is wrong: one message, status 2, no traceback."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from selfvil.cli import main
+
+
+@pytest.fixture(scope="module")
+def run(digit_shards, tmp_path_factory) -> Path:
+    """A short run on the digits."""
+    out = tmp_path_factory.mktemp("run") / "run"
+    settings = [
+        f"data.train={digit_shards}", f"run.out={out}", "data.workers=0", "run.precision=fp32", "run.threads=1",
+        "model.embed_dim=32", "model.depth=1", "objective.decoder_dim=32", "optim.batch_size=40",
+        "budget.epochs=null", "budget.steps=3", "monitor.tensorboard=false",
+    ]  # fmt: skip
+    command("pretrain", "demo", *settings)
+    return out
+
+
+def command(*words: object) -> None:
+    """Run a command that must succeed."""
+    with pytest.raises(SystemExit) as ended:
+        main([str(word) for word in words])
+    assert not ended.value.code, f"{words} ended with {ended.value.code}"
+
+
+def refusal(capsys, *words: object) -> str:
+    """Run a command that must be refused; returns what it says."""
+    with pytest.raises(SystemExit) as caught:
+        main([str(word) for word in words])
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert error
+    assert "Traceback" not in error
+    return " ".join(error.split())
+
+
+def test_pack_index_pretrain_export_eval_report(digit_shards, run, tmp_path, capsys):
+    command("index", f"{digit_shards}/digits-{{000000..000001}}.tar")
+    assert "200 images in 2 shards" in capsys.readouterr().out
+    command("export", run, tmp_path / "export", "--heads")
+    backbone = timm.create_model(f"local-dir:{tmp_path / 'export'}", pretrained=True)
+    with torch.no_grad():
+        assert backbone(torch.rand(1, 1, 16, 16)).shape == (1, 64)
+    train, test = f"{digit_shards}/digits-000000.tar", f"{digit_shards}/digits-000001.tar"
+    command("eval", "linear", tmp_path / "export", "--train", train, "--test", test, "--workers", 0,
+            "--labels-per-class", 2, "--draws", 3, "--baselines", "--json", tmp_path / "rows.json")  # fmt: skip
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert {row["network"] for row in rows} == {"pretrained", "untrained", "raw pixels"}
+    assert all(0 <= row["value"] <= 100 for row in rows)
+    command("eval", "all", run, "--train", train, "--test", test, "--workers", 0)
+    assert "k-NN, k = 10" in capsys.readouterr().out
+    command("report", run, "--curve", tmp_path / "loss.png")
+    with Image.open(tmp_path / "loss.png") as curve:
+        assert curve.width > 300
+    assert "finished" in capsys.readouterr().out
+
+
+def test_labels_of_two_folders_agree_through_classes(tmp_path, capsys):
+    """A test set that lacks a class keeps the training set's labels."""
+    for split, labels in {"train": "abc", "test": "ac"}.items():
+        for label in labels:
+            for index in range(2):
+                path = tmp_path / split / label / f"{index}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.new("RGB", (8, 8), (index, ord(label), 0)).save(path)
+    command("pack", tmp_path / "train", tmp_path / "packed")
+    command("pack", tmp_path / "test", tmp_path / "packed-test", "--classes", tmp_path / "packed" / "classes.txt")
+    capsys.readouterr()
+    command("index", tmp_path / "packed-test")
+    assert "4 labelled, 3 classes" in capsys.readouterr().out
+    error = refusal(capsys, "pack", tmp_path / "test", tmp_path / "x", "--classes", tmp_path / "nothing.txt")
+    assert "nothing.txt cannot be read" in error
+
+
+def test_recipes_and_schema(capsys):
+    command("recipes")
+    assert "cifar10_mae" in capsys.readouterr().out
+    command("schema")
+    assert json.loads(capsys.readouterr().out)["title"] == "Recipe"
+
+
+def test_wrong_shards_are_refused(digit_shards, tmp_path, capsys):
+    assert "missing shard" in refusal(capsys, "index", tmp_path / "none.tar")
+    assert "no file matches" in refusal(capsys, "index", f"{tmp_path}/none-*.tar")
+    (tmp_path / "text.tar").write_text("no tar at all " * 100)
+    assert "text.tar is not a tar file" in refusal(capsys, "index", tmp_path / "text.tar")
+    whole = (digit_shards / "digits-000000.tar").read_bytes()
+    (tmp_path / "cut.tar").write_bytes(whole[: len(whole) // 2])
+    assert "cut.tar was cut at byte" in refusal(capsys, "index", tmp_path / "cut.tar")
+
+
+def test_an_unlabelled_shard_cannot_be_probed(digit_shards, run, tmp_path, capsys):
+    (tmp_path / "images").mkdir()
+    for index in range(3):
+        Image.new("L", (8, 8), 80 * index).save(tmp_path / "images" / f"{index}.png")
+    command("pack", tmp_path / "images", tmp_path / "bare")
+    error = refusal(capsys, "eval", "knn", run, "--train", tmp_path / "bare", "--test", digit_shards)
+    assert "have no label" in error
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(run, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / "run")
+    recipe = tmp_path / "run" / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("embed_dim: 32", "embed_dim: 64"))
+    arguments = [f"run.out={tmp_path / 'run'}", "run.threads=1", "budget.steps=3", "budget.epochs=null"]
+    error = refusal(capsys, "pretrain", recipe, *arguments)
+    assert "another architecture" in error
+
+
+def test_nothing_is_exported_over_anything(run, tmp_path, capsys):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("mine")
+    assert str(tmp_path / "mine") in refusal(capsys, "export", run, tmp_path / "mine")
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+    refusal(capsys, "export", tmp_path / "nowhere", tmp_path / "out")
+    refusal(capsys, "report", tmp_path)
