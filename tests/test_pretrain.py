@@ -222,6 +222,15 @@ def test_another_runs_folder_is_never_touched(digit_shards, tmp_path, capsys):
     assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
 
 
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_again(digit_shards, tmp_path):
+    recipe = small(digit_shards, tmp_path / "run", "budget.steps=2")
+    pretrain(recipe)
+    for path in (tmp_path / "run" / "checkpoints").glob("step-*/objective.safetensors"):
+        path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(UserError, match="all damaged"):
+        pretrain(recipe)
+
+
 def test_other_images_cannot_continue_a_run(digit_shards, tmp_path):
     shards = tmp_path / "shards"
     shards.mkdir()

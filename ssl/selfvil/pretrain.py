@@ -259,6 +259,8 @@ def _claim(out: Path, recipe: Recipe, shards: Shards) -> str | None:
             f"{'; ...' if len(changed) > 3 else ''}): choose a new run.out, or the old settings to go on"
         )
     newest = checkpoint.newest(out / "checkpoints")
+    if newest is None and any((out / "checkpoints").glob("step-*")):
+        raise UserError(f"{out / 'checkpoints'} holds checkpoints, all damaged: restore one, or choose a new run.out")
     if newest is None:
         log.warning("%s holds a run without a usable checkpoint: it begins again from its first step", out)
         return None
