@@ -7,6 +7,7 @@ from selfvil.errors import UserError
 
 OBJECTIVES = {
     "mae": ("selfvil.objectives.mae", "MAE", "MAESettings"),
+    "dino": ("selfvil.objectives.dino", "DINO", "DINOSettings"),
 }
 
 

@@ -1,0 +1,295 @@
+"""DINO: self-distillation with no labels.
+
+Caron et al., "Emerging Properties in Self-Supervised Vision Transformers" (2021). A student sees two large and some
+small crops of an image; its teacher, a running mean of the student, sees the large ones. For every pair of different
+crops the student learns to say what the teacher says. The teacher's answers are sharpened by a low temperature, which
+alone would end in one answer for all images, and centred, which alone would end in no answer for any.
+
+Shapes: B images, V crops of each (the first two are large), K prototypes.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain, groupby
+from typing import Annotated, Any, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import AfterValidator, Field, model_validator
+from torch import Tensor, distributed, nn
+
+from selfvil.data.views import DINOCrop
+from selfvil.errors import UserError
+from selfvil.models.heads import ProjectionHead, choose_readout, read_out, take_any_size
+from selfvil.objectives.base import Batch, ImageSpec, Objective, Progress, StepOutput, View
+from selfvil.optim import cosine
+from selfvil.recipe import Section, Size
+
+
+def _ascending_share(scale: tuple[float, float]) -> tuple[float, float]:
+    if not 0 < scale[0] <= scale[1] <= 1:
+        raise ValueError(f"{list(scale)} is not a range of shares: expected two ascending numbers above 0 and up to 1")
+    return scale
+
+
+Scale = Annotated[tuple[float, float], AfterValidator(_ascending_share)]
+"""Range of the share of an image's area that a random crop covers."""
+
+
+class DINOSettings(Section):
+    """Settings of DINO; the defaults are those of the published code. An epoch is a pass over the training images."""
+
+    name: Literal["dino"] = "dino"
+    readout: Literal["bilateral_concat", "mean", "first", "last", "cls"] | None = None
+    """Tokens that the head sees: first and last side by side, the mean of all, one of them, or a ViT's class token.
+    null takes bilateral_concat for ViL and cls for ViT."""
+    out_dim: int = Field(65536, ge=2)
+    """Prototypes K: width of the head's output. Small sets of images need fewer."""
+    hidden_dim: int = Field(2048, ge=1)
+    """Width of the head's hidden layers."""
+    bottleneck_dim: int = Field(256, ge=1)
+    """Width of the vectors that are compared with the prototypes."""
+    norm_last_layer: bool = True
+    """Keep all prototypes at length 1; false learns their lengths, which is less stable."""
+    freeze_last_layer_epochs: float = Field(1, ge=0)
+    """Epochs at the start during which the prototypes do not move."""
+    student_temp: float = Field(0.1, gt=0)
+    """Temperature of the student's softmax."""
+    teacher_temp: float = Field(0.04, gt=0)
+    """Temperature of the teacher's softmax after its warm-up; must be below the student's."""
+    warmup_teacher_temp: float = Field(0.04, gt=0)
+    """Temperature of the teacher's softmax in the first epoch."""
+    warmup_teacher_temp_epochs: int = Field(0, ge=0)
+    """Epochs over which the teacher's temperature goes from the one to the other, in equal steps."""
+    teacher_momentum: float = Field(0.996, ge=0, le=1)
+    """Share of itself that the teacher keeps at the first step; rises to 1 at the end, as a half cosine."""
+    center_momentum: float = Field(0.9, ge=0, lt=1)
+    """Share of itself that the centre of the teacher's outputs keeps at every step."""
+    global_crop_scale: Scale = (0.4, 1.0)
+    """Range of the share of an image's area that a large crop covers; its size is model.img_size."""
+    local_crop_scale: Scale = (0.05, 0.4)
+    """Range of the share of an image's area that a small crop covers."""
+    local_crops: int = Field(8, ge=0, le=64)
+    """Small crops of each image."""
+    local_crop_size: Size = (96, 96)
+    """Height and width of a small crop, in pixels; both divisible by model.patch_size."""
+    blur: bool = True
+    """Blur some crops by up to 2 pixels, as published for 224-pixel images; too much for images of 32."""
+
+    @model_validator(mode="after")
+    def _teacher_is_sharper(self) -> "DINOSettings":
+        for key in ("teacher_temp", "warmup_teacher_temp"):
+            if getattr(self, key) >= self.student_temp:
+                raise ValueError(
+                    f"{key} = {getattr(self, key)} is not below student_temp = {self.student_temp}: a teacher that is "
+                    f"no sharper than its student teaches it nothing, and the outputs collapse"
+                )
+        return self
+
+
+class DINO(Objective):
+    """DINO around `backbone`: a `VisionLSTM`, or timm's `VisionTransformer` for comparison.
+
+    Raises:
+        UserError: small crops are not whole patches, the backbone cannot take crops of several sizes, or it has no
+            token for the readout.
+    """
+
+    networks: Mapping[str, str] = {"student": "backbone.", "teacher": "teacher.backbone."}
+    export = "teacher"
+
+    def __init__(self, backbone: nn.Module, settings: DINOSettings, image: ImageSpec) -> None:
+        super().__init__()
+        self.settings, self.image = settings, image
+        if settings.local_crops and any(side % image.patch_size or not side for side in settings.local_crop_size):
+            raise UserError(
+                f"objective.local_crop_size = {list(settings.local_crop_size)} is not divisible by "
+                f"model.patch_size = {image.patch_size}: both sides must be multiples of it"
+            )
+        take_any_size(backbone)
+        self.readout, width = choose_readout(backbone, settings.readout)
+        self.backbone = backbone
+        self.head = ProjectionHead(
+            width,
+            settings.out_dim,
+            hidden_dim=settings.hidden_dim,
+            bottleneck_dim=settings.bottleneck_dim,
+            norm_last_layer=settings.norm_last_layer,
+        )
+        self.teacher = Teacher(self.backbone, self.head)
+        self.center = Center(settings.out_dim, settings.center_momentum)
+
+    def views(self) -> list[View]:
+        def crop(size: Any, scale: tuple[float, float], blur: float, solarise: float = 0.0) -> View:
+            blur = blur if self.settings.blur else 0.0
+            return DINOCrop(size, scale, self.image.mean, self.image.std, blur=blur, solarise=solarise)
+
+        large, small = self.settings.global_crop_scale, self.settings.local_crop_scale
+        return [
+            crop(self.image.size, large, blur=1.0),
+            crop(self.image.size, large, blur=0.1, solarise=0.2),
+            *(crop(self.settings.local_crop_size, small, blur=0.5) for _ in range(self.settings.local_crops)),
+        ]
+
+    def forward(self, batch: Batch, progress: Progress) -> StepOutput:
+        temperature = self.teacher_temp(progress)
+        student = self.logits(self.backbone, self.head, batch.views).float()  # (V, B, K)
+        with torch.no_grad(), self._teachers_precision(student.device):
+            teacher = self.logits(self.teacher.backbone, self.teacher.head, batch.views[:2]).float()  # (2, B, K)
+        targets = F.softmax((teacher - self.center.value) / temperature, dim=-1)
+        answers = F.log_softmax(student / self.settings.student_temp, dim=-1)
+        loss = cross_entropy_of_pairs(answers, targets)
+        if self.training:  # a mere look at some images must leave no trace
+            self.center.add(teacher)
+        state = {"teacher_temp": temperature, "teacher_momentum": self.teacher_momentum(progress)}
+        logs = health(loss, answers, targets) | {name: loss.new_full((), value) for name, value in state.items()}
+        return StepOutput(loss, logs)
+
+    def logits(self, backbone: nn.Module, head: nn.Module, crops: Sequence[Tensor]) -> Tensor:
+        """Crops, each (B, C, H, W), to their logits (V, B, K); neighbours of one size share a pass of the backbone."""
+        same_size = (torch.cat(list(group)) for _, group in groupby(crops, key=lambda crop: crop.shape))
+        features = torch.cat([read_out(backbone, images, self.readout) for images in same_size])
+        return head(features).unflatten(0, (len(crops), -1))
+
+    @torch.no_grad()
+    def after_step(self, progress: Progress) -> None:
+        self.center.update()
+        self.teacher.follow(self.backbone, self.head, self.teacher_momentum(progress))
+
+    # Schedules, as published: temperature by whole epochs, momentum by steps.
+
+    def teacher_temp(self, progress: Progress) -> float:
+        """Temperature of the teacher in the epoch of this step."""
+        first, last = self.settings.warmup_teacher_temp, self.settings.teacher_temp
+        epoch, epochs = int(progress.epoch), self.settings.warmup_teacher_temp_epochs
+        return first + (last - first) * epoch / max(1, epochs - 1) if epoch < epochs else last
+
+    def teacher_momentum(self, progress: Progress) -> float:
+        """Share of itself that the teacher keeps after this step."""
+        return cosine(progress.step, progress.total_steps, self.settings.teacher_momentum, 1.0)
+
+    def tags(self) -> dict[str, str]:
+        return {"head.last_layer": "last_layer", "head.last_layer_length": "last_layer"}
+
+    def lr_scales(self, progress: Progress) -> dict[str, float]:
+        # By learning rate, not by leaving gradients out as published: these a sharded optimizer still has.
+        return {"last_layer": 0.0 if progress.epoch < self.settings.freeze_last_layer_epochs else 1.0}
+
+    def _teachers_precision(self, device: torch.device) -> torch.autocast:
+        """bf16 arithmetic wherever the student has it: by autocast, or by weights that are bf16 themselves."""
+        weights_are_bf16 = next(self.backbone.parameters()).dtype == torch.bfloat16
+        enabled = weights_are_bf16 or torch.is_autocast_enabled(device.type)
+        return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+
+    @torch.no_grad()
+    def picture(self, batch: Batch, progress: Progress) -> Tensor:
+        """One row for each of up to 8 images: its crops, all at the same scale, large ones first."""
+        height, width = (max(view.shape[axis] for view in batch.views) + 2 for axis in (-2, -1))
+        mean, std = (
+            torch.tensor(values, device=batch.views[0].device).view(-1, 1, 1)
+            for values in (self.image.mean, self.image.std)
+        )
+        columns = []
+        for view in batch.views:
+            crops = (view[:8].float() * std + mean).clamp(0, 1)
+            columns.append(F.pad(crops, (0, width - view.shape[-1], 0, height - view.shape[-2]), value=1.0))
+        sheet = torch.cat(list(torch.cat(columns, dim=-1)), dim=-2)[:3]
+        return sheet.expand(3, -1, -1)
+
+
+class Teacher(nn.Module):
+    """A copy of the student that is never trained: it follows as a running mean of the student's parameters.
+
+    It stays float32 whatever the student is cast to, since bf16 would round the small steps of its mean away; and in
+    evaluation mode, so that it neither drops paths nor depends on who shares its batch.
+    """
+
+    def __init__(self, backbone: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        self.backbone, self.head = copy.deepcopy(backbone), copy.deepcopy(head)
+        self.requires_grad_(False).train(False)
+
+    def train(self, mode: bool = True) -> "Teacher":
+        return super().train(False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Teacher":
+        # What .to(), .bfloat16() and the like do to each tensor: here they may move it, not cast it.
+        return super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)
+
+    @torch.no_grad()
+    def follow(self, backbone: nn.Module, head: nn.Module, momentum: float) -> None:
+        """teacher <- momentum * teacher + (1 - momentum) * student, in float32; buffers are copied."""
+        students = [parameter.float() for parameter in chain(backbone.parameters(), head.parameters())]
+        torch._foreach_lerp_(list(self.parameters()), students, 1 - momentum)
+        for mine, students_buffer in zip(self.buffers(), chain(backbone.buffers(), head.buffers())):
+            mine.copy_(students_buffer)
+
+
+class Center(nn.Module):
+    """Running mean of the teacher's logits, over whole global batches.
+
+    Every micro-batch of every process enters a step's mean once, so the centre does not depend on how a batch is split.
+    """
+
+    value: Tensor
+
+    def __init__(self, out_dim: int, momentum: float) -> None:
+        super().__init__()
+        self.momentum = momentum
+        self.register_buffer("value", torch.zeros(out_dim))
+        self._start()
+
+    def _start(self) -> None:
+        # No buffer: it is 0 between steps, and DDP, which overwrites buffers by those of rank 0, must not touch it.
+        self._sum: Tensor | None = None
+        self._count = 0
+
+    @torch.no_grad()
+    def add(self, logits: Tensor) -> None:
+        """Take note of a micro-batch's teacher logits (..., K)."""
+        total = logits.float().flatten(0, -2).sum(dim=0)
+        self._sum = total if self._sum is None else self._sum + total
+        self._count += logits.shape[:-1].numel()
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move the centre towards the mean of all that was added since the last update, on all processes."""
+        if self._sum is None:
+            return
+        mean = self._sum / self._count
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.all_reduce(mean)
+            mean /= distributed.get_world_size()
+        self.value.mul_(self.momentum).add_(mean, alpha=1 - self.momentum)
+        self._start()
+
+
+def cross_entropy_of_pairs(answers: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy over all pairs of a teacher's and a different student's crop (paper, equation 3); a scalar.
+
+    answers: the student's log-probabilities (V, B, K). targets: the teacher's probabilities (2, B, K), for the first
+    two crops.
+    """
+    # Cross-entropy is linear in its target, so a small crop meets both large ones at once.
+    wanted = [targets[1], targets[0]] + [targets[0] + targets[1]] * (len(answers) - 2)
+    crops = torch.stack([-(p * log_q).sum(dim=-1).mean() for p, log_q in zip(wanted, answers)])
+    return crops.sum() / (2 * len(answers) - 2)
+
+
+@torch.no_grad()
+def health(loss: Tensor, answers: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    """Signs of collapse, each as a share of ln K, the entropy of a uniform answer.
+
+    `teacher_entropy` near 1: no answer for any image. `teacher_spread`, the entropy of the mean answer, near 0: the
+    same answer for all; `teacher_entropy` near 0 alone says only that answers are sharp. `kl`, what remains of the loss
+    when the teacher's own entropy is taken off, is what the student can still learn.
+    """
+    uniform = math.log(targets.shape[-1])
+    teacher = torch.special.entr(targets).sum(dim=-1).mean()
+    return {
+        "teacher_entropy": teacher / uniform,
+        "teacher_spread": torch.special.entr(targets.mean(dim=(0, 1))).sum() / uniform,
+        "student_entropy": torch.special.entr(answers[:2].exp()).sum(dim=-1).mean() / uniform,
+        "kl": (loss.detach() - teacher) / uniform,
+    }

@@ -1,0 +1,460 @@
+"""DINO: the published code's numbers, a teacher that only follows, and a centre that no split of the batch moves."""
+
+import copy
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from selfvil import checkpoint, optim
+from selfvil.errors import UserError
+from selfvil.models.heads import ProjectionHead, choose_readout, read_out, take_any_size
+from selfvil.monitor.metrics import read_metrics
+from selfvil.objectives.base import ImageSpec, Progress
+from selfvil.objectives.dino import DINO, Center, DINOSettings, Teacher, cross_entropy_of_pairs
+from selfvil.pretrain import pretrain
+from selfvil.recipe import Recipe, load
+
+VALUES = Path(__file__).with_name("published_dino.safetensors")
+PROGRESS = Progress(step=0, total_steps=10, steps_per_epoch=5, seed=3)
+MODELS = ["vil_nano_patch4_32", "vit_tiny_patch16_224"]
+
+
+@dataclass
+class Views:
+    views: list[Tensor]
+    positions: Tensor
+
+
+def network(name: str = "vil_nano_patch4_32", size: tuple[int, int] = (16, 24), **kwargs) -> nn.Module:
+    kwargs = {"embed_dim": 32, "depth": 2, "img_size": size, "patch_size": 4, "num_classes": 0} | kwargs
+    return timm.create_model(name, **kwargs | ({"num_heads": 2} if name.startswith("vit") else {}))
+
+
+def dino(name: str = "vil_nano_patch4_32", backbone: nn.Module | None = None, **settings) -> DINO:
+    torch.manual_seed(0)
+    settings = {"out_dim": 24, "hidden_dim": 16, "bottleneck_dim": 8, "local_crops": 3, "local_crop_size": 8} | settings
+    spec = ImageSpec((16, 24), 4, 3, (0.5, 0.4, 0.3), (0.2, 0.2, 0.2))
+    return DINO(network(name) if backbone is None else backbone, DINOSettings(**settings), spec)
+
+
+def batch(count: int = 4, seed: int = 1) -> Views:
+    generator = torch.Generator().manual_seed(seed)
+    sizes = [(16, 24)] * 2 + [(8, 8)] * 3
+    return Views([torch.randn(count, 3, *size, generator=generator) for size in sizes], torch.arange(count))
+
+
+def train(objective: DINO, batches: list[Views], accumulate: int = 1, lr: float = 0.1) -> list[Tensor]:
+    """Plain SGD; the losses of all micro-batches."""
+    parameters = [p for p in objective.parameters() if p.requires_grad]
+    optimizer, losses = torch.optim.SGD(parameters, lr=lr), []
+    for step in range(len(batches) // accumulate):
+        progress = Progress(step, len(batches) // accumulate, 2, seed=3)
+        for micro in batches[step * accumulate : (step + 1) * accumulate]:
+            output = objective(micro, progress)
+            (output.loss / accumulate).backward()
+            losses.append(output.loss.detach())
+        optimizer.step()
+        optimizer.zero_grad()
+        objective.after_step(progress)
+    return losses
+
+
+# --- the published code ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def values() -> dict[str, Tensor]:
+    return load_file(VALUES)
+
+
+def part(values: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    names = {"last_layer.weight_v": "last_layer", "last_layer.weight_g": "last_layer_length"}
+    found = {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
+    return {name.replace(old, new): found[name] for name in found for old, new in names.items() if old in name} | {
+        name: value for name, value in found.items() if "last_layer" not in name
+    }
+
+
+def test_the_stored_values_are_those_of_the_published_code(values, tmp_path):
+    folder = os.environ.get("SELFVIL_PUBLISHED_DINO")
+    if not folder:
+        pytest.skip("SELFVIL_PUBLISHED_DINO does not name a checkout of facebookresearch/dino")
+    script = Path(__file__).with_name("make_published_dino.py")
+    subprocess.run([sys.executable, str(script), folder, str(tmp_path / "values")], check=True, timeout=120)
+    again = load_file(tmp_path / "values")
+    assert again.keys() == values.keys()
+    for name, value in again.items():
+        torch.testing.assert_close(value, values[name], rtol=1e-4, atol=1e-6, msg=lambda text, name=name: name + text)
+
+
+def test_four_steps_equal_the_published_ones(values):
+    """Losses, gradients, centre, and student and teacher after four steps in which every schedule moves."""
+    backbone = network("vit_tiny_patch16_224", (8, 8), embed_dim=8, depth=1)
+    settings = DINOSettings(
+        out_dim=12, hidden_dim=16, bottleneck_dim=4, local_crops=2, local_crop_size=(8, 8), teacher_momentum=0.9,
+        warmup_teacher_temp=0.02, teacher_temp=0.06, warmup_teacher_temp_epochs=2, freeze_last_layer_epochs=0,
+    )  # fmt: skip
+    objective = DINO(backbone, settings, ImageSpec((8, 8), 4, 3, (0.5,) * 3, (0.2,) * 3))
+    start = part(values, "start/")
+    objective.load_state_dict(
+        start | {f"teacher.{name}": value for name, value in start.items()} | {"center.value": torch.zeros(12)}
+    )
+    optimizer = torch.optim.SGD(optim.parameter_groups(objective, (), objective.tags()), lr=0.0, momentum=0.9)
+    for step, images in enumerate(values["images"]):
+        progress = Progress(step, total_steps=4, steps_per_epoch=2, seed=0)
+        optim.set_rates(optimizer, optim.cosine(step, 4, 0.1, 0.01), 0.0, objective.lr_scales(progress))
+        loss = objective(Views(list(images), torch.arange(3)), progress).loss
+        torch.testing.assert_close(loss, values["losses"][step], rtol=1e-5, atol=0)
+        optimizer.zero_grad()
+        loss.backward()
+        if step == 0:
+            found = {name: p.grad for name, p in objective.named_parameters() if p.grad is not None}
+            torch.testing.assert_close(found, part(values, "gradient/"), rtol=1e-4, atol=1e-6)
+        optim.clip_gradients(objective.parameters(), 0.3, per_tensor=True)
+        optimizer.step()
+        objective.after_step(progress)
+        torch.testing.assert_close(objective.center.value, values["centers"][step], rtol=1e-5, atol=1e-6)
+    state = objective.state_dict()
+    for network_, prefix in (("student/", ""), ("teacher/", "teacher.")):
+        for name, expected in part(values, network_).items():
+            torch.testing.assert_close(state[prefix + name], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_head_with_lengths_equals_the_published_one(values):
+    head = ProjectionHead(6, 10, hidden_dim=8, bottleneck_dim=4, norm_last_layer=False)
+    head.load_state_dict(part(values, "head/"))
+    torch.testing.assert_close(head(values["head_in"]), values["head_out"], rtol=1e-5, atol=1e-6)
+    assert head.last_layer_length.requires_grad
+
+
+def test_schedules_equal_the_published_ones(values):
+    objective = dino(
+        warmup_teacher_temp=0.04, teacher_temp=0.07, warmup_teacher_temp_epochs=3, freeze_last_layer_epochs=2
+    )
+    run = [Progress(step, total_steps=7 * 13, steps_per_epoch=13, seed=0) for step in range(7 * 13)]
+
+    def same(name: str, found: list[float]) -> None:
+        np.testing.assert_allclose(found, values[name].numpy(), rtol=1e-12)
+
+    same("momentum 0.996 to 1, 7 epochs of 13", [objective.teacher_momentum(p) for p in run])
+    same("weight decay 0.04 to 0.4, 7 epochs of 13", [optim.cosine(p.step, 91, 0.04, 0.4) for p in run])
+    same("rate 1 to 0.1, 7 epochs of 13, 2 of warm-up", [optim.cosine(p.step, 91, 1, 0.1, 26) for p in run])
+    temperatures = [objective.teacher_temp(p) for p in run]
+    same("temperature 0.04 to 0.07 over 3 of 7 epochs", temperatures[::13])
+    assert temperatures == [value for value in temperatures[::13] for _ in range(13)]
+    assert [objective.lr_scales(p)["last_layer"] for p in run] == [0.0] * 26 + [1.0] * 65
+
+
+# --- loss ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("crops", [2, 3, 10])
+def test_loss_is_the_papers(crops):
+    """Equation 3 written out for every pair of crops and every image, in float64."""
+    student, teacher = torch.randn(crops, 3, 7).double().requires_grad_(), torch.randn(2, 3, 7).double()
+    targets = (teacher / 0.04).softmax(dim=-1)
+    found = cross_entropy_of_pairs((student / 0.1).log_softmax(dim=-1), targets)
+    terms = [
+        -(targets[t, b] * (student[s, b] / 0.1).softmax(dim=-1).log()).sum()
+        for t in range(2) for s in range(crops) for b in range(3) if s != t
+    ]  # fmt: skip
+    expected = torch.stack(terms).mean()
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+    (ours,), (theirs,) = torch.autograd.grad(found, student), torch.autograd.grad(expected, student)
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-14)
+
+
+def test_signs_of_collapse_mean_what_they_say():
+    """Uniform answers, the same sharp answer for all, and a sharp answer of its own for each image."""
+    objective = dino(out_dim=4)
+    logits = torch.zeros(2, 2, 4)
+    seen = {}
+    for name, rows in {"none": None, "one": [0, 0], "own": [0, 3]}.items():
+        logits.zero_()
+        for image, row in enumerate(rows or []):
+            logits[:, image, row] = 100.0
+        objective.logits = lambda backbone, head, crops, logits=logits: logits[: len(crops)].clone()
+        seen[name] = objective(Views([torch.zeros(2)] * 2, torch.arange(2)), PROGRESS).logs
+    assert seen["none"]["teacher_entropy"] == pytest.approx(1)
+    assert seen["none"]["teacher_spread"] == pytest.approx(1)
+    assert seen["one"]["teacher_entropy"] == pytest.approx(0, abs=1e-6)
+    assert seen["one"]["teacher_spread"] == pytest.approx(0, abs=1e-6)
+    assert seen["own"]["teacher_entropy"] == pytest.approx(0, abs=1e-6)
+    assert seen["own"]["teacher_spread"] == pytest.approx(0.5)
+    assert all(logs["kl"] == pytest.approx(0, abs=1e-6) for logs in seen.values())
+
+
+# --- student and teacher ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("readout", [None, "mean"])
+def test_every_parameter_of_the_student_learns_and_none_of_the_teacher(name, readout):
+    objective = dino(name, readout=readout)
+    objective(batch(), PROGRESS).loss.backward()
+    trained = {name for name, p in objective.named_parameters() if p.grad is not None and p.grad.any()}
+    expected = {name for name, _ in objective.named_parameters() if not name.startswith("teacher.")}
+    unseen = {"backbone.cls_token"} if readout == "mean" and name.startswith("vit") else set()
+    assert expected - trained <= {"head.last_layer_length"} | unseen
+    assert trained <= expected
+    assert not any(p.requires_grad for p in objective.teacher.parameters())
+
+
+def test_the_teacher_starts_as_the_student_and_follows_it():
+    objective = dino()
+    before = copy.deepcopy(objective.teacher)
+    progress = Progress(step=3, total_steps=10, steps_per_epoch=5, seed=3)
+    with torch.no_grad():
+        for parameter in objective.backbone.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    objective.after_step(progress)
+    momentum = 1 - (1 - 0.996) * (1 + np.cos(0.3 * np.pi)) / 2
+    for name, parameter in objective.teacher.named_parameters():
+        student, old = objective.get_parameter(name), before.get_parameter(name)
+        torch.testing.assert_close(parameter, momentum * old + (1 - momentum) * student, rtol=1e-5, atol=1e-7)
+
+
+def test_the_teacher_copies_buffers():
+    backbone, head = nn.BatchNorm1d(3), nn.Linear(3, 2)
+    teacher = Teacher(backbone, head)
+    backbone(torch.randn(8, 3))
+    teacher.follow(backbone, head, 0.9)
+    assert torch.equal(teacher.backbone.running_mean, backbone.running_mean)
+    assert teacher.backbone.num_batches_tracked == 1
+
+
+def test_the_teacher_stays_float32_and_in_evaluation_mode():
+    objective = dino(backbone=network(drop_path_rate=0.5))
+    weights = copy.deepcopy(objective.teacher.state_dict())
+    objective.train().bfloat16()
+    assert not any(module.training for module in objective.teacher.modules())
+    assert all(parameter.dtype == torch.bfloat16 for parameter in objective.backbone.parameters())
+    assert all(torch.equal(value, weights[name]) for name, value in objective.teacher.state_dict().items())
+    objective.after_step(Progress(step=0, total_steps=10, steps_per_epoch=5, seed=3))
+    assert all(value.dtype == torch.float32 for value in objective.teacher.state_dict().values())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_bf16_autocast_is_close_to_fp32_and_its_teacher_float32(name):
+    objective = dino(name)
+    expected = objective(batch(), PROGRESS).loss
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = objective(batch(), PROGRESS)
+    output.loss.backward()
+    objective.after_step(PROGRESS)
+    assert output.loss.dtype == torch.float32
+    torch.testing.assert_close(output.loss, expected, rtol=0.02, atol=0)
+    state = objective.state_dict()
+    assert all(value.dtype == torch.float32 for name, value in state.items() if value.is_floating_point())
+
+
+def test_one_pass_of_the_backbone_for_each_size():
+    """And what comes of it is what each crop alone would give."""
+    objective, views = dino(), batch().views
+    passes = []
+    objective.backbone.patch_embed.register_forward_hook(lambda module, inputs, out: passes.append(inputs[0].shape))
+    together = objective.logits(objective.backbone, objective.head, views)
+    assert passes == [(8, 3, 16, 24), (12, 3, 8, 8)]
+    alone = torch.stack([objective.head(read_out(objective.backbone, view, objective.readout)) for view in views])
+    torch.testing.assert_close(together, alone)
+
+
+def test_state_dict_holds_everything_once():
+    objective = dino()
+    train(objective, [batch(seed=seed) for seed in range(3)])
+    state = copy.deepcopy(objective.state_dict())
+    assert len({value.data_ptr() for value in objective.state_dict().values()}) == len(state)
+    for prefix in objective.networks.values():
+        ours = {name.removeprefix(prefix) for name in state if name.startswith(prefix)}
+        assert ours == set(objective.backbone.state_dict())
+    other = dino()
+    other.load_state_dict(state)
+    ours, theirs = (train(each, [batch(seed=seed) for seed in (7, 8)]) for each in (objective, other))
+    assert ours == theirs
+    assert all(torch.equal(value, other.state_dict()[name]) for name, value in objective.state_dict().items())
+
+
+# --- centre ----------------------------------------------------------------------------------------------------------
+
+
+def test_micro_batches_and_the_joined_batch_make_the_same_step():
+    whole, split = dino(), dino()
+    micro = [batch(2, seed) for seed in range(6)]
+    joined = [
+        Views([torch.cat(pair) for pair in zip(micro[i].views, micro[i + 1].views)], torch.arange(4)) for i in (0, 2, 4)
+    ]
+    losses = torch.stack(train(split, micro, accumulate=2)).view(3, 2).mean(dim=1)
+    torch.testing.assert_close(torch.stack(train(whole, joined)), losses, rtol=1e-5, atol=1e-6)
+    assert whole.center.value.any()
+    for name, value in whole.state_dict().items():
+        torch.testing.assert_close(split.state_dict()[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_the_centre_moves_once_a_step_by_training_alone():
+    objective = dino()
+    views = batch()
+    with torch.no_grad():
+        mean = objective.logits(objective.teacher.backbone, objective.teacher.head, views.views[:2]).mean(dim=(0, 1))
+    objective(views, PROGRESS)
+    assert not objective.center.value.any()
+    objective.eval()
+    objective(batch(seed=9), PROGRESS)
+    objective.after_step(PROGRESS)
+    torch.testing.assert_close(objective.center.value, 0.1 * mean)
+    objective.after_step(PROGRESS)
+    torch.testing.assert_close(objective.center.value, 0.1 * mean)
+
+
+def test_all_processes_share_one_centre(monkeypatch):
+    """The other process is played by an all_reduce that adds its mean."""
+    ours, theirs = torch.randn(2, 3, 5), torch.randn(2, 3, 5)
+    other = theirs.mean(dim=(0, 1))
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: tensor.add_(other))
+    center = Center(5, momentum=0.9)
+    center.add(ours)
+    center.update()
+    torch.testing.assert_close(center.value, 0.1 * torch.cat([ours, theirs]).mean(dim=(0, 1)))
+
+
+# --- backbones and readouts ------------------------------------------------------------------------------------------
+
+
+def test_readouts_take_the_tokens_they_name():
+    vil, vit = network(), network(MODELS[1])
+    take_any_size(vit)
+    images = torch.randn(2, 3, 8, 16)
+    patches, tokens = vil.forward_features(images).flatten(1, 2), vit.forward_features(images)
+    assert tokens.shape == (2, 1 + 8, 32)
+    expected = {
+        "first": patches[:, 0], "last": patches[:, 7], "mean": patches.mean(dim=1),
+        "bilateral_concat": torch.cat([patches[:, 0], patches[:, 7]], dim=1),
+    }  # fmt: skip
+    for name, rows in expected.items():
+        assert torch.equal(read_out(vil, images, name), rows)
+        assert choose_readout(vil, name) == (name, rows.shape[1])
+    assert torch.equal(read_out(vit, images, "cls"), tokens[:, 0])
+    torch.testing.assert_close(read_out(vit, images, "mean"), tokens[:, 1:].mean(dim=1))
+    assert choose_readout(vil) == ("bilateral_concat", 64)
+    assert choose_readout(vit) == ("cls", 32)
+
+
+def test_a_vit_made_to_take_any_size_is_timms_own():
+    """The same function as with `dynamic_img_size=True`, at every size, with the same parameters."""
+    plain, dynamic = network(MODELS[1]), network(MODELS[1], dynamic_img_size=True)
+    dynamic.load_state_dict(plain.state_dict())
+    images = torch.randn(2, 3, 16, 24)
+    expected = plain.forward_features(images)
+    take_any_size(plain)
+    torch.testing.assert_close(plain.forward_features(images), expected)
+    for size in ((16, 24), (8, 8), (24, 12)):
+        images = torch.randn(2, 3, *size)
+        assert torch.equal(plain.forward_features(images), dynamic.forward_features(images))
+
+
+# --- views and pictures ----------------------------------------------------------------------------------------------
+
+
+def test_views_are_two_large_and_some_small_crops():
+    from PIL import Image
+
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8))
+    views = dino(local_crops=3, local_crop_size=(8, 12)).views()
+    assert [tuple(view(image).shape) for view in views] == [(3, 16, 24)] * 2 + [(3, 8, 12)] * 3
+    assert [(view.blur, view.solarise, view.scale) for view in views] == [
+        (1.0, 0.0, (0.4, 1.0)), (0.1, 0.2, (0.4, 1.0)), *[(0.5, 0.0, (0.05, 0.4))] * 3,
+    ]  # fmt: skip
+    assert [view.blur for view in dino(blur=False).views()] == [0.0] * 5
+
+
+def test_the_picture_shows_every_crop():
+    objective, views = dino(), batch(3)
+    picture = objective.picture(views, PROGRESS)
+    assert picture.shape == (3, 3 * 18, 5 * 26)
+    assert 0 <= picture.min() <= picture.max() <= 1
+    mean = torch.tensor([0.5, 0.4, 0.3]).view(3, 1, 1)
+    for column, view in enumerate(views.views):
+        height, width = view.shape[-2:]
+        found = picture[:, 18 : 18 + height, column * 26 : column * 26 + width]
+        torch.testing.assert_close(found, (view[1] * 0.2 + mean).clamp(0, 1))
+
+
+# --- a real run ------------------------------------------------------------------------------------------------------
+
+
+def small(shards: Path, out: Path, *more: str) -> Recipe:
+    return load("cifar10_dino", [
+        f"data.train={shards}/digits-*.tar", f"run.out={out}", "data.workers=0", "run.precision=fp32",
+        "model.img_size=16", "model.in_chans=1", "data.mean=[0.3]", "data.std=[0.37]", "model.embed_dim=32",
+        "model.depth=1", "objective.local_crop_size=8", "objective.local_crops=2", "objective.out_dim=64",
+        "objective.hidden_dim=64", "objective.bottleneck_dim=16", "optim.batch_size=40", "budget.samples=null",
+        "budget.steps=6", "monitor.log_every=2", "monitor.tensorboard=false", "monitor.pictures_every=null",
+        "run.checkpoint_every=100", *more,
+    ])  # fmt: skip
+
+
+def test_a_run_learns_without_collapse(digit_shards, tmp_path):
+    """The student comes to agree with its teacher, whose answers stay apart from image to image."""
+    recipe = small(
+        digit_shards, tmp_path / "run", "budget.steps=40", "optim.base_lr=0.005", "monitor.log_every=5",
+        "objective.hidden_dim=256", "objective.bottleneck_dim=64", "objective.teacher_momentum=0.996",
+        "monitor.pictures_every=40",
+    )  # fmt: skip
+    assert pretrain(recipe).finished
+    records = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert len(records) == 8
+    assert records[-1]["kl"] < 0.6 * records[0]["kl"]
+    for record in records:
+        assert 0.05 < record["teacher_entropy"] < 0.95
+        assert 0.05 < record["student_entropy"] < 0.95
+        assert record["teacher_spread"] > record["teacher_entropy"] + 0.15
+    assert (tmp_path / "run" / "pictures" / "step-00000040.png").stat().st_size > 0
+
+
+def test_a_run_stopped_and_resumed_is_the_same_run(digit_shards, tmp_path):
+    more = ("model.drop_path_rate=0.2", "optim.accumulate=2", "objective.freeze_last_layer_epochs=0.4")
+    pretrain(small(digit_shards, tmp_path / "straight", *more))
+    for _ in range(3):
+        pretrain(small(digit_shards, tmp_path / "paused", *more, "budget.pause_minutes=1e-6"))
+    pretrain(small(digit_shards, tmp_path / "paused", *more))
+    straight, paused = (checkpoint.newest(tmp_path / run / "checkpoints") for run in ("straight", "paused"))
+    for name in ("objective", "optimizer"):
+        ours, theirs = straight.tensors(name), paused.tensors(name)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
+    assert straight.meta["export"] == "teacher"
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("objective.teacher_temp=0.1", "teacher_temp = 0.1 is not below student_temp = 0.1"),
+        ("objective.warmup_teacher_temp=0.2", "warmup_teacher_temp = 0.2 is not below student_temp"),
+        ("objective.local_crop_size=10", r"local_crop_size = [10, 10] is not divisible by model.patch_size = 4"),
+        ("objective.local_crop_size=0", r"local_crop_size = [0, 0]"),
+        ("objective.readout=middle", "objective.readout = 'middle': input should be 'bilateral_concat', 'mean'"),
+        ("objective.readout=cls", "'cls' is not possible with VisionLSTM; choose one of: bilateral_concat, mean"),
+        ("objective.local_crop_scale=[0.4, 0.1]", "[0.4, 0.1] is not a range of shares"),
+        ("objective.temperature=0.1", "unknown key objective.temperature"),
+    ],
+)
+def test_a_users_mistake_is_one_sentence(digit_shards, tmp_path, override, expected):
+    with pytest.raises(UserError) as caught:
+        pretrain(small(digit_shards, tmp_path / "run", override))
+    assert expected in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_backbone_that_cannot_take_crops_is_refused():
+    with pytest.raises(UserError, match="ResNet cannot take crops of several sizes"):
+        dino(backbone=timm.create_model("resnet10t", num_classes=0))
