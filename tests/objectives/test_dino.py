@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 from selfvil import checkpoint, optim
 from selfvil.errors import UserError
-from selfvil.models.heads import ProjectionHead, choose_readout, read_out, take_any_size
+from selfvil.models.heads import ProjectionHead, read_out
 from selfvil.monitor.metrics import read_metrics
 from selfvil.objectives.base import ImageSpec, Progress
 from selfvil.objectives.dino import DINO, Center, DINOSettings, Teacher, cross_entropy_of_pairs
 from selfvil.pretrain import pretrain
 from selfvil.recipe import Recipe, load
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 VALUES = Path(__file__).with_name("published_dino.safetensors")
 PROGRESS = Progress(step=0, total_steps=10, steps_per_epoch=5, seed=3)
 MODELS = ["vil_nano_patch4_32", "vit_tiny_patch16_224"]
@@ -232,15 +233,29 @@ def test_the_teacher_copies_buffers():
     assert teacher.backbone.num_batches_tracked == 1
 
 
-def test_the_teacher_stays_float32_and_in_evaluation_mode():
-    objective = dino(backbone=network(drop_path_rate=0.5))
-    weights = copy.deepcopy(objective.teacher.state_dict())
-    objective.train().bfloat16()
-    assert not any(module.training for module in objective.teacher.modules())
+@pytest.mark.parametrize("name", MODELS)
+def test_teacher_and_centre_stay_float32_where_the_student_is_bf16(name):
+    """As DeepSpeed holds it: everything cast, the images too, and no autocast."""
+    expected = dino(name)(batch(), PROGRESS).loss
+    objective, views = dino(name).bfloat16(), batch()
+    views.views = [view.bfloat16() for view in views.views]
+    untouched = dino(name).teacher.state_dict()
+    assert all(torch.equal(value, untouched[key]) for key, value in objective.teacher.state_dict().items())
     assert all(parameter.dtype == torch.bfloat16 for parameter in objective.backbone.parameters())
-    assert all(torch.equal(value, weights[name]) for name, value in objective.teacher.state_dict().items())
-    objective.after_step(Progress(step=0, total_steps=10, steps_per_epoch=5, seed=3))
-    assert all(value.dtype == torch.float32 for value in objective.teacher.state_dict().values())
+    output = objective(views, PROGRESS)
+    output.loss.backward()
+    objective.after_step(PROGRESS)
+    torch.testing.assert_close(output.loss, expected, rtol=0.05, atol=0)
+    kept = objective.teacher.state_dict() | objective.center.state_dict()
+    assert all(value.dtype == torch.float32 for value in kept.values())
+
+
+def test_the_teacher_drops_no_paths():
+    objective = dino(backbone=network(drop_path_rate=0.9)).train()
+    assert not any(module.training for module in objective.teacher.modules())
+    images = batch().views[:2]
+    one, two = (objective.logits(objective.teacher.backbone, objective.teacher.head, images) for _ in range(2))
+    assert torch.equal(one, two)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -327,41 +342,6 @@ def test_all_processes_share_one_centre(monkeypatch):
     torch.testing.assert_close(center.value, 0.1 * torch.cat([ours, theirs]).mean(dim=(0, 1)))
 
 
-# --- backbones and readouts ------------------------------------------------------------------------------------------
-
-
-def test_readouts_take_the_tokens_they_name():
-    vil, vit = network(), network(MODELS[1])
-    take_any_size(vit)
-    images = torch.randn(2, 3, 8, 16)
-    patches, tokens = vil.forward_features(images).flatten(1, 2), vit.forward_features(images)
-    assert tokens.shape == (2, 1 + 8, 32)
-    expected = {
-        "first": patches[:, 0], "last": patches[:, 7], "mean": patches.mean(dim=1),
-        "bilateral_concat": torch.cat([patches[:, 0], patches[:, 7]], dim=1),
-    }  # fmt: skip
-    for name, rows in expected.items():
-        assert torch.equal(read_out(vil, images, name), rows)
-        assert choose_readout(vil, name) == (name, rows.shape[1])
-    assert torch.equal(read_out(vit, images, "cls"), tokens[:, 0])
-    torch.testing.assert_close(read_out(vit, images, "mean"), tokens[:, 1:].mean(dim=1))
-    assert choose_readout(vil) == ("bilateral_concat", 64)
-    assert choose_readout(vit) == ("cls", 32)
-
-
-def test_a_vit_made_to_take_any_size_is_timms_own():
-    """The same function as with `dynamic_img_size=True`, at every size, with the same parameters."""
-    plain, dynamic = network(MODELS[1]), network(MODELS[1], dynamic_img_size=True)
-    dynamic.load_state_dict(plain.state_dict())
-    images = torch.randn(2, 3, 16, 24)
-    expected = plain.forward_features(images)
-    take_any_size(plain)
-    torch.testing.assert_close(plain.forward_features(images), expected)
-    for size in ((16, 24), (8, 8), (24, 12)):
-        images = torch.randn(2, 3, *size)
-        assert torch.equal(plain.forward_features(images), dynamic.forward_features(images))
-
-
 # --- views and pictures ----------------------------------------------------------------------------------------------
 
 
@@ -392,15 +372,19 @@ def test_the_picture_shows_every_crop():
 # --- a real run ------------------------------------------------------------------------------------------------------
 
 
-def small(shards: Path, out: Path, *more: str) -> Recipe:
-    return load("cifar10_dino", [
+def overrides(shards: Path, out: Path, *more: str) -> list[str]:
+    return [
         f"data.train={shards}/digits-*.tar", f"run.out={out}", "data.workers=0", "run.precision=fp32",
         "model.img_size=16", "model.in_chans=1", "data.mean=[0.3]", "data.std=[0.37]", "model.embed_dim=32",
         "model.depth=1", "objective.local_crop_size=8", "objective.local_crops=2", "objective.out_dim=64",
         "objective.hidden_dim=64", "objective.bottleneck_dim=16", "optim.batch_size=40", "budget.samples=null",
         "budget.steps=6", "monitor.log_every=2", "monitor.tensorboard=false", "monitor.pictures_every=null",
         "run.checkpoint_every=100", *more,
-    ])  # fmt: skip
+    ]  # fmt: skip
+
+
+def small(shards: Path, out: Path, *more: str) -> Recipe:
+    return load("cifar10_dino", overrides(shards, out, *more))
 
 
 def test_a_run_learns_without_collapse(digit_shards, tmp_path):
@@ -433,6 +417,26 @@ def test_a_run_stopped_and_resumed_is_the_same_run(digit_shards, tmp_path):
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
     assert straight.meta["export"] == "teacher"
+
+
+def test_two_processes_train_as_one(digit_shards, tmp_path):
+    """Two gloo processes with two micro-batches each: the losses, teacher and centre of one process with all of it."""
+    pretrain(small(digit_shards, tmp_path / "alone", "monitor.log_every=1", "budget.steps=4"))
+    arguments = overrides(
+        digit_shards, tmp_path / "both", "monitor.log_every=1", "budget.steps=4", "optim.accumulate=2"
+    )
+    launched = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "launch/pretrain.py",
+         "cifar10_dino", *arguments],
+        cwd=REPOSITORY, env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert launched.returncode == 0, launched.stderr
+    alone, both = (read_metrics(tmp_path / run / "metrics.jsonl") for run in ("alone", "both"))
+    assert [record["loss"] for record in both] == pytest.approx([record["loss"] for record in alone], rel=1e-5)
+    ours, theirs = (checkpoint.newest(tmp_path / run / "checkpoints").tensors("objective") for run in ("alone", "both"))
+    assert ours["center.value"].any()
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -198,11 +198,18 @@ class DINO(Objective):
         return sheet.expand(3, -1, -1)
 
 
-class Teacher(nn.Module):
+class StaysFloat32(nn.Module):
+    """A module that may be moved, but not cast: bf16 would round the small steps of a running mean away."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "StaysFloat32":
+        # What .to(), .bfloat16() and the like do to each tensor; DeepSpeed casts a whole objective so.
+        return super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)
+
+
+class Teacher(StaysFloat32):
     """A copy of the student that is never trained: it follows as a running mean of the student's parameters.
 
-    It stays float32 whatever the student is cast to, since bf16 would round the small steps of its mean away; and in
-    evaluation mode, so that it neither drops paths nor depends on who shares its batch.
+    It stays in evaluation mode, so that it neither drops paths nor depends on who shares its batch.
     """
 
     def __init__(self, backbone: nn.Module, head: nn.Module) -> None:
@@ -213,10 +220,6 @@ class Teacher(nn.Module):
     def train(self, mode: bool = True) -> "Teacher":
         return super().train(False)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Teacher":
-        # What .to(), .bfloat16() and the like do to each tensor: here they may move it, not cast it.
-        return super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)
-
     @torch.no_grad()
     def follow(self, backbone: nn.Module, head: nn.Module, momentum: float) -> None:
         """teacher <- momentum * teacher + (1 - momentum) * student, in float32; buffers are copied."""
@@ -226,7 +229,7 @@ class Teacher(nn.Module):
             mine.copy_(students_buffer)
 
 
-class Center(nn.Module):
+class Center(StaysFloat32):
     """Running mean of the teacher's logits, over whole global batches.
 
     Every micro-batch of every process enters a step's mean once, so the centre does not depend on how a batch is split.
@@ -281,9 +284,9 @@ def cross_entropy_of_pairs(answers: Tensor, targets: Tensor) -> Tensor:
 def health(loss: Tensor, answers: Tensor, targets: Tensor) -> dict[str, Tensor]:
     """Signs of collapse, each as a share of ln K, the entropy of a uniform answer.
 
-    `teacher_entropy` near 1: no answer for any image. `teacher_spread`, the entropy of the mean answer, near 0: the
-    same answer for all; `teacher_entropy` near 0 alone says only that answers are sharp. `kl`, what remains of the loss
-    when the teacher's own entropy is taken off, is what the student can still learn.
+    `teacher_entropy` near 1: no answer for any image. `teacher_spread`, the entropy of the mean answer of
+    a micro-batch, near 0: the same answer for all; `teacher_entropy` near 0 alone says only that answers are sharp.
+    `kl`, what remains of the loss when the teacher's own entropy is taken off, is what the student can still learn.
     """
     uniform = math.log(targets.shape[-1])
     teacher = torch.special.entr(targets).sum(dim=-1).mean()
