@@ -446,6 +446,7 @@ def test_two_processes_train_as_one(digit_shards, tmp_path):
         ("objective.warmup_teacher_temp=0.2", "warmup_teacher_temp = 0.2 is not below student_temp"),
         ("objective.local_crop_size=10", r"local_crop_size = [10, 10] is not divisible by model.patch_size = 4"),
         ("objective.local_crop_size=0", r"local_crop_size = [0, 0]"),
+        ("objective.local_crop_size=[8, -4]", "local_crop_size = [8, -4] is not divisible"),
         ("objective.readout=middle", "objective.readout = 'middle': input should be 'bilateral_concat', 'mean'"),
         ("objective.readout=cls", "'cls' is not possible with VisionLSTM; choose one of: bilateral_concat, mean"),
         ("objective.local_crop_scale=[0.4, 0.1]", "[0.4, 0.1] is not a range of shares"),

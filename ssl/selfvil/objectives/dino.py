@@ -102,7 +102,7 @@ class DINO(Objective):
     def __init__(self, backbone: nn.Module, settings: DINOSettings, image: ImageSpec) -> None:
         super().__init__()
         self.settings, self.image = settings, image
-        if settings.local_crops and any(side % image.patch_size or not side for side in settings.local_crop_size):
+        if settings.local_crops and any(side < 1 or side % image.patch_size for side in settings.local_crop_size):
             raise UserError(
                 f"objective.local_crop_size = {list(settings.local_crop_size)} is not divisible by "
                 f"model.patch_size = {image.patch_size}: both sides must be multiples of it"
