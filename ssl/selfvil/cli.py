@@ -185,6 +185,37 @@ def eval_linear(
           baselines=baselines, readout=readout, network=network, workers=workers, seed=seed)  # fmt: skip
 
 
+@eval_app.command("finetune")
+def eval_finetune(
+    source: Source, train: Train, test: Test, baselines: Baselines = False,
+    readout: Annotated[str | None, typer.Option(help="The only head wanted; the architecture's and mean else.")] = None,
+    network: NetworkName = None, workers: Workers = 2, seed: Seed = 0, json_file: Json = None,
+    labels_per_class: LabelsPerClass = None,
+    epochs: Annotated[int, typer.Option(help="Passes over the training images.")] = 100,
+    batch_size: Annotated[int, typer.Option(help="Images in a step.")] = 1024,
+    base_lr: Annotated[float, typer.Option(help="Peak learning rate for 256 images a step.")] = 5e-4,
+    layer_decay: Annotated[float, typer.Option(help="Learning rate of a layer over that of the one above.")] = 0.65,
+    weight_decay: Annotated[float, typer.Option(help="Of matrices.")] = 0.05,
+    warmup: Annotated[float, typer.Option(help="Share of the steps in which the learning rate rises.")] = 0.05,
+    drop_path: Annotated[float, typer.Option(help="Probability of leaving a block out.")] = 0.1,
+    label_smoothing: Annotated[float, typer.Option(help="Share of a target spread over all classes.")] = 0.1,
+    min_crop: Annotated[float, typer.Option(help="Smallest share of an image that a crop shows.")] = 0.08,
+    precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
+) -> None:  # fmt: skip
+    """Accuracy after fine-tuning everything, beside a linear probe of the same tokens; Bilateral Concat and mean."""
+    from selfvil.evaluate.finetune import Settings, finetune
+
+    settings = Settings(
+        epochs=epochs, batch_size=batch_size, base_lr=base_lr, layer_decay=layer_decay, weight_decay=weight_decay,
+        warmup=warmup, drop_path=drop_path, label_smoothing=label_smoothing, min_crop=min_crop,
+    )  # fmt: skip
+    rows = finetune(
+        source, train, test, settings=settings, labels_per_class=labels_per_class, baselines=baselines,
+        readout=readout, network=network, workers=workers, precision=precision, seed=seed,  # type: ignore[arg-type]
+    )  # fmt: skip
+    _show(rows, json_file)
+
+
 @eval_app.command("all")
 def eval_all(
     source: Source, train: Train, test: Test, baselines: Baselines = False, readout: Readout = None,
@@ -198,9 +229,14 @@ def eval_all(
 def _eval(
     protocols: list[str], source: Path, train: str, test: str, json_file: Path | None, **options: Any
 ) -> None:  # fmt: skip
-    from selfvil.evaluate.score import as_json, as_table, score
+    from selfvil.evaluate.score import score
 
-    rows = score(source, train, test, protocols=protocols, **options)
+    _show(score(source, train, test, protocols=protocols, **options), json_file)
+
+
+def _show(rows: list[Any], json_file: Path | None) -> None:
+    from selfvil.evaluate.score import as_json, as_table
+
     Console().print(as_table(rows))
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)

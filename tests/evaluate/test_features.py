@@ -13,7 +13,8 @@ from torch import nn
 
 from selfvil.data.index import open_shards
 from selfvil.errors import UserError
-from selfvil.evaluate.features import READOUTS, choose_readout, extract, raw_pixels, read_out
+from selfvil.evaluate.features import choose_readout, extract, raw_pixels
+from selfvil.models.heads import read_out
 
 LOOK = {"img_size": 16, "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4]}
 
@@ -92,11 +93,12 @@ def test_readouts_of_each_architecture():
     tokens, grid = vit.forward_features(images), vil.forward_features(images)
     assert torch.equal(read_out(vit, images, "cls"), tokens[:, 0])
     assert torch.equal(read_out(vit, images, "mean"), tokens[:, 1:].mean(1))
-    assert torch.equal(read_out(vit, images, "bilateral"), torch.cat([tokens[:, 1], tokens[:, -1]], 1))
+    assert torch.equal(read_out(vit, images, "bilateral_concat"), torch.cat([tokens[:, 1], tokens[:, -1]], 1))
     assert torch.equal(read_out(vit, images, "cls_mean"), torch.cat([tokens[:, 0], tokens[:, 1:].mean(1)], 1))
-    assert torch.equal(read_out(vil, images, "bilateral"), torch.cat([grid[:, 0, 0], grid[:, -1, -1]], 1))
+    assert torch.equal(read_out(vil, images, "bilateral_concat"), torch.cat([grid[:, 0, 0], grid[:, -1, -1]], 1))
     assert torch.allclose(read_out(vil, images, "mean"), grid.mean((1, 2)), atol=1e-6)
-    assert set(READOUTS) == {"first_last_mean", "bilateral", "mean", "cls", "cls_mean"}
+    both = torch.cat([read_out(vil, images, "bilateral_concat"), read_out(vil, images, "mean")], 1)
+    assert torch.equal(read_out(vil, images, "first_last_mean"), both)
 
 
 def test_other_architectures():
@@ -109,7 +111,7 @@ def test_other_architectures():
     assert choose_readout(headless) == "mean"
     with pytest.raises(UserError, match="needs a class token, which VisionTransformer does not have"):
         choose_readout(headless, "cls")
-    with pytest.raises(UserError, match="no readout 'middle'; choose one of: first_last_mean, bilateral"):
+    with pytest.raises(UserError, match="no readout 'middle'; choose one of: bilateral_concat, mean"):
         choose_readout(headless, "middle")
 
     class Pooled(nn.Module):

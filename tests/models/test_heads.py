@@ -26,6 +26,7 @@ def test_readouts_take_the_tokens_they_name():
         "first": patches[:, 0], "last": patches[:, 7], "mean": patches.mean(dim=1),
         "bilateral_concat": torch.cat([patches[:, 0], patches[:, 7]], dim=1),
     }  # fmt: skip
+    expected["first_last_mean"] = torch.cat([expected["bilateral_concat"], expected["mean"]], dim=1)
     for name, rows in expected.items():
         assert torch.equal(read_out(vil, images, name), rows)
         assert choose_readout(vil, name) == (name, rows.shape[1])
@@ -51,9 +52,14 @@ def test_a_vit_made_to_take_any_size_is_timms_own():
 @pytest.mark.parametrize(
     ("name", "kwargs", "readout", "usable"),
     [
-        (VIL, {}, "cls", "bilateral_concat, mean, first, last$"),
-        (VIT, {"class_token": False, "global_pool": "avg"}, "cls", "bilateral_concat, mean, first, last$"),
-        (VIT, {}, "middle", "bilateral_concat, mean, first, last, cls$"),
+        (VIL, {}, "cls", "bilateral_concat, mean, first, last, first_last_mean$"),
+        (
+            VIT,
+            {"class_token": False, "global_pool": "avg"},
+            "cls",
+            "bilateral_concat, mean, first, last, first_last_mean$",
+        ),
+        (VIT, {}, "middle", "bilateral_concat, mean, first, last, first_last_mean, cls, cls_mean$"),
     ],
 )
 def test_a_readout_without_its_token_is_refused(name, kwargs, readout, usable):

@@ -1,7 +1,7 @@
 """Features of frozen backbones: one row for each labelled image.
 
-A readout turns the tokens of an image into its row. Shapes: B images, P prefix tokens (class token, registers), N patch
-tokens in reading order, C channels, D features.
+A readout (`selfvil.models.heads`) turns the tokens of an image into its row. Shapes: B images, N images of a data set,
+D features.
 """
 
 import logging
@@ -23,6 +23,7 @@ from selfvil.data.views import CenterCrop
 from selfvil.errors import UserError
 from selfvil.export import Network, create_backbone, load_export, load_network, open_checkpoint
 from selfvil.models import VisionLSTM
+from selfvil.models.heads import READOUTS, has_class_token, read_out
 
 log = logging.getLogger(__name__)
 
@@ -43,49 +44,20 @@ class Features:
         return Features(self.x.to(device), self.y.to(device))
 
 
-# --- from tokens to a row --------------------------------------------------------------------------------------------
-
-# readout -> (prefix (B, P, C), patches (B, N, C)) -> rows (B, D)
-READOUTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "first_last_mean": lambda prefix, patches: torch.cat([patches[:, 0], patches[:, -1], patches.mean(dim=1)], dim=1),
-    "bilateral": lambda prefix, patches: torch.cat([patches[:, 0], patches[:, -1]], dim=1),
-    "mean": lambda prefix, patches: patches.mean(dim=1),
-    "cls": lambda prefix, patches: prefix[:, 0],
-    "cls_mean": lambda prefix, patches: torch.cat([prefix[:, 0], patches.mean(dim=1)], dim=1),
-}
-
-
 def choose_readout(backbone: nn.Module, readout: str | None = None) -> str:
-    """`readout` if `backbone` has the tokens for it; for None, the architecture's usual one.
+    """`readout` if `backbone` has the tokens for it; for None, the architecture's usual one for frozen features.
 
     A Vision-LSTM reads from both ends, so its first and last token have seen the whole image; a ViT has a class token
     for that; for anything else the mean is left. Raises UserError for an unknown readout, or one without its tokens.
     """
-    has_class_token = getattr(backbone, "cls_token", None) is not None
     if readout is None:
-        return "first_last_mean" if isinstance(backbone, VisionLSTM) else "cls_mean" if has_class_token else "mean"
+        is_vil = isinstance(backbone, VisionLSTM)
+        return "first_last_mean" if is_vil else "cls_mean" if has_class_token(backbone) else "mean"
     if readout not in READOUTS:
         raise UserError(f"There is no readout {readout!r}; choose one of: {', '.join(READOUTS)}.")
-    if readout.startswith("cls") and not has_class_token:
+    if readout.startswith("cls") and not has_class_token(backbone):
         raise UserError(f"The readout {readout!r} needs a class token, which {type(backbone).__name__} does not have.")
     return readout
-
-
-def read_out(backbone: nn.Module, images: Tensor, readout: str) -> Tensor:
-    """Images (B, in_chans, H, W) to rows (B, D), float32. Raises UserError for a model without token features."""
-    features = backbone.forward_features(images).float()  # type: ignore[operator]  # every timm model has it
-    if features.ndim == 4:
-        channels_last = getattr(backbone, "output_fmt", "NCHW") == "NHWC"
-        patches = features.flatten(1, 2) if channels_last else features.flatten(2).mT
-        prefix = patches[:, :0]
-    elif features.ndim == 3:
-        prefix, patches = features.tensor_split([getattr(backbone, "num_prefix_tokens", 0)], dim=1)
-    else:
-        raise UserError(
-            f"{type(backbone).__name__} gives features of shape {list(features.shape)}; expected tokens "
-            f"(B, N, C) or a map (B, H, W, C) or (B, C, H, W)."
-        )
-    return READOUTS[readout](prefix, patches)
 
 
 # --- from shards to rows ---------------------------------------------------------------------------------------------
@@ -124,7 +96,7 @@ def extract(
             return read_out(backbone, images.to(device), readout)
 
     try:
-        return _rows(row, shards, CenterCrop(img_size, mean, std), len(mean), batch_size, workers, title)
+        return labelled_rows(row, shards, CenterCrop(img_size, mean, std), len(mean), batch_size, workers, title)
     finally:
         backbone.train(was_training)
 
@@ -143,11 +115,11 @@ def raw_pixels(
     x is (N, channels · H · W). Raises UserError if images have no labels.
     """
     view = CenterCrop(img_size, [0.0] * channels, [1.0] * channels)
-    return _rows(lambda images: images.flatten(1), shards, view, channels, batch_size, workers, title)
+    return labelled_rows(lambda images: images.flatten(1), shards, view, channels, batch_size, workers, title)
 
 
 @torch.no_grad()
-def _rows(
+def labelled_rows(
     row: Callable[[Tensor], Tensor],
     shards: Shards,
     view: CenterCrop,
@@ -156,6 +128,10 @@ def _rows(
     workers: int,
     title: str | None,
 ) -> Features:
+    """`row` of every readable image in `shards`, in their order, on the CPU: images (B, channels, H, W) to rows (B, D).
+
+    Raises UserError if images have no labels.
+    """
     need_labels(shards)
     batches = ordered_batches(shards, view, batch_size=batch_size, workers=workers, channels=channels)
     xs, ys, bad = [], [], []
@@ -218,11 +194,14 @@ def shared_classes(train: Features, test: Features) -> tuple[Tensor, Tensor, Ten
     return classes, train_ids, torch.searchsorted(classes, test.y.to(classes.device))
 
 
-def load_backbone(source: str | Path, *, network: str | None = None, untrained: bool = False, seed: int = 0) -> Network:
+def load_backbone(
+    source: str | Path, *, network: str | None = None, untrained: bool = False, seed: int = 0, **overrides: Any
+) -> Network:
     """The backbone that `source` holds, how its images were presented, and how many it saw.
 
     source: an export folder, a run folder (its newest valid checkpoint) or a checkpoint folder. network: which one of
     a run; None takes its choice. untrained=True gives the same architecture, freshly initialised from `seed`.
+    overrides: arguments of `timm.create_model` that change no weight's shape, such as drop_path_rate.
     Raises UserError as `selfvil.export` does.
     """
     source = Path(source)
@@ -231,6 +210,7 @@ def load_backbone(source: str | Path, *, network: str | None = None, untrained: 
         if (source / "config.json").is_file():
             if network is not None:
                 raise UserError(f"{source} is an export and holds one network: leave out the choice of {network!r}.")
-            return load_export(source, pretrained=not untrained)
+            return load_export(source, pretrained=not untrained, **overrides)
         saved = open_checkpoint(source)
+        saved.meta["model"]["kwargs"].update(overrides)
         return create_backbone(saved.meta) if untrained else load_network(saved, network)

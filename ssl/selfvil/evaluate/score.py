@@ -7,7 +7,7 @@ Two baselines say what pretraining was worth: the same architecture untrained, a
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,8 @@ class Row:
     """One figure, with all that is needed to report it.
 
     value: top-1 accuracy in percent, or its mean over draws; deviation: standard deviation over draws, else None.
-    seconds: wall time of features and protocol together. samples_seen: images seen in pretraining.
+    seconds: wall time of features and protocol together. samples_seen: images seen in pretraining. settings: of the
+    protocol, where it has any.
     """
 
     network: str
@@ -58,6 +59,7 @@ class Row:
     device: str
     versions: dict[str, str]
     commit: str | None
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
 def score(
@@ -84,7 +86,7 @@ def score(
         train, test: shard patterns.
         protocols: of "knn" (DINO's k-NN, four values of k) and "linear" (logistic regression).
         labels_per_class: fit the linear probe on so few labels, mean over `draws`; None uses all labels.
-        readout: how tokens become features, one of `features.READOUTS`; None takes the architecture's usual one.
+        readout: how tokens become features, one of `models.heads.READOUTS`; None takes the architecture's usual one.
         network: which network of a run ("student", "teacher"); None takes the run's choice.
         seed: of the untrained network, of the held-out part and of the draws.
 
@@ -95,7 +97,7 @@ def score(
     pretrained = load_backbone(source, network=network)
     readout = choose_readout(pretrained.backbone, readout)
     shards = open_shards(train), open_shards(test)
-    _check_labels(*shards, labels_per_class)
+    check_labels(*shards, labels_per_class)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
     def features(name: str, subject: Network | Normalisation) -> Iterator[Features]:
@@ -171,8 +173,8 @@ def _run(
     return {label: few_label_probe(train, test, labels_per_class, draws, seed)}
 
 
-def _check_labels(train: Shards, test: Shards, labels_per_class: int | None) -> None:
-    """What can be known before any image is read."""
+def check_labels(train: Shards, test: Shards, labels_per_class: int | None) -> None:
+    """Refuse what can be known to be wrong before any image is read. Raises UserError."""
     need_labels(train)
     need_labels(test)
     blank = [Features(torch.zeros(len(each), 1), torch.as_tensor(each.labels)) for each in (train, test)]

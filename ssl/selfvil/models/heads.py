@@ -22,9 +22,16 @@ READOUTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "mean": lambda prefix, patches: avg(patches),
     "first": lambda prefix, patches: patches[:, 0],
     "last": lambda prefix, patches: patches[:, -1],
+    "first_last_mean": lambda prefix, patches: torch.cat([bilateral_concat(patches), avg(patches)], dim=1),
     "cls": lambda prefix, patches: prefix[:, 0],
+    "cls_mean": lambda prefix, patches: torch.cat([prefix[:, 0], avg(patches)], dim=1),
 }
-"""From prefix tokens (B, P, C) and patches (B, N, C) to one vector an image, (B, C) or (B, 2·C)."""
+"""From prefix tokens (B, P, C) and patches (B, N, C) to one vector an image, (B, C) or several of them side by side."""
+
+
+def has_class_token(backbone: nn.Module) -> bool:
+    """Whether the first prefix token is a class token, which the readouts called cls... need."""
+    return getattr(backbone, "cls_token", None) is not None
 
 
 def choose_readout(backbone: nn.Module, readout: str | None = None) -> tuple[str, int]:
@@ -33,26 +40,36 @@ def choose_readout(backbone: nn.Module, readout: str | None = None) -> tuple[str
     A Vision-LSTM reads from both ends, so its first and last token have seen the whole image; a ViT has a class token.
     Raises UserError for an unknown readout, or one whose token the backbone lacks.
     """
-    has_class_token = getattr(backbone, "cls_token", None) is not None
     if readout is None:
         is_vil = isinstance(backbone, VisionLSTM)
-        readout = "bilateral_concat" if is_vil else "cls" if has_class_token else "mean"
-    usable = [name for name in READOUTS if name != "cls" or has_class_token]
+        readout = "bilateral_concat" if is_vil else "cls" if has_class_token(backbone) else "mean"
+    usable = [name for name in READOUTS if not name.startswith("cls") or has_class_token(backbone)]
     if readout not in usable:
         raise UserError(
             f"objective.readout = {readout!r} is not possible with {type(backbone).__name__}; "
             f"choose one of: {', '.join(usable)}"
         )
-    dim = int(backbone.embed_dim)  # type: ignore[arg-type]  # a number, in timm
-    return readout, 2 * dim if readout == "bilateral_concat" else dim
+    token = torch.empty(1, 1, int(backbone.num_features))  # type: ignore[arg-type]  # a number, in timm
+    return readout, READOUTS[readout](token, token).shape[1]
 
 
 def read_out(backbone: nn.Module, images: Tensor, readout: str) -> Tensor:
-    """Images (B, in_chans, H·P, W·P) to vectors (B, C) or (B, 2·C), after the backbone's final norm."""
+    """Images (B, in_chans, H·P, W·P) to vectors (B, D), after the backbone's final norm, in the dtype it computes in.
+
+    Raises UserError for a model without token features.
+    """
     features = backbone.forward_features(images)  # type: ignore[operator]  # every timm model has it
     if features.ndim == 4:
-        features = features.flatten(1, 2)
-    prefix, patches = features.tensor_split([int(backbone.num_prefix_tokens)], dim=1)  # type: ignore[arg-type]
+        channels_last = getattr(backbone, "output_fmt", "NCHW") == "NHWC"
+        patches = features.flatten(1, 2) if channels_last else features.flatten(2).mT
+        prefix = patches[:, :0]
+    elif features.ndim == 3:
+        prefix, patches = features.tensor_split([getattr(backbone, "num_prefix_tokens", 0)], dim=1)
+    else:
+        raise UserError(
+            f"{type(backbone).__name__} gives features of shape {list(features.shape)}; expected tokens "
+            f"(B, N, C) or a map (B, H, W, C) or (B, C, H, W)."
+        )
     return READOUTS[readout](prefix, patches)
 
 

@@ -1,0 +1,301 @@
+"""Fine-tuning: what moves and how fast, what stays, that it learns, that it can be repeated, and what is refused."""
+
+import inspect
+import io
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from rich.console import Console
+from torch import nn
+
+from selfvil import checkpoint, cli, optim
+from selfvil.data.index import open_shards
+from selfvil.errors import UserError
+from selfvil.evaluate import finetune as module
+from selfvil.evaluate.features import extract, load_backbone
+from selfvil.evaluate.finetune import Settings, choose_heads, finetune, layer_groups, train_classifier
+from selfvil.evaluate.linear import linear_probe
+from selfvil.evaluate.score import as_json, as_table
+from selfvil.export import Network, Normalisation, export
+from selfvil.models.heads import read_out
+from tars import write_tar
+
+KWARGS = {"img_size": [8, 8], "patch_size": 2, "in_chans": 1, "num_classes": 0, "embed_dim": 32, "depth": 2}
+SHORT = Settings(epochs=1, batch_size=30, base_lr=4e-3, layer_decay=0.9, drop_path=0.0, min_crop=0.8)
+FAST = {"workers": 0, "device": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A run folder with one checkpoint of a random network."""
+    torch.manual_seed(123)
+    backbone = timm.create_model("vil_nano_patch4_32", **KWARGS)
+    meta = {
+        "format": 1, "step": 5, "samples": 640, "seconds": 1.0, "seed": 0, "export": "student",
+        "networks": {"student": "backbone."}, "objective": {"name": "mae"},
+        "model": {"name": "vil_nano_patch4_32", "kwargs": KWARGS},
+        "data": {"pattern": "x.tar", "mean": [0.3], "std": [0.4], "fingerprint": "f", "num_samples": 9},
+    }  # fmt: skip
+    out = tmp_path_factory.mktemp("finetune") / "run"
+    tensors = {"objective": {f"backbone.{key}": value for key, value in backbone.state_dict().items()}}
+    checkpoint.save(out / "checkpoints", 5, tensors, meta)
+    return out
+
+
+@pytest.fixture
+def parts(digit_shards):
+    return str(digit_shards / "digits-000000.tar"), str(digit_shards / "digits-000001.tar")
+
+
+def a_vit() -> nn.Module:
+    return timm.create_model(
+        "vit_tiny_patch16_224", img_size=8, patch_size=2, in_chans=1, embed_dim=32, depth=2, num_heads=2, num_classes=10
+    )
+
+
+@pytest.mark.parametrize("name", ["vil", "vit"])
+def test_each_layer_has_its_rate(name):
+    model = timm.create_model("vil_nano_patch4_32", **KWARGS | {"num_classes": 10}) if name == "vil" else a_vit()
+    groups = layer_groups(model, Settings(layer_decay=0.5, weight_decay=0.3))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    scales = {names[id(parameter)]: group["lr_scale"] for group in groups for parameter in group["params"]}
+    decays = {names[id(parameter)]: group["weight_decay"] for group in groups for parameter in group["params"]}
+    assert scales.keys() == decays.keys() == set(names.values())
+    # Stem, two layers (each a pair of blocks in a Vision-LSTM), head; the last norm goes with the last layer.
+    expected = {"patch_embed": 0.125, "pos_embed": 0.125, "cls_token": 0.125,
+                "blocks.0": 0.25, "blocks.1": 0.5, "norm": 0.5, "head": 1.0}  # fmt: skip
+    for parameter, scale in scales.items():
+        assert scale == next(value for prefix, value in expected.items() if parameter.startswith(prefix)), parameter
+    ours = {
+        name: 0.3 if group["decay"] else 0.0
+        for group in optim.parameter_groups(model, model.no_weight_decay())
+        for name in group["names"]
+    }
+    assert decays == ours
+
+
+def test_the_optimizer_steps_at_these_rates(run, parts, monkeypatch):
+    """By hand: after warm-up the head's rate is the cosine's, that of layers below it is decayed."""
+    made, adamw = [], optim.adamw
+    monkeypatch.setattr(optim, "adamw", lambda *arguments: made.append(adamw(*arguments)) or made[-1])
+    settings = Settings(epochs=2, batch_size=30, base_lr=1e-3, layer_decay=0.5, warmup=0.25)
+    train_classifier(load_backbone(run), "bilateral_concat", open_shards(parts[0]), settings)
+    last = optim.cosine(7, 8, 1e-3 * 30 / 256, settings.min_lr, 2)
+    assert {round(group["lr"] / last, 6) for group in made[0].param_groups} == {0.125, 0.25, 0.5, 1.0}
+    assert {group["weight_decay"] for group in made[0].param_groups} == {0.05, 0.0}
+
+
+def test_all_parameters_move_and_frozen_ones_do_not(run, parts):
+    network = load_backbone(run)
+    before = {name: value.clone() for name, value in network.backbone.state_dict().items()}
+    train, test = (open_shards(part) for part in parts)
+    features = module._frozen(network, ["bilateral_concat", "mean"], train, test, 0, torch.device("cpu"), "fp32", "")
+    assert all(torch.equal(value, before[name]) for name, value in network.backbone.state_dict().items())
+    assert {head: (len(a), len(b), a.x.shape[1]) for head, (a, b) in features.items()} == {
+        "bilateral_concat": (120, 80, 64), "mean": (120, 80, 32)
+    }  # fmt: skip
+    for head, (found, _) in features.items():
+        expected = extract(
+            network.backbone, train, img_size=8, mean=[0.3], std=[0.4], readout=head, workers=0, device="cpu"
+        )
+        assert torch.equal(found.x, expected.x)
+
+    still = Settings(epochs=1, batch_size=30, weight_decay=0.0, drop_path=0.0)
+    after = train_classifier(network, "bilateral_concat", train, still).model.state_dict()
+    unmoved = [name for name, value in before.items() if torch.equal(value, after[name])]
+    assert not unmoved
+    assert set(after) - set(before) == {"head.weight", "head.bias"}
+
+
+def test_it_learns(run, parts):
+    """Ten classes, 120 images, a random network to start from: far above the 10 % of chance."""
+    settings = Settings(epochs=30, batch_size=20, base_lr=4e-2, layer_decay=1.0, drop_path=0.0, min_crop=0.8)
+    classifier = train_classifier(load_backbone(run), "bilateral_concat", open_shards(parts[0]), settings)
+    accuracy = classifier.accuracy(open_shards(parts[1]), workers=0)
+    assert accuracy > 50
+    assert accuracy == classifier.accuracy(open_shards(parts[1]), batch_size=7, workers=0)
+
+
+def test_the_same_seed_gives_the_same_weights(run, parts):
+    train = open_shards(parts[0])
+    settings = Settings(epochs=1, batch_size=30, drop_path=0.2)
+
+    def weights(seed: int, workers: int = 0) -> dict[str, torch.Tensor]:
+        torch.rand(seed + workers)  # what was drawn before does not matter
+        network = load_backbone(run, drop_path_rate=settings.drop_path)
+        state = torch.get_rng_state()
+        model = train_classifier(network, "mean", train, settings, seed=seed, workers=workers).model
+        assert torch.equal(torch.get_rng_state(), state)
+        return model.state_dict()
+
+    first, again, other = weights(1), weights(1, workers=1), weights(2)
+    assert all(torch.equal(value, again[name]) for name, value in first.items())
+    assert not any(torch.equal(value, other[name]) for name, value in first.items() if value.ndim > 1)
+
+
+def test_two_calls_give_the_same_rows(run, parts):
+    calls = [finetune(run, *parts, settings=SHORT, seed=3, **FAST) for _ in range(2)]
+    assert [row.value for row in calls[0]] == [row.value for row in calls[1]]
+
+
+def test_heads_of_each_architecture(run, parts):
+    train = open_shards(parts[0])
+    look = Normalisation((0.3,), (0.4,), (8, 8))
+    for made, head, width in (
+        (lambda: load_backbone(run), "bilateral_concat", 64), (lambda: load_backbone(run), "mean", 32),
+        (lambda: Network(a_vit(), look, 0), "cls", 32), (lambda: Network(a_vit(), look, 0), "mean", 32),
+    ):  # fmt: skip
+        network = made()
+        model = train_classifier(network, head, train, SHORT).model.eval()
+        assert model.head.weight.shape == (10, width)
+        images = torch.randn(2, 1, 8, 8)
+        with torch.no_grad():
+            seen = read_out(model, images, head)
+            torch.testing.assert_close(model(images), model.head(seen))
+    assert choose_heads(load_backbone(run).backbone) == ["bilateral_concat", "mean"]
+    assert choose_heads(a_vit()) == ["cls", "mean"]
+    assert choose_heads(timm.create_model("resnet18", num_classes=0)) == ["mean"]
+    assert choose_heads(a_vit(), "mean") == ["mean"]
+
+
+def test_stochastic_depth_is_that_of_the_settings(run, tmp_path):
+    for source in (run, export(run, tmp_path / "out")):
+        for rate in (0.0, 0.3):
+            backbone = load_backbone(source, drop_path_rate=rate).backbone
+            rates = {part.drop_prob for part in backbone.modules() if hasattr(part, "drop_prob")}
+            assert rates == ({rate} if rate else set())
+
+
+def test_labels_need_not_count_from_zero(run, tmp_path):
+    """Dark images are class 3, bright ones class 7."""
+    for part, shift in (("train", 0), ("test", 5)):
+        files = []
+        for index in range(40):
+            content, label = io.BytesIO(), (3, 7)[index % 2]
+            Image.new("L", (8, 8), 200 * (label == 7) + shift + index).save(content, "PNG")
+            files += [(f"{index:02d}.cls", b"%d" % label), (f"{index:02d}.png", content.getvalue())]
+        write_tar(tmp_path / f"{part}.tar", files)
+    settings = Settings(epochs=20, batch_size=20, base_lr=2e-2, layer_decay=1.0, drop_path=0.0)
+    classifier = train_classifier(load_backbone(run), "mean", open_shards(str(tmp_path / "train.tar")), settings)
+    assert classifier.classes.tolist() == [3, 7]
+    assert classifier.accuracy(open_shards(str(tmp_path / "test.tar")), workers=0) == 100
+
+
+def test_few_labels(parts):
+    shards = open_shards(parts[0])
+    few, again, other = (module._FewLabels(shards, 3, seed) for seed in (0, 0, 1))
+    assert len(few) == 30
+    assert np.bincount(few.labels).tolist() == [3] * 10
+    assert few.ids.tolist() == again.ids.tolist() != other.ids.tolist()
+    for index, of_all in enumerate(few.ids.tolist()):
+        assert few.read(index) == shards.read(of_all)
+        assert (few.key(index), few.shard_of(index)) == (shards.key(of_all), shards.shard_of(of_all))
+        assert few.labels[index] == shards.labels[of_all]
+
+
+def test_table_of_all_rows(run, parts):
+    rows = finetune(run, *parts, settings=SHORT, baselines=True, labels_per_class=4, seed=2, **FAST)
+    assert [(row.network, row.protocol, row.readout) for row in rows] == [
+        (network, f"{protocol}, 4 labels per class", head)
+        for network in ("pretrained", "untrained")
+        for protocol in ("linear probe", "fine-tuning, 1 epoch")
+        for head in ("bilateral_concat", "mean")
+    ]
+    assert {(row.train_images, row.test_images, row.seed) for row in rows} == {(40, 80, 2)}
+    assert {row.network: row.samples_seen for row in rows} == {"pretrained": 640, "untrained": 0}
+    assert rows[2].settings["layer_decay"] == 0.9
+    out = io.StringIO()
+    Console(file=out, width=120).print(as_table(rows))
+    assert all(text in out.getvalue() for text in ("fine-tuning, 1 epoch", "untrained", "bilateral_concat", "mean"))
+    plain = json.loads(json.dumps(as_json(rows)))
+    assert {"seed", "samples_seen", "seconds", "device", "versions", "commit", "settings"} <= plain[0].keys()
+
+
+def test_the_frozen_rows_are_the_linear_probe(run, parts):
+    (probe, tuned) = finetune(run, *parts, settings=SHORT, readout="bilateral_concat", precision="bf16", **FAST)
+    backbone, look, _ = load_backbone(run)
+    features = [
+        extract(
+            backbone, open_shards(part), img_size=look.img_size, mean=look.mean, std=look.std, precision="bf16",
+            readout="bilateral_concat", **FAST,
+        )
+        for part in parts
+    ]  # fmt: skip
+    assert probe.value == linear_probe(*features).accuracy
+    assert tuned.settings["precision"] == "bf16"
+
+
+def test_mistakes_are_told_before_training(run, parts, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "extract", None)  # calling it would be a TypeError
+    train, test = parts
+    image = io.BytesIO()
+    Image.new("L", (8, 8)).save(image, "PNG")
+    bare = str(write_tar(tmp_path / "bare.tar", [("a.png", image.getvalue())]))
+    strange = str(write_tar(tmp_path / "strange.tar", [("a.cls", b"77"), ("a.png", image.getvalue())]))
+    for arguments, options, message in [
+        ((tmp_path / "no", train, test), {}, "no folder"),
+        ((run, str(tmp_path / "none-*.tar"), test), {}, "none-"),
+        ((run, bare, test), {}, "have no label"),
+        ((run, train, bare), {}, "have no label"),
+        ((run, train, strange), {}, r"labels that no training image has: \[77\]"),
+        ((run, train, train), {}, "the same images"),
+        ((run, train, test), {"labels_per_class": 100}, "fewer than the 100 labels for each class"),
+        ((run, train, test), {"readout": "first"}, "head on 'first'; choose of: bilateral_concat, mean"),
+        ((run, train, test), {"readout": "cls"}, "head on 'cls'; choose of: bilateral_concat, mean"),
+        ((run, train, test), {"network": "teacher"}, "no network 'teacher'"),
+        ((run, train, test), {"precision": "fp8"}, "no precision 'fp8'"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            finetune(*arguments, **FAST | options)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"epochs": 0}, {"batch_size": 0}, {"base_lr": 0.0}, {"base_lr": float("nan")}, {"layer_decay": 0.0},
+     {"layer_decay": 1.1}, {"weight_decay": -0.1}, {"warmup": 1.0}, {"drop_path": 1.0}, {"label_smoothing": 1.0},
+     {"min_crop": 0.0}, {"min_lr": -1.0}, {"clip_norm": 0.0}],
+)  # fmt: skip
+def test_settings_out_of_range(wrong):
+    (name, value) = next(iter(wrong.items()))
+    with pytest.raises(UserError, match=rf"{name} = {value} is not possible: it must be"):
+        Settings(**wrong)
+
+
+def test_divergence_is_told(run, parts):
+    with pytest.raises(UserError, match=r"diverged: the loss of step \d+ is nan; lower base_lr"):
+        train_classifier(
+            load_backbone(run), "mean", open_shards(parts[0]), Settings(epochs=6, batch_size=30, base_lr=1e38)
+        )
+
+
+def test_command(run, parts, tmp_path, capsys, monkeypatch):
+    train, test = parts
+    monkeypatch.setattr(sys, "argv", ["finetune.py", str(run), "--train", train, "--test", test, "--workers", "0",
+                        "--epochs", "1", "--batch-size", "60", "--json", str(tmp_path / "rows.json")])  # fmt: skip
+    script = Path(__file__).parents[2] / "eval" / "finetune.py"
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(script))
+    assert not ended.value.code
+    assert "fine-tuning, 1 epoch" in capsys.readouterr().out
+    assert len(json.loads((tmp_path / "rows.json").read_text())) == 4
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["eval", "finetune", str(run), "--train", train, "--test", test, "--layer-decay", "1.5"])
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert "layer_decay = 1.5 is not possible" in error
+    assert "Traceback" not in error
+
+
+def test_the_commands_defaults_are_the_settings():
+    given = inspect.signature(cli.eval_finetune).parameters
+    for name, value in vars(Settings()).items():
+        if name in given:
+            assert given[name].default == value
+    assert {"epochs", "batch_size", "base_lr", "layer_decay", "weight_decay", "drop_path"} <= given.keys()
