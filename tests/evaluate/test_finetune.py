@@ -268,6 +268,13 @@ def test_settings_out_of_range(wrong):
         Settings(**wrong)
 
 
+def test_few_steps_are_remarked_upon(run, parts, caplog):
+    assert Settings(epochs=3, batch_size=1024).length(120) == (120, 3)
+    assert Settings(epochs=1, batch_size=1000).length(10_400) == (1000, 10)
+    finetune(run, *parts, settings=SHORT, readout="mean", **FAST)
+    assert "only 4 steps of 30 images" in caplog.text
+
+
 def test_divergence_is_told(run, parts):
     with pytest.raises(UserError, match=r"diverged: the loss of step \d+ is nan; lower base_lr"):
         train_classifier(

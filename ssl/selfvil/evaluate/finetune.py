@@ -45,6 +45,7 @@ HEADS = {"bilateral_concat": "bilateral_concat", "cls": "token", "mean": "avg"}
 # Two heads' tokens, read in one pass.
 _TOGETHER: dict[tuple[str, ...], str] = {("bilateral_concat", "mean"): "first_last_mean", ("cls", "mean"): "cls_mean"}
 _BETAS = (0.9, 0.999)
+_FEW_STEPS = 100
 _LOOK_EVERY = 10  # steps; the loss is looked at, which on a GPU means waiting for it
 
 
@@ -54,7 +55,8 @@ class Settings:
 
     The defaults are the published ones of MAE's fine-tuning of ViT-B (He et al., "Masked Autoencoders", 2021, and its
     code), but for its RandAugment, mixup, cutmix and erasing, which are left out, and the clipping, which Vision-LSTM's
-    authors advise.
+    authors advise. They are meant for 100,000 steps: a run of some hundred wants a higher base_lr, a layer_decay nearer
+    1 and smaller batches.
 
     epochs: passes over the training images. batch_size: images in a step, at most all. base_lr: for 256 images a step;
     the peak is base_lr · batch_size / 256, reached after the share `warmup` of all steps, and falls by a cosine to
@@ -135,6 +137,9 @@ def finetune(
     all_train, test_shards = open_shards(train), open_shards(test)
     check_labels(all_train, test_shards, labels_per_class)
     train_shards = all_train if labels_per_class is None else _FewLabels(all_train, labels_per_class, seed)
+    batch_size, steps = settings.length(len(train_shards))
+    if steps < _FEW_STEPS:
+        log.warning("Fine-tuning takes only %d steps of %d images: smaller batches give more.", steps, batch_size)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     few = "" if labels_per_class is None else f", {labels_per_class} labels per class"
     epochs = f"{settings.epochs} epoch{'s' if settings.epochs > 1 else ''}"
@@ -238,8 +243,7 @@ def train_classifier(
     device, look = torch.device(device), network.normalisation
     model: Any = network.backbone
     classes = torch.from_numpy(np.unique(train.labels)).to(device)  # type: ignore[arg-type]  # all have a label
-    batch_size = min(settings.batch_size, len(train))
-    total = max(1, round(settings.epochs * len(train) / batch_size))
+    batch_size, total = settings.length(len(train))
     warmup = round(settings.warmup * total)
     peak = settings.base_lr * batch_size / 256
     damaged: dict[int, str] = {}
