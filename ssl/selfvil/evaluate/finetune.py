@@ -98,6 +98,11 @@ class Settings:
                     f"Fine-tuning with {name} = {getattr(self, name)} is not possible: it must be {expected}."
                 )
 
+    def length(self, num_images: int) -> tuple[int, int]:
+        """Images in a step, and steps, when there are so many training images."""
+        batch_size = min(self.batch_size, num_images)
+        return batch_size, max(1, round(self.epochs * num_images / batch_size))
+
 
 def finetune(
     source: str | Path,
