@@ -1,56 +1,25 @@
 """The loop from end to end: it learns, it stops and goes on without a trace, and it refuses what cannot work."""
 
 import json
-import os
-import re
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 
+import runs
 from selfvil import checkpoint
 from selfvil.errors import UserError
 from selfvil.monitor.metrics import read_metrics
 from selfvil.pretrain import pretrain
 from selfvil.recipe import Recipe, load
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-
 
 def overrides(shards: Path, out: Path, *more: str) -> list[str]:
-    return [
-        f"data.train={shards}/digits-*.tar", f"run.out={out}", "data.workers=0", "run.precision=fp32", "run.threads=1",
-        "model.img_size=16", "model.patch_size=4", "model.embed_dim=32", "model.depth=1",
-        "objective.decoder_dim=32", "objective.decoder_depth=1",
-        "optim.batch_size=40", "budget.epochs=null", "budget.samples=null", "budget.steps=12",
-        "monitor.log_every=4", "monitor.tensorboard=false", "run.checkpoint_every=5", *more,
-    ]  # fmt: skip
+    return runs.overrides("mae", shards, out, *more)
 
 
 def small(shards: Path, out: Path, *more: str) -> Recipe:
-    return load("demo", overrides(shards, out, *more))
-
-
-def state(run: Path) -> dict[str, torch.Tensor]:
-    newest = checkpoint.newest(run / "checkpoints")
-    assert newest is not None
-    return {f"{part}/{k}": v for part in ("objective", "optimizer") for k, v in newest.tensors(part).items()}
-
-
-def assert_same_state(one: Path, other: Path) -> None:
-    ours, theirs = state(one), state(other)
-    assert ours.keys() == theirs.keys()
-    different = [key for key in ours if not torch.equal(ours[key], theirs[key])]
-    assert not different, f"{len(different)} of {len(ours)} tensors differ, such as {different[:3]}"
-
-
-def launch(*command: str, **environ: str) -> subprocess.CompletedProcess:
-    env = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"} | environ
-    return subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=300)
+    return runs.small("mae", shards, out, *more)
 
 
 def test_a_run_learns_and_leaves_a_full_record(digit_shards, tmp_path, capsys):
@@ -81,88 +50,16 @@ def test_accumulated_micro_batches_make_the_same_step(digit_shards, tmp_path):
     split = small(digit_shards, tmp_path / "split", "budget.steps=3", "optim.clip_norm=null", "optim.accumulate=4")
     pretrain(whole)
     pretrain(split)
-    ours, theirs = state(tmp_path / "whole"), state(tmp_path / "split")
+    ours, theirs = runs.state(tmp_path / "whole"), runs.state(tmp_path / "split")
     for key in ours:
         torch.testing.assert_close(ours[key], theirs[key], rtol=1e-4, atol=1e-5, msg=lambda text, key=key: key + text)
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_paused_run_goes_on_bit_for_bit(digit_shards, tmp_path, workers):
-    """7 steps of 40 of 200 images: the pause falls in the middle of an epoch, with and without worker processes."""
-    more = [f"data.workers={workers}", "model.drop_path_rate=0.2", "monitor.log_every=7"]
-    pretrain(small(digit_shards, tmp_path / "straight", *more))
-    for _ in range(3):
-        pretrain(small(digit_shards, tmp_path / "paused", *more, "budget.pause_minutes=1e-6"))
-    paused = checkpoint.newest(tmp_path / "paused" / "checkpoints")
-    assert paused is not None
-    assert paused.step == 3
-    pretrain(small(digit_shards, tmp_path / "paused", *more))
-    assert_same_state(tmp_path / "straight", tmp_path / "paused")
-    steps = [record["step"] for record in read_metrics(tmp_path / "paused" / "metrics.jsonl")]
-    assert steps == sorted(set(steps))
-
-
-def test_a_finished_run_is_left_as_it_is(digit_shards, tmp_path):
-    recipe = small(digit_shards, tmp_path / "run", "budget.steps=2")
-    pretrain(recipe)
-    before = state(tmp_path / "run")
-    assert pretrain(recipe).finished
-    assert all(torch.equal(tensor, before[key]) for key, tensor in state(tmp_path / "run").items())
-
-
-COMMAND = [sys.executable, "launch/pretrain.py", "demo"]
-
-
-@pytest.fixture(scope="module")
-def straight(digit_shards, tmp_path_factory) -> Path:
-    """A run of 150 steps in a process of its own that nothing stopped."""
-    out = tmp_path_factory.mktemp("straight") / "run"
-    launched = launch(*COMMAND, *overrides(digit_shards, out, "budget.steps=150", "run.checkpoint_every=50"))
-    assert launched.returncode == 0, launched.stderr
-    return out
-
-
-def test_ctrl_c_saves_and_the_same_command_finishes(digit_shards, straight, tmp_path):
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    arguments = overrides(digit_shards, tmp_path / "run", "budget.steps=150", "data.workers=1")
-    process = subprocess.Popen([*COMMAND, *arguments], cwd=REPOSITORY, env=env, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("step"):
-            break
-    process.send_signal(signal.SIGINT)
-    rest = process.communicate(timeout=120)[0]
-    assert process.returncode == 0
-    stopped = re.search(r"stopped after step (\d+) \(SIGINT\): the state is saved", rest)
-    assert stopped, rest
-    newest = checkpoint.newest(tmp_path / "run" / "checkpoints")
-    assert newest is not None
-    assert newest.step == int(stopped[1]) < 150
-    assert launch(*COMMAND, *arguments).returncode == 0
-    assert_same_state(straight, tmp_path / "run")
-
-
-def test_a_killed_run_goes_on_from_its_last_checkpoint(digit_shards, straight, tmp_path):
-    arguments = overrides(digit_shards, tmp_path / "run", "budget.steps=150", "run.checkpoint_every=50")
-    env = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    process = subprocess.Popen([*COMMAND, *arguments], cwd=REPOSITORY, env=env, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while checkpoint.newest(tmp_path / "run" / "checkpoints") is None and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.kill()
-    process.wait()
-    assert launch(*COMMAND, *arguments).returncode == 0
-    assert_same_state(straight, tmp_path / "run")
 
 
 def test_two_processes_train_as_one(digit_shards, tmp_path):
     """Two gloo processes: the same samples and masks, so the same loss at every step, to rounding."""
     alone, both = tmp_path / "alone", tmp_path / "both"
     pretrain(small(digit_shards, alone, "monitor.log_every=1"))
-    launched = launch(
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "launch/pretrain.py",
-        "demo", *overrides(digit_shards, both, "monitor.log_every=1"),
-    )  # fmt: skip
+    launched = runs.launch("mae", *overrides(digit_shards, both, "monitor.log_every=1"), processes=2)
     assert launched.returncode == 0, launched.stderr
     record = json.loads((both / "run.json").read_text())
     assert record["launches"][0]["processes"] == 2
@@ -175,10 +72,8 @@ def test_two_processes_train_as_one(digit_shards, tmp_path):
 
 
 def test_torchrun_that_would_split_is_refused(digit_shards, tmp_path):
-    launched = launch(
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "launch/pretrain.py",
-        "demo", *overrides(digit_shards, tmp_path / "run"), ACCELERATE_USE_CPU="false",
-    )  # fmt: skip
+    arguments = overrides(digit_shards, tmp_path / "run")
+    launched = runs.launch("mae", *arguments, processes=2, ACCELERATE_USE_CPU="false")
     assert launched.returncode != 0
     assert "each would train alone" in launched.stderr
     assert not (tmp_path / "run").exists()

@@ -88,6 +88,11 @@ def pretrain(recipe: Recipe) -> Summary:
         objective.load_state_dict(saved.tensors("objective"))
         optim.load_optimizer_tensors(optimizer, saved.tensors("optimizer"))
         first_step, seconds_before = saved.step, saved.meta["seconds"]
+    if first_step == total_steps and (ended_before := _summary_of(out)):
+        if is_main:
+            print_summary(out)
+        accelerator.end_training()
+        return ended_before
     if is_main:
         _record_launch(out, recipe, accelerator, first_step)
     accelerator.wait_for_everyone()
@@ -313,6 +318,12 @@ def _record_end(out: Path, summary: Summary) -> None:
     record["launches"][-1]["ended"] = _now()
     record["summary"] = asdict(summary)
     _write(out / "run.json", json.dumps(record, indent=2) + "\n")
+
+
+def _summary_of(out: Path) -> Summary | None:
+    """How a run that has finished ended; None if it has not, or was killed before it could say so."""
+    summary = _read_record(out).get("summary")
+    return Summary(**summary) if summary and summary["finished"] else None
 
 
 def _read_record(out: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import platform
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -74,13 +75,18 @@ def any_process(accelerator: Accelerator, flag: bool) -> bool:
 
 
 class StopRequest:
-    """Turns the first Ctrl-C or SIGTERM into a wish to stop after the current step; the second one interrupts.
+    """Turns the first Ctrl-C or SIGTERM into a wish to stop after the current step; a later one interrupts.
 
+    Launchers pass on a signal that the terminal or the scheduler has already given to every process, so what comes
+    within `SAME_SIGNAL` seconds of the first counts as the same.
     Use as a context manager: the previous handlers come back at its end. Truthy once a stop was asked for.
     """
 
+    SAME_SIGNAL = 3.0
+
     def __init__(self) -> None:
         self.signal_name: str | None = None
+        self._asked_at = 0.0
         self._previous: dict[signal.Signals, Any] = {}
 
     def __bool__(self) -> bool:
@@ -96,9 +102,10 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
-        if self.signal_name is not None:
+        if self.signal_name is None:
+            self.signal_name, self._asked_at = signal.Signals(number).name, time.monotonic()
+        elif time.monotonic() - self._asked_at > self.SAME_SIGNAL:
             raise KeyboardInterrupt
-        self.signal_name = signal.Signals(number).name
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+import runs
 from selfvil import checkpoint, optim
 from selfvil.errors import UserError
 from selfvil.models.heads import ProjectionHead, read_out
@@ -21,9 +22,8 @@ from selfvil.monitor.metrics import read_metrics
 from selfvil.objectives.base import ImageSpec, Progress
 from selfvil.objectives.dino import DINO, Center, DINOSettings, Teacher, cross_entropy_of_pairs
 from selfvil.pretrain import pretrain
-from selfvil.recipe import Recipe, load
+from selfvil.recipe import Recipe
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 VALUES = Path(__file__).with_name("published_dino.safetensors")
 PROGRESS = Progress(step=0, total_steps=10, steps_per_epoch=5, seed=3)
 MODELS = ["vil_nano_patch4_32", "vit_tiny_patch16_224"]
@@ -372,19 +372,8 @@ def test_the_picture_shows_every_crop():
 # --- a real run ------------------------------------------------------------------------------------------------------
 
 
-def overrides(shards: Path, out: Path, *more: str) -> list[str]:
-    return [
-        f"data.train={shards}/digits-*.tar", f"run.out={out}", "data.workers=0", "run.precision=fp32",
-        "model.img_size=16", "model.in_chans=1", "data.mean=[0.3]", "data.std=[0.37]", "model.embed_dim=32",
-        "model.depth=1", "objective.local_crop_size=8", "objective.local_crops=2", "objective.out_dim=64",
-        "objective.hidden_dim=64", "objective.bottleneck_dim=16", "optim.batch_size=40", "budget.samples=null",
-        "budget.steps=6", "monitor.log_every=2", "monitor.tensorboard=false", "monitor.pictures_every=null",
-        "run.checkpoint_every=100", *more,
-    ]  # fmt: skip
-
-
 def small(shards: Path, out: Path, *more: str) -> Recipe:
-    return load("cifar10_dino", overrides(shards, out, *more))
+    return runs.small("dino", shards, out, *more)
 
 
 def test_a_run_learns_without_collapse(digit_shards, tmp_path):
@@ -405,32 +394,11 @@ def test_a_run_learns_without_collapse(digit_shards, tmp_path):
     assert (tmp_path / "run" / "pictures" / "step-00000040.png").stat().st_size > 0
 
 
-def test_a_run_stopped_and_resumed_is_the_same_run(digit_shards, tmp_path):
-    more = ("model.drop_path_rate=0.2", "optim.accumulate=2", "objective.freeze_last_layer_epochs=0.4")
-    pretrain(small(digit_shards, tmp_path / "straight", *more))
-    for _ in range(3):
-        pretrain(small(digit_shards, tmp_path / "paused", *more, "budget.pause_minutes=1e-6"))
-    pretrain(small(digit_shards, tmp_path / "paused", *more))
-    straight, paused = (checkpoint.newest(tmp_path / run / "checkpoints") for run in ("straight", "paused"))
-    for name in ("objective", "optimizer"):
-        ours, theirs = straight.tensors(name), paused.tensors(name)
-        assert ours.keys() == theirs.keys()
-        assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
-    assert straight.meta["export"] == "teacher"
-
-
 def test_two_processes_train_as_one(digit_shards, tmp_path):
     """Two gloo processes with two micro-batches each: the losses, teacher and centre of one process with all of it."""
     pretrain(small(digit_shards, tmp_path / "alone", "monitor.log_every=1", "budget.steps=4"))
-    arguments = overrides(
-        digit_shards, tmp_path / "both", "monitor.log_every=1", "budget.steps=4", "optim.accumulate=2"
-    )
-    launched = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "launch/pretrain.py",
-         "cifar10_dino", *arguments],
-        cwd=REPOSITORY, env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    more = ("monitor.log_every=1", "budget.steps=4", "optim.accumulate=2")
+    launched = runs.launch("dino", *runs.overrides("dino", digit_shards, tmp_path / "both", *more), processes=2)
     assert launched.returncode == 0, launched.stderr
     alone, both = (read_metrics(tmp_path / run / "metrics.jsonl") for run in ("alone", "both"))
     assert [record["loss"] for record in both] == pytest.approx([record["loss"] for record in alone], rel=1e-5)

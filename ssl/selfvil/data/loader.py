@@ -233,7 +233,7 @@ def _batches(samples: _Samples, ranges: Iterator[tuple[int, int]], workers: int)
         num_workers=workers,
         # Forked workers share the index and start at once; they touch neither CUDA nor threads of the parent.
         multiprocessing_context="fork" if workers else None,
-        worker_init_fn=_ignore_interrupt,
+        worker_init_fn=_leave_signals_to_main,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # else DataLoader draws its workers' seeds from the run's own randomness
     )
@@ -262,6 +262,8 @@ def _batches(samples: _Samples, ranges: Iterator[tuple[int, int]], workers: int)
         del batches  # ends the workers now, not when the garbage collector comes by
 
 
-def _ignore_interrupt(worker: int) -> None:
-    """Ctrl-C reaches every process of the terminal; only the main one acts on it, and still gets its batches."""
+def _leave_signals_to_main(worker: int) -> None:
+    """Ctrl-C reaches every process of the terminal, a scheduler's SIGTERM every process of the job; only the main one
+    acts on them, and still gets its batches. A worker ends when the main process ends it or is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -1,0 +1,74 @@
+"""Small real runs of each objective for tests: recipes, launches, and what they leave behind."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from selfvil import checkpoint
+from selfvil.recipe import Recipe, load
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+PACKAGED = {"mae": "demo", "dino": "cifar10_dino"}
+"""Objective -> the packaged recipe that is made small."""
+
+_SMALL = {
+    "mae": ["objective.decoder_dim=32", "objective.decoder_depth=1"],
+    "dino": [
+        "model.in_chans=1", "data.mean=[0.3]", "data.std=[0.37]", "objective.local_crop_size=8",
+        "objective.local_crops=2", "objective.out_dim=64", "objective.hidden_dim=64", "objective.bottleneck_dim=16",
+    ],
+}  # fmt: skip
+
+
+def overrides(objective: str, shards: Path, out: Path, *more: str) -> list[str]:
+    """Of the packaged recipe: 12 steps of 40 of the 200 digits, a network of 30,000 parameters, one thread."""
+    return [
+        f"data.train={shards}/digits-*.tar", f"run.out={out}", "data.workers=0", "run.precision=fp32", "run.threads=1",
+        "model.img_size=16", "model.patch_size=4", "model.embed_dim=32", "model.depth=1",
+        *_SMALL[objective],
+        "optim.batch_size=40", "budget.epochs=null", "budget.samples=null", "budget.steps=12",
+        "monitor.log_every=4", "monitor.tensorboard=false", "monitor.pictures_every=null",
+        "run.checkpoint_every=5", *more,
+    ]  # fmt: skip
+
+
+def small(objective: str, shards: Path, out: Path, *more: str) -> Recipe:
+    return load(PACKAGED[objective], overrides(objective, shards, out, *more))
+
+
+def command(objective: str, *arguments: str, processes: int = 1) -> list[str]:
+    """Command line of a run; several processes are started by torchrun."""
+    script = ["launch/pretrain.py", PACKAGED[objective], *arguments]
+    if processes == 1:
+        return [sys.executable, *script]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    return [sys.executable, *torchrun, *script]
+
+
+def environment(**more: str) -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONUNBUFFERED": "1"} | more
+
+
+def launch(objective: str, *arguments: str, processes: int = 1, **environ: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        command(objective, *arguments, processes=processes),
+        cwd=REPOSITORY, env=environment(**environ), capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+
+
+def state(run: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a run's newest checkpoint."""
+    newest = checkpoint.newest(run / "checkpoints")
+    assert newest is not None
+    return {f"{part}/{key}": value for part in newest.names() for key, value in newest.tensors(part).items()}
+
+
+def assert_same_state(one: Path, other: Path) -> None:
+    ours, theirs = state(one), state(other)
+    assert ours.keys() == theirs.keys()
+    different = [key for key in ours if not torch.equal(ours[key], theirs[key])]
+    assert not different, f"{len(different)} of {len(ours)} tensors differ, such as {different[:3]}"
