@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 
 import timm
 import torch
-from safetensors.torch import save_file
-from torch import nn
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from selfvil import checkpoint
 from selfvil.checkpoint import Checkpoint
@@ -32,6 +32,7 @@ from selfvil.version import __version__
 
 FORMAT = 1
 WEIGHTS = "model.safetensors"
+HEADS = "heads/heads.safetensors"
 
 # Arguments of timm.create_model itself. Some make it download or unpickle: a file must not be able to ask for that.
 _FACTORY_ARGUMENTS = {
@@ -122,16 +123,9 @@ def load_network(saved: Checkpoint, network: str | None = None) -> Network:
         for name, tensor in saved.tensors("objective").items()
         if name.startswith(prefix)
     }
-    expected = untrained.backbone.state_dict()
     where = f"{saved.folder}: the weights of {network!r} do not fit {saved.meta['model']['name']}"
-    if missing := sorted(expected.keys() - weights.keys()):
-        raise UserError(f"{where}: {len(missing)} are missing, the first is {missing[0]}.")
-    if unknown := sorted(weights.keys() - expected.keys()):
-        raise UserError(f"{where}: {len(unknown)} are unknown to it, the first is {unknown[0]}.")
+    _fit(untrained.backbone, weights, where)
     for name, tensor in weights.items():
-        if tensor.shape != expected[name].shape:
-            found, wanted = list(tensor.shape), list(expected[name].shape)
-            raise UserError(f"{where}: {name} has shape {found}, expected {wanted}.")
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise UserError(f"{saved.folder}: {name} of {network!r} holds NaN or infinity; take an earlier checkpoint.")
     untrained.backbone.load_state_dict(weights)
@@ -168,6 +162,57 @@ def load_export(folder: str | Path, *, pretrained: bool = True, **overrides: Any
     except (TypeError, ValueError, RuntimeError, KeyError, AssertionError) as error:
         raise UserError(f"timm {timm.__version__} cannot load {architecture} from {folder}: {error}") from error
     return Network(backbone, normalisation, samples_seen if pretrained else 0)
+
+
+def start_backbone(backbone: nn.Module, source: str | Path) -> None:
+    """Give `backbone` the pretrained weights of an export, a run or a checkpoint, of the network it would export.
+
+    Raises UserError if the source is none of these, damaged, or of another architecture; nothing is changed then.
+    """
+    is_export = (Path(source) / "config.json").is_file()
+    found = load_export(source) if is_export else load_network(open_checkpoint(source))
+    weights = found.backbone.state_dict()
+    _fit(backbone, weights, f"model.start_from = {source} is of another architecture than the recipe's")
+    backbone.load_state_dict(weights)
+
+
+def start_objective(objective: nn.Module, source: str | Path) -> None:
+    """Give an objective all its weights, heads and teacher too, from a run, a checkpoint or an export with heads.
+
+    Raises UserError if the source is none of these, lacks the heads, or was made by other settings.
+    """
+    folder = Path(source)
+    if (folder / "config.json").is_file():
+        load_export(folder)  # checks the weights
+        ours, heads = _read_config(folder)["selfvil"], folder / HEADS
+        if not heads.is_file() or "prefix" not in ours:
+            raise UserError(
+                f"model.start_from = {source} holds a backbone without the heads that go with it: export the run "
+                f"again with --heads, or set model.start_heads=new to begin with new ones"
+            )
+        if (found := _sha256(heads)) != ours["heads_sha256"]:
+            raise UserError(f"{heads} is damaged: its SHA-256 is {found}, expected {ours['heads_sha256']}.")
+        backbone = {ours["prefix"] + name: tensor for name, tensor in load_file(folder / WEIGHTS).items()}
+        weights = backbone | load_file(heads)
+    else:
+        weights = open_checkpoint(folder).tensors("objective")
+    where = f"model.start_from = {source} was made by another objective or architecture than the recipe's"
+    _fit(objective, weights, where, "take its settings, or set model.start_heads=new to take its backbone alone")
+    objective.load_state_dict(weights)
+
+
+def _fit(module: nn.Module, weights: Mapping[str, Tensor], where: str, advice: str = "") -> None:
+    """Raise UserError unless `weights` are just what `module` holds."""
+    expected = module.state_dict()
+    advice = f"; {advice}" if advice else "."
+    if missing := sorted(expected.keys() - weights.keys()):
+        raise UserError(f"{where}: {len(missing)} are missing, the first is {missing[0]}{advice}")
+    if unknown := sorted(weights.keys() - expected.keys()):
+        raise UserError(f"{where}: {len(unknown)} are unknown to it, the first is {unknown[0]}{advice}")
+    for name, tensor in weights.items():
+        if tensor.shape != expected[name].shape:
+            found, wanted = list(tensor.shape), list(expected[name].shape)
+            raise UserError(f"{where}: {name} has shape {found}, expected {wanted}{advice}")
 
 
 def _choose(saved: Checkpoint, network: str | None) -> tuple[str, str]:
@@ -218,20 +263,21 @@ def export(run: str | Path, out: str | Path, *, network: str | None = None, head
     try:
         aside.mkdir(parents=True)
         save_file({name: tensor.contiguous() for name, tensor in backbone.state_dict().items()}, aside / WEIGHTS)
-        config = _timm_config(backbone, saved, normalisation) | {
-            "selfvil": {
-                "format": FORMAT,
-                "version": __version__,
-                "network": network,
-                "samples_seen": samples_seen,
-                "sha256": _sha256(aside / WEIGHTS),
-            }
+        ours = {
+            "format": FORMAT,
+            "version": __version__,
+            "network": network,
+            "prefix": prefix,
+            "samples_seen": samples_seen,
+            "sha256": _sha256(aside / WEIGHTS),
         }
-        (aside / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         if heads:
             rest = {name: t for name, t in saved.tensors("objective").items() if not name.startswith(prefix)}
-            (aside / "heads").mkdir()  # beside the backbone, timm 1.0.20 would take this file for the weights
-            save_file(rest, aside / "heads" / "heads.safetensors")
+            (aside / HEADS).parent.mkdir()  # beside the backbone, timm 1.0.20 would take this file for the weights
+            save_file(rest, aside / HEADS)
+            ours["heads_sha256"] = _sha256(aside / HEADS)
+        config = _timm_config(backbone, saved, normalisation) | {"selfvil": ours}
+        (aside / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         folder = _run_folder(saved)
         if folder is not None:
             shutil.copyfile(folder / "recipe.yaml", aside / "recipe.yaml")

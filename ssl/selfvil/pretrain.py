@@ -24,6 +24,8 @@ from selfvil import checkpoint, optim, runtime
 from selfvil.data.index import Shards, open_shards
 from selfvil.data.loader import Batch, Ledger, train_batches
 from selfvil.errors import UserError
+from selfvil.export import start_backbone, start_objective
+from selfvil.memory import need_memory
 from selfvil.monitor.console import ProgressLine
 from selfvil.monitor.metrics import Means, MetricsWriter, finite
 from selfvil.monitor.pictures import save_picture
@@ -75,7 +77,9 @@ def pretrain(recipe: Recipe) -> Summary:
         resumed = _claim(out, recipe, shards) if is_main else None
     resumed = runtime.agree(accelerator, resumed)
 
-    objective = build_objective(recipe)
+    objective = build_objective(recipe, start=resumed is None).to(accelerator.device)
+    micro_batch, channels = recipe.optim.batch_size // per_step, recipe.model.in_chans
+    need_memory(objective, micro_batch, channels, accelerator.device, accelerator.autocast())
     groups = optim.parameter_groups(objective, objective.no_weight_decay(), objective.tags())
     optimizer = optim.adamw(groups, recipe.optim.betas)
     model, optimizer = accelerator.prepare(objective, optimizer)
@@ -224,8 +228,8 @@ def pretrain(recipe: Recipe) -> Summary:
     return summary
 
 
-def build_objective(recipe: Recipe) -> Objective:
-    """The objective of a recipe with a freshly initialised backbone: a function of `run.seed` alone."""
+def build_objective(recipe: Recipe, start: bool = True) -> Objective:
+    """The objective of a recipe, initialised as a function of `run.seed` and, with `start`, of model.start_from."""
     torch.manual_seed(recipe.run.seed)
     name, kwargs = recipe.model.name, recipe.model.create_kwargs()
     if not timm.is_model(name):
@@ -239,10 +243,17 @@ def build_objective(recipe: Recipe) -> Objective:
         backbone = timm.create_model(name, **kwargs)
     except (RuntimeError, TypeError, ValueError, AssertionError) as error:
         raise UserError(f"model: {name} cannot be built with {kwargs}: {error}") from None
+    source = recipe.model.start_from if start else None
+    if source is not None and recipe.model.start_heads == "new":
+        with torch.random.fork_rng(devices=[]):  # the heads are those that the seed gives without a start
+            start_backbone(backbone, source)  # now, since the objective's teacher begins as a copy of it
     image = ImageSpec(
         recipe.model.img_size, recipe.model.patch_size, recipe.model.in_chans, recipe.data.mean, recipe.data.std
     )
-    return objective_class(recipe.objective.name)(backbone, recipe.objective, image)
+    objective = objective_class(recipe.objective.name)(backbone, recipe.objective, image)
+    if source is not None and recipe.model.start_heads == "load":
+        start_objective(objective, source)
+    return objective
 
 
 def _claim(out: Path, recipe: Recipe, shards: Shards) -> str | None:

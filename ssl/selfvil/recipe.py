@@ -54,6 +54,10 @@ class ModelSection(Section):
     """Probability of skipping a block for a sample during training (stochastic depth)."""
     init_values: float | None = Field(None, gt=0)
     """Initial value of LayerScale; null leaves LayerScale out."""
+    start_from: str | None = None
+    """Weights to begin a new run with: an export, a run or a checkpoint of the same architecture; null draws them."""
+    start_heads: Literal["load", "new"] = "load"
+    """With start_from: take heads and teacher from it too, or the backbone alone and new heads."""
 
     @model_validator(mode="after")
     def _image_is_whole_patches(self) -> "ModelSection":

@@ -62,6 +62,8 @@ def test_random_crop_is_a_resized_part_flipped_half_of_the_time():
     flipped = [torch.allclose(view, normalised(image).flip(2), atol=1e-5) for view in seen]
     assert all(one != other for one, other in zip(straight, flipped))
     assert 70 < sum(flipped) < 130
+    never = RandomCropFlip(20, (1, 1), MEAN, STD, ratio=(1, 1), flip=False)
+    assert all(torch.allclose(never(image).double(), normalised(image), atol=1e-5) for _ in range(20))
 
 
 @pytest.mark.parametrize("shape", [(32, 32), (200, 300), (500, 30), (3, 3)])

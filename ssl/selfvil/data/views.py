@@ -66,7 +66,8 @@ class RandomCropFlip:
     """A random part of the image, resized by bicubic interpolation, flipped left to right half of the time.
 
     MAE's augmentation (He et al., 2021). The part covers a share of the area drawn from `scale`, with a width/height
-    ratio drawn log-uniformly from `ratio` (Szegedy et al., 2015, as torchvision's RandomResizedCrop draws it).
+    ratio drawn log-uniformly from `ratio` (Szegedy et al., 2015, as torchvision's RandomResizedCrop draws it). `flip`
+    False never flips, for images whose mirror image means something else: letters, digits, organs.
     """
 
     def __init__(
@@ -76,15 +77,19 @@ class RandomCropFlip:
         mean: Sequence[float],
         std: Sequence[float],
         ratio: tuple[float, float] = (3 / 4, 4 / 3),
+        flip: bool = True,
     ) -> None:
         if not (0 < scale[0] <= scale[1] <= 1 and 0 < ratio[0] <= ratio[1]):
             raise ValueError(f"scale {scale} must lie within (0, 1], ratio {ratio} above 0, both ascending")
         self.height, self.width = _pair(size)
-        self.scale, self.ratio = tuple(scale), tuple(ratio)
+        self.scale, self.ratio, self.flip = tuple(scale), tuple(ratio), flip
         self.normalise = _Normalise(mean, std)
 
     def __call__(self, image: Image.Image) -> Tensor:
-        return self.normalise(self._crop(image), flip=random.random() < 0.5)
+        return self.normalise(self._crop(image), flip=self._flips())
+
+    def _flips(self) -> bool:
+        return self.flip and random.random() < 0.5
 
     def _crop(self, image: Image.Image) -> Image.Image:
         left, top, width, height = self._box(*image.size)
@@ -127,8 +132,9 @@ class DINOCrop(RandomCropFlip):
         blur: float,
         solarise: float = 0.0,
         jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1),
+        flip: bool = True,
     ) -> None:
-        super().__init__(size, scale, mean, std)
+        super().__init__(size, scale, mean, std, flip=flip)
         if not (0 <= blur <= 1 and 0 <= solarise <= 1 and min(jitter) >= 0 and jitter[3] <= 0.5):
             raise ValueError(
                 f"blur {blur} and solarise {solarise} must lie within [0, 1], jitter {jitter} above 0, hue's up to 0.5"
@@ -142,7 +148,7 @@ class DINOCrop(RandomCropFlip):
             image.putalpha(alpha)
         else:
             image = self._disturb(image)
-        return self.normalise(image, flip=random.random() < 0.5)
+        return self.normalise(image, flip=self._flips())
 
     def _disturb(self, image: Image.Image) -> Image.Image:
         in_colour = image.mode == "RGB"

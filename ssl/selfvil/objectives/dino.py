@@ -76,6 +76,8 @@ class DINOSettings(Section):
     """Height and width of a small crop, in pixels; both divisible by model.patch_size."""
     blur: bool = True
     """Blur some crops by up to 2 pixels, as published for 224-pixel images; too much for images of 32."""
+    flip: bool = True
+    """Flip half of the crops left to right; false where a mirror image means something else, as with digits."""
 
     @model_validator(mode="after")
     def _teacher_is_sharper(self) -> "DINOSettings":
@@ -123,7 +125,9 @@ class DINO(Objective):
     def views(self) -> list[View]:
         def crop(size: Any, scale: tuple[float, float], blur: float, solarise: float = 0.0) -> View:
             blur = blur if self.settings.blur else 0.0
-            return DINOCrop(size, scale, self.image.mean, self.image.std, blur=blur, solarise=solarise)
+            return DINOCrop(
+                size, scale, self.image.mean, self.image.std, blur=blur, solarise=solarise, flip=self.settings.flip
+            )
 
         large, small = self.settings.global_crop_scale, self.settings.local_crop_scale
         return [

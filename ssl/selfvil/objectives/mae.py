@@ -38,6 +38,8 @@ class MAESettings(Section):
     """Predict each patch with its own mean taken off and its own deviation divided out."""
     crop_scale: tuple[float, float] = (0.2, 1.0)
     """Range of the share of an image's area that a random crop covers."""
+    flip: bool = True
+    """Flip half of the crops left to right; false where a mirror image means something else, as with digits."""
 
 
 class MAE(Objective):
@@ -79,7 +81,8 @@ class MAE(Objective):
             nn.init.zeros_(linear.bias)
 
     def views(self) -> list[View]:
-        return [RandomCropFlip(self.image.size, self.settings.crop_scale, self.image.mean, self.image.std)]
+        image, settings = self.image, self.settings
+        return [RandomCropFlip(image.size, settings.crop_scale, image.mean, image.std, flip=settings.flip)]
 
     def forward(self, batch: Batch, progress: Progress) -> StepOutput:
         images = batch.views[0]
