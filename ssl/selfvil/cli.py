@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -161,16 +161,19 @@ Workers = Annotated[int, typer.Option(min=0, help="Processes that decode images.
 Seed = Annotated[int, typer.Option(help="Seed of the untrained network, the held-out part and the draws.")]
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the rows to this file.")]
 LabelsPerClass = Annotated[int | None, typer.Option(min=1, help="Fit on so few labels of each class; all otherwise.")]
+PrecisionName = Annotated[Literal["fp32", "bf16"], typer.Option("--precision", help="Arithmetic of the backbone.")]
 
 
 @eval_app.command("knn")
 def eval_knn(
     source: Source, train: Train, test: Test, baselines: Baselines = False, readout: Readout = None,
     network: NetworkName = None, workers: Workers = 2, seed: Seed = 0, json_file: Json = None,
+    precision: PrecisionName = "fp32",
 ) -> None:  # fmt: skip
     """Weighted k-nearest-neighbour accuracy, k = 10, 20, 100 and 200."""
     _eval(["knn"], source, train, test, json_file,
-          baselines=baselines, readout=readout, network=network, workers=workers, seed=seed)  # fmt: skip
+          baselines=baselines, readout=readout, network=network, workers=workers, seed=seed,
+          precision=precision)  # fmt: skip
 
 
 @eval_app.command("linear")
@@ -179,10 +182,12 @@ def eval_linear(
     network: NetworkName = None, workers: Workers = 2, seed: Seed = 0, json_file: Json = None,
     labels_per_class: LabelsPerClass = None,
     draws: Annotated[int, typer.Option(min=1, help="Draws of the few labels.")] = 20,
+    precision: PrecisionName = "fp32",
 ) -> None:  # fmt: skip
     """Accuracy of a logistic regression on frozen features, its strength chosen on a held-out part of train."""
     _eval(["linear"], source, train, test, json_file, labels_per_class=labels_per_class, draws=draws,
-          baselines=baselines, readout=readout, network=network, workers=workers, seed=seed)  # fmt: skip
+          baselines=baselines, readout=readout, network=network, workers=workers, seed=seed,
+          precision=precision)  # fmt: skip
 
 
 @eval_app.command("finetune")
@@ -200,7 +205,7 @@ def eval_finetune(
     drop_path: Annotated[float, typer.Option(help="Probability of leaving a block out.")] = 0.1,
     label_smoothing: Annotated[float, typer.Option(help="Share of a target spread over all classes.")] = 0.1,
     min_crop: Annotated[float, typer.Option(help="Smallest share of an image that a crop shows.")] = 0.08,
-    precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
+    precision: PrecisionName = "fp32",
 ) -> None:  # fmt: skip
     """Accuracy after fine-tuning everything, beside a linear probe of the same tokens; Bilateral Concat and mean."""
     from selfvil.evaluate.finetune import Settings, finetune
@@ -211,7 +216,7 @@ def eval_finetune(
     )  # fmt: skip
     rows = finetune(
         source, train, test, settings=settings, labels_per_class=labels_per_class, baselines=baselines,
-        readout=readout, network=network, workers=workers, precision=precision, seed=seed,  # type: ignore[arg-type]
+        readout=readout, network=network, workers=workers, precision=precision, seed=seed,
     )  # fmt: skip
     _show(rows, json_file)
 
@@ -220,10 +225,12 @@ def eval_finetune(
 def eval_all(
     source: Source, train: Train, test: Test, baselines: Baselines = False, readout: Readout = None,
     network: NetworkName = None, workers: Workers = 2, seed: Seed = 0, json_file: Json = None,
+    precision: PrecisionName = "fp32",
 ) -> None:  # fmt: skip
     """Every protocol, on features computed once."""
     _eval(["knn", "linear"], source, train, test, json_file,
-          baselines=baselines, readout=readout, network=network, workers=workers, seed=seed)  # fmt: skip
+          baselines=baselines, readout=readout, network=network, workers=workers, seed=seed,
+          precision=precision)  # fmt: skip
 
 
 def _eval(

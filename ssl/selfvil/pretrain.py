@@ -188,7 +188,7 @@ def pretrain(recipe: Recipe) -> Summary:
                         metrics.picture(step, picture)
                 if recipe.eval.train and recipe.eval.test and _due(step, recipe.eval.every or total_steps, ended):
                     objective.eval()
-                    score = knn_score(objective.backbone, recipe, device) if is_main else {}
+                    score = knn_score(objective.exported(), recipe, device) if is_main else {}
                     objective.train()
                     if metrics:
                         metrics.write(step, score, kind="eval")

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
 from selfvil.errors import UserError
 from selfvil.monitor.metrics import Means, MetricsWriter, finite, read_metrics
@@ -63,9 +64,22 @@ def test_the_loss_curve_is_drawn_and_an_empty_run_is_refused(tmp_path):
     assert loss_curve(tmp_path, tmp_path / "loss.png").stat().st_size > 1000
 
 
-def test_a_small_picture_is_enlarged_by_a_whole_factor(tmp_path):
-    from PIL import Image
+def test_a_run_with_a_teacher_shows_its_entropy_too(tmp_path):
+    with_teacher, without = tmp_path / "with", tmp_path / "without"
+    for folder in (with_teacher, without):
+        folder.mkdir()
+        write(folder, range(1, 8))
+    path = with_teacher / "metrics.jsonl"
+    records = [json.loads(line) | {"teacher_entropy": 0.5, "teacher_spread": 0.9} for line in path.open()]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    heights = []
+    for folder in (with_teacher, without):
+        with Image.open(loss_curve(folder, folder / "loss.png")) as image:
+            heights.append(image.height)
+    assert heights[0] > heights[1]
 
+
+def test_a_small_picture_is_enlarged_by_a_whole_factor(tmp_path):
     picture = torch.rand(3, 5, 100)
     with Image.open(save_picture(picture, tmp_path / "deep" / "x.png")) as image:
         assert image.size == (400, 20)

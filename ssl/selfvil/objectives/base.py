@@ -89,6 +89,10 @@ class Objective(nn.Module):
     def after_step(self, progress: Progress) -> None:
         """Called after each optimizer step; an objective with a teacher moves it here."""
 
+    def exported(self) -> nn.Module:
+        """The backbone that is exported unless another is asked for, and scored during a run."""
+        return self.get_submodule(self.networks[self.export].removesuffix("."))
+
     def no_weight_decay(self) -> set[str]:
         """Names of parameters, beside all one-dimensional ones, that weight decay must leave alone."""
         names: set[str] = set()
