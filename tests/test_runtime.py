@@ -28,6 +28,57 @@ def test_sound_launches_pass(environ, num_processes):
     runtime.refuse_split_launch(environ, num_processes)
 
 
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "asks for DeepSpeed, but Accelerate would silently train without"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true", "LOCAL_RANK": "0", "ACCELERATE_USE_CPU": "true"}, "without ACCELERATE_"),
+        ({"ACCELERATE_USE_FSDP": "true", "LOCAL_RANK": "0"}, "asks for FSDP"),
+        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "asks for MEGATRON_LM"),
+    ],
+)  # fmt: skip
+def test_a_strategy_that_would_be_left_out_is_refused(environ, expected):
+    with pytest.raises(UserError, match=expected):
+        runtime.refuse_strategy(environ)
+
+
+def test_deepspeed_without_its_packages_is_refused(monkeypatch):
+    monkeypatch.setattr(runtime, "find_spec", lambda package: None if package == "transformers" else object())
+    with pytest.raises(
+        UserError, match=r"DeepSpeed needs transformers, not installed: pip install 'selfvil\[deepspeed\]'"
+    ):
+        runtime.refuse_strategy({"ACCELERATE_USE_DEEPSPEED": "true", "LOCAL_RANK": "0"})
+    runtime.refuse_strategy({"LOCAL_RANK": "0"})
+
+
+def test_a_deepspeed_that_computed_something_else_is_refused(monkeypatch):
+    monkeypatch.setattr(runtime, "find_spec", lambda package: object())
+    monkeypatch.setattr(runtime, "version", lambda package: "0.18.0")
+    monkeypatch.setattr(runtime, "compare_versions", lambda *asked: asked == ("deepspeed", "<", "0.18.5"))
+    with pytest.raises(UserError, match=r"DeepSpeed 0\.18\.0 is too old .* install 0\.18\.5 or newer"):
+        runtime.refuse_strategy({"ACCELERATE_USE_DEEPSPEED": "true", "LOCAL_RANK": "0"})
+
+
+def test_the_recipe_has_the_last_word_and_says_so():
+    agreed = {"ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "2"}
+    assert runtime.overruled(agreed, "bf16", 2) == []
+    assert runtime.overruled({"ACCELERATE_MIXED_PRECISION": "no"}, "bf16", 2) == []
+    assert runtime.overruled(agreed, "fp32", 1) == [
+        "ACCELERATE_MIXED_PRECISION = bf16 gives way to the recipe's run.precision = fp32",
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS = 2 gives way to the recipe's optim.accumulate = 1",
+    ]
+
+
+def test_the_launchers_accumulation_divides_no_loss(monkeypatch):
+    """Accelerate would divide the loss by it, after the loop has divided by the recipe's."""
+    import torch
+
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    weight = torch.ones((), requires_grad=True)
+    runtime.start("fp32", accumulate=1).backward(3 * weight)
+    assert weight.grad == 3
+
+
 def test_first_signal_asks_and_a_later_one_interrupts(monkeypatch):
     before = signal.getsignal(signal.SIGINT)
     with runtime.StopRequest() as stop:

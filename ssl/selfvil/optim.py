@@ -85,24 +85,29 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Inverse of `optimizer_tensors`, onto each parameter's device.
+    """Inverse of `optimizer_tensors`, onto each parameter's device. Raises UserError as `by_parameter`."""
+    parameters = dict(_named(optimizer))
+    for name, state in by_parameter(tensors, parameters).items():
+        device = parameters[name].device
+        optimizer.state[parameters[name]] = {key: value.to(device, copy=True) for key, value in state.items()}
+
+
+def by_parameter(tensors: dict[str, Tensor], names: Iterable[str]) -> dict[str, dict[str, Tensor]]:
+    """Named tensors of `optimizer_tensors` as the state of each parameter.
 
     Raises:
-        UserError: the tensors belong to other parameters.
+        UserError: the tensors belong to other parameters than those called `names`.
     """
     states: dict[str, dict[str, Tensor]] = {}
     for full_name, tensor in tensors.items():
         name, _, key = full_name.rpartition(NAME_SEPARATOR)
         states.setdefault(name, {})[key] = tensor
-    parameters = dict(_named(optimizer))
-    if strangers := set(states) - set(parameters):
+    if strangers := set(states) - set(names):
         raise UserError(
             f"the checkpoint's optimizer knows {len(strangers)} parameters that this model lacks, "
             f"such as {min(strangers)}: it belongs to another architecture"
         )
-    for name, state in states.items():
-        device = parameters[name].device
-        optimizer.state[parameters[name]] = {key: value.to(device, copy=True) for key, value in state.items()}
+    return states
 
 
 def _named(optimizer: torch.optim.Optimizer) -> list[tuple[str, nn.Parameter]]:

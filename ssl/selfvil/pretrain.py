@@ -19,6 +19,7 @@ import timm
 import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 
 from selfvil import checkpoint, optim, runtime
 from selfvil.data.index import Shards, open_shards
@@ -34,6 +35,7 @@ from selfvil.monitor.summary import print_summary
 from selfvil.objectives import objective_class
 from selfvil.objectives.base import ImageSpec, Objective, Progress
 from selfvil.recipe import Recipe, differences, parse
+from selfvil.zero import Zero, apply_recipe
 
 log = logging.getLogger("selfvil")
 
@@ -63,7 +65,7 @@ def pretrain(recipe: Recipe) -> Summary:
     Raises:
         UserError: nothing has been overwritten; the message says what to change.
     """
-    accelerator = runtime.start(recipe.run.precision, recipe.run.threads)
+    accelerator = runtime.start(recipe.run.precision, recipe.optim.accumulate, recipe.run.threads)
     is_main, world_size = accelerator.is_main_process, accelerator.num_processes
     out = Path(recipe.run.out)
     per_step = world_size * recipe.optim.accumulate
@@ -72,6 +74,8 @@ def pretrain(recipe: Recipe) -> Summary:
             f"optim.batch_size = {recipe.optim.batch_size} is not divisible by {world_size} processes x "
             f"{recipe.optim.accumulate} micro-batches: take a multiple of {per_step}"
         )
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        _configure_deepspeed(recipe, accelerator)
     with accelerator.main_process_first():
         shards = open_shards(recipe.data.train)
         resumed = _claim(out, recipe, shards) if is_main else None
@@ -79,18 +83,24 @@ def pretrain(recipe: Recipe) -> Summary:
 
     objective = build_objective(recipe, start=resumed is None).to(accelerator.device)
     micro_batch, channels = recipe.optim.batch_size // per_step, recipe.model.in_chans
-    need_memory(objective, micro_batch, channels, accelerator.device, accelerator.autocast())
+    autocast = runtime.autocast(accelerator.device, recipe.run.precision)
+    need_memory(objective, micro_batch, channels, accelerator.device, autocast)
     groups = optim.parameter_groups(objective, objective.no_weight_decay(), objective.tags())
     optimizer = optim.adamw(groups, recipe.optim.betas)
+    saved = checkpoint.load(Path(resumed)) if resumed is not None else None
+    if saved:  # before it is prepared: DeepSpeed takes its copy of the weights then
+        objective.load_state_dict(saved.tensors("objective"))
     model, optimizer = accelerator.prepare(objective, optimizer)
+    zero = Zero(model, optimizer) if accelerator.distributed_type == DistributedType.DEEPSPEED else None
 
     batch_size = recipe.optim.batch_size
     total_steps = recipe.budget.total_steps(len(shards), batch_size)
     first_step, seconds_before = 0, 0.0
-    if resumed is not None:
-        saved = checkpoint.load(Path(resumed))
-        objective.load_state_dict(saved.tensors("objective"))
-        optim.load_optimizer_tensors(optimizer, saved.tensors("optimizer"))
+    if saved:
+        if zero:
+            zero.load_optimizer_tensors(saved.tensors("optimizer"))
+        else:
+            optim.load_optimizer_tensors(optimizer, saved.tensors("optimizer"))
         first_step, seconds_before = saved.step, saved.meta["seconds"]
     if first_step == total_steps and (ended_before := _summary_of(out)):
         if is_main:
@@ -98,7 +108,7 @@ def pretrain(recipe: Recipe) -> Summary:
         accelerator.end_training()
         return ended_before
     if is_main:
-        _record_launch(out, recipe, accelerator, first_step)
+        _record_launch(out, recipe, accelerator, first_step, zero.stage if zero else None)
     accelerator.wait_for_everyone()
 
     seed, rank, device = recipe.run.seed, accelerator.process_index, accelerator.device
@@ -141,16 +151,20 @@ def pretrain(recipe: Recipe) -> Summary:
                     batch = next(batches).to(device)
                     ledger.record(batch.bad)
                     last = micro == recipe.optim.accumulate - 1
-                    with nullcontext() if last else accelerator.no_sync(model):
+                    with nullcontext() if last or zero else accelerator.no_sync(model):
                         output = model(batch, progress)
-                        accelerator.backward(output.loss / recipe.optim.accumulate)
+                        loss = output.loss / recipe.optim.accumulate
+                        zero.backward(loss, last) if zero else accelerator.backward(loss)
                     means.add({"loss": output.loss} | output.logs)
-                norm = optim.clip_gradients(
-                    objective.parameters(), recipe.optim.clip_norm, recipe.optim.clip_per_tensor
-                )
+                clip = recipe.optim.clip_norm, recipe.optim.clip_per_tensor
+                if zero:
+                    norm = zero.clip_gradients(*clip)
+                    zero.step()
+                else:
+                    norm = optim.clip_gradients(objective.parameters(), *clip)
+                    optimizer.step()
+                    optimizer.zero_grad()
                 means.add({"grad_norm": norm})
-                optimizer.step()
-                optimizer.zero_grad()
                 objective.after_step(progress)
                 step += 1
                 line.step(step)
@@ -180,7 +194,7 @@ def pretrain(recipe: Recipe) -> Summary:
                     means.reset()
                 if is_main and _due(step, recipe.monitor.pictures_every, ended) and batch is not None:
                     objective.eval()
-                    with accelerator.autocast():
+                    with runtime.autocast(device, recipe.run.precision):
                         picture = objective.picture(batch, progress)
                     objective.train()
                     if picture is not None and metrics:
@@ -195,8 +209,9 @@ def pretrain(recipe: Recipe) -> Summary:
                     line.say(f"step {step:,}: " + " · ".join(f"{name} {value:.2f} %" for name, value in score.items()))
                     accelerator.wait_for_everyone()
                 if save_due or stopping:
+                    moments = zero.optimizer_tensors() if zero else optim.optimizer_tensors(optimizer)
                     if is_main:
-                        tensors = {"objective": objective.state_dict(), "optimizer": optim.optimizer_tensors(optimizer)}
+                        tensors = {"objective": objective.state_dict(), "optimizer": moments}
                         meta = _meta(recipe, shards, objective, step, seconds_before + time.monotonic() - began)
                         checkpoint.save(out / "checkpoints", step, tensors, meta, recipe.run.keep_checkpoints)
                     accelerator.wait_for_everyone()
@@ -254,6 +269,19 @@ def build_objective(recipe: Recipe, start: bool = True) -> Objective:
     if source is not None and recipe.model.start_heads == "load":
         start_objective(objective, source)
     return objective
+
+
+def _configure_deepspeed(recipe: Recipe, accelerator: Accelerator) -> None:
+    """Let DeepSpeed's settings say what the recipe says. Raises UserError if they ask for what is not tested."""
+    gave_way = apply_recipe(
+        accelerator.deepspeed_plugin.deepspeed_config, batch_size=recipe.optim.batch_size,
+        accumulate=recipe.optim.accumulate, world_size=accelerator.num_processes, clip_norm=recipe.optim.clip_norm,
+        bf16=recipe.run.precision == "bf16",
+        has_teacher="teacher" in objective_class(recipe.objective.name).networks,
+    )  # fmt: skip
+    accelerator.gradient_accumulation_steps = recipe.optim.accumulate
+    for sentence in gave_way if accelerator.is_main_process else []:
+        log.warning(sentence)
 
 
 def _claim(out: Path, recipe: Recipe, shards: Shards) -> str | None:
@@ -314,12 +342,16 @@ def _meta(recipe: Recipe, shards: Shards, objective: Objective, step: int, secon
     }
 
 
-def _record_launch(out: Path, recipe: Recipe, accelerator: Accelerator, first_step: int) -> None:
+def _record_launch(
+    out: Path, recipe: Recipe, accelerator: Accelerator, first_step: int, zero_stage: int | None
+) -> None:
     """Save the resolved recipe, and one entry of versions, device and command for each launch."""
     out.mkdir(parents=True, exist_ok=True)
     _write(out / "recipe.yaml", recipe.to_yaml())
     record = _read_record(out)
     launch = {"started": _now(), "first_step": first_step} | runtime.describe(accelerator)
+    if zero_stage is not None:
+        launch["zero_stage"] = zero_stage
     record["launches"] = [*record.get("launches", []), launch]
     _write(out / "run.json", json.dumps(record, indent=2) + "\n")
 

@@ -1,8 +1,10 @@
 """Where a run takes place: processes, devices, precision, signals. Accelerate does the work; this file asks it.
 
-Supported here: one CPU process, several CPU processes (torchrun and gloo), one GPU, several GPUs (DDP).
+Supported here: one CPU process, several CPU processes (torchrun and gloo), one GPU, several GPUs (DDP), and DeepSpeed
+on any number of them (see `selfvil.zero` for what of it).
 """
 
+import logging
 import os
 import platform
 import signal
@@ -11,36 +13,117 @@ import sys
 import time
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, broadcast_object_list
+from accelerate.utils import (
+    DistributedType,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+    compare_versions,
+)
 
 from selfvil.errors import UserError
 from selfvil.version import __version__
 
 T = TypeVar("T")
 
+DEEPSPEED_FLOOR = "0.18.5"  # the oldest that was seen to compute what DDP computes, as tests/test_deepspeed.py asks
 
-def start(precision: Literal["fp32", "bf16"], threads: int | None = None) -> Accelerator:
+log = logging.getLogger("selfvil")
+
+
+def start(precision: Literal["fp32", "bf16"], accumulate: int, threads: int | None = None) -> Accelerator:
     """The Accelerator of this launch; `threads` CPU threads for each process (None: as the launcher set them).
 
+    precision and accumulate are the recipe's. Under DeepSpeed, `selfvil.zero` sees to both.
+
     Raises:
-        UserError: several processes were asked for, and each would silently have trained a run of its own.
+        UserError: several processes were asked for, and each would silently have trained a run of its own; or a
+            strategy that is not supported, not installed, or that Accelerate would silently leave out.
     """
-    accelerator = Accelerator(mixed_precision="bf16" if precision == "bf16" else "no")
+    refuse_strategy(os.environ)
+    deepspeed = _asks_for(os.environ, "DEEPSPEED")
+    handlers = [_deepspeed_on_cpu()] if deepspeed and not torch.cuda.is_available() else []
+    try:
+        accelerator = Accelerator(
+            mixed_precision="bf16" if precision == "bf16" and not deepspeed else "no",
+            kwargs_handlers=handlers,
+            # The loop divides the loss; told by its environment to accumulate, Accelerate would divide it once more.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        )
+    except ValueError as error:
+        if not deepspeed:
+            raise
+        raise UserError(f"these DeepSpeed settings cannot be used: {' '.join(str(error).split())}") from error
     refuse_split_launch(os.environ, accelerator.num_processes)
-    if threads is not None:
-        torch.set_num_threads(threads)
-    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+    supported = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.DEEPSPEED)
+    if accelerator.distributed_type not in supported:
         raise UserError(
             f"this launch asks for {accelerator.distributed_type.value}, which selfvil {__version__} does not train "
-            f"under: use one process, several CPU processes or several GPUs (DDP)"
+            f"under: use one process, several CPU processes, several GPUs (DDP) or DeepSpeed"
         )
+    for sentence in overruled(os.environ, precision, accumulate) if accelerator.is_main_process else []:
+        log.warning(sentence)
+    if threads is not None:
+        torch.set_num_threads(threads)
     return accelerator
+
+
+def refuse_strategy(environ: Mapping[str, str]) -> None:
+    """Refuse a strategy that is not supported or installed, or that Accelerate would leave out. Raises UserError."""
+    for name in ("FSDP", "MEGATRON_LM"):
+        if _asks_for(environ, name):
+            raise UserError(
+                f"this launch asks for {name} (ACCELERATE_USE_{name}), which selfvil {__version__} does not train "
+                f"under, and which Accelerate on CPUs would silently leave out: use DDP or DeepSpeed"
+            )
+    if not _asks_for(environ, "DEEPSPEED"):
+        return
+    if environ.get("ACCELERATE_USE_CPU", "").lower() == "true" or "LOCAL_RANK" not in environ:
+        raise UserError(
+            "this launch asks for DeepSpeed, but Accelerate would silently train without it: start it by accelerate "
+            "launch or torchrun, and without ACCELERATE_USE_CPU, on CPUs too (ACCELERATE_USE_DEEPSPEED=true torchrun "
+            "--nproc_per_node N launch/pretrain.py ...)"
+        )
+    if missing := [package for package in ("deepspeed", "transformers") if find_spec(package) is None]:
+        raise UserError(f"DeepSpeed needs {' and '.join(missing)}, not installed: pip install 'selfvil[deepspeed]'")
+    if compare_versions("deepspeed", "<", DEEPSPEED_FLOOR):
+        raise UserError(
+            f"DeepSpeed {version('deepspeed')} is too old (0.18.0 was seen to lose accumulated micro-batches under "
+            f"ZeRO-2): install {DEEPSPEED_FLOOR} or newer, pip install 'selfvil[deepspeed]'"
+        )
+
+
+def overruled(environ: Mapping[str, str], precision: str, accumulate: int) -> list[str]:
+    """A sentence for each setting of the launcher that says otherwise than the recipe, which has the last word."""
+    ours = {
+        "MIXED_PRECISION": ("run.precision", precision),
+        "GRADIENT_ACCUMULATION_STEPS": ("optim.accumulate", str(accumulate)),
+    }
+    return [
+        f"ACCELERATE_{name} = {asked} gives way to the recipe's {key} = {value}"
+        for name, (key, value) in ours.items()
+        if (asked := environ.get(f"ACCELERATE_{name}", "no")) not in ("no", value)
+    ]
+
+
+def _asks_for(environ: Mapping[str, str], strategy: str) -> bool:
+    return environ.get(f"ACCELERATE_USE_{strategy}", "").lower() == "true"
+
+
+def _deepspeed_on_cpu() -> InitProcessGroupKwargs:
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed.ops
+
+    # Its shared memory would be compiled when it first starts, for a minute or more, by a compiler there may not be.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return InitProcessGroupKwargs(backend="gloo")  # else it finds no backend, and believes that it is alone
 
 
 def refuse_split_launch(environ: Mapping[str, str], num_processes: int) -> None:
@@ -57,6 +140,11 @@ def refuse_split_launch(environ: Mapping[str, str], num_processes: int) -> None:
             "accelerate launch was asked for several CPU processes and started one (it needs MPI for more): use "
             "ACCELERATE_USE_CPU=true torchrun --nproc_per_node N launch/pretrain.py ..., or --num_processes 1"
         )
+
+
+def autocast(device: torch.device, precision: Literal["fp32", "bf16"]) -> torch.autocast:
+    """A fresh context of the run's precision, for calls that go round the prepared model, which has its own."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 def agree(accelerator: Accelerator, value: T) -> T:
@@ -119,7 +207,9 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 
 def describe(accelerator: Accelerator) -> dict[str, Any]:
     """Device, processes, versions, code commit and command: what a figure must be reported with."""
-    packages = ("torchvision", "timm", "lightly", "accelerate", "webdataset", "safetensors", "numpy")
+    packages = ["torchvision", "timm", "lightly", "accelerate", "webdataset", "safetensors", "numpy"]
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        packages.append("deepspeed")
     return {
         "device": device_name(accelerator.device),
         "processes": accelerator.num_processes,

@@ -6,8 +6,8 @@ subclass of `Objective`, and one line in the table of `selfvil.objectives`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -58,12 +58,14 @@ class Progress:
         return self.step / self.steps_per_epoch
 
 
-@dataclass
-class StepOutput:
-    """`loss` is a float32 scalar to minimise; `logs` are detached float scalars, averaged and written by the loop."""
+class StepOutput(NamedTuple):
+    """`loss` is a float32 scalar to minimise; `logs` are detached float scalars, averaged and written by the loop.
+
+    A tuple, because DeepSpeed looks for the tensors of an output in tuples, lists and mappings only.
+    """
 
     loss: Tensor
-    logs: dict[str, Tensor] = field(default_factory=dict)
+    logs: dict[str, Tensor] = {}  # noqa: RUF012 - only ever read
 
 
 class Objective(nn.Module):

@@ -206,7 +206,7 @@ class StaysFloat32(nn.Module):
     """A module that may be moved, but not cast: bf16 would round the small steps of a running mean away."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "StaysFloat32":
-        # What .to(), .bfloat16() and the like do to each tensor; DeepSpeed casts a whole objective so.
+        # What .to(), .bfloat16() and the like do to each tensor; DeepSpeed's bf16 mode does it to a whole objective.
         return super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)
 
 

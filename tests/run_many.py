@@ -1,0 +1,77 @@
+"""Several runs in the same processes, since starting them takes longer than a run: `torchrun` starts this file.
+
+Beside its own files, each run leaves for each process what `recorded` writes, and under DeepSpeed `held-RANK.json`: how
+many values of optimizer state this process held.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from unittest.mock import patch
+
+from accelerate.state import AcceleratorState, GradientState
+
+from runs import REPOSITORY, environment
+from selfvil import pretrain
+from selfvil.recipe import Recipe, load
+from selfvil.zero import Zero
+
+
+def torchrun(cases: list[dict], processes: int, folder: Path, **environ: str) -> None:
+    """Run `cases` one after the other: {"recipe": name, "arguments": [...]}, perhaps with "zero", DeepSpeed's stage."""
+    file = folder / "cases.json"
+    file.write_text(json.dumps(cases))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    launched = subprocess.run(
+        [*command, __file__, str(file)],
+        cwd=REPOSITORY, env=environment(**environ), capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert launched.returncode == 0, launched.stderr
+
+
+def main() -> None:
+    os.environ["FORK_LAUNCHED"] = "1"  # Accelerate then leaves the process group for the next run
+    for case in json.loads(Path(sys.argv[1]).read_text()):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        os.environ["ACCELERATE_DEEPSPEED_ZERO_STAGE"] = str(case.get("zero"))
+        recipe = load(case["recipe"], case["arguments"])
+        with recorded(recipe), patch.object(pretrain, "Zero", watched(recipe)):
+            pretrain.pretrain(recipe)
+
+
+@contextmanager
+def recorded(recipe: Recipe) -> Iterator[None]:
+    """Write `seen-RANK-of-PROCESSES.jsonl` into the run: the ids of the images of each micro-batch, and its step."""
+    original = pretrain.train_batches
+
+    def recording(*args, rank, world_size, start_step, accumulate, **kwargs):
+        batches = original(
+            *args, rank=rank, world_size=world_size, start_step=start_step, accumulate=accumulate, **kwargs
+        )
+        with open(Path(recipe.run.out, f"seen-{rank}-of-{world_size}.jsonl"), "a") as file:
+            for number, batch in enumerate(batches):
+                file.write(json.dumps({"step": start_step + number // accumulate, "ids": batch.ids.tolist()}) + "\n")
+                yield batch
+
+    with patch.object(pretrain, "train_batches", recording):
+        yield
+
+
+def watched(recipe: Recipe) -> type[Zero]:
+    class Watched(Zero):
+        def optimizer_tensors(self):
+            states = (value for state in self.optimizer.state.values() for value in state.values())
+            held = sum(value.numel() for value in states if value.ndim)
+            Path(recipe.run.out, f"held-{os.environ['RANK']}.json").write_text(str(held))
+            return super().optimizer_tensors()
+
+    return Watched
+
+
+if __name__ == "__main__":
+    main()
