@@ -45,6 +45,16 @@ def test_what_cannot_fit_is_refused(digit_shards, tmp_path, monkeypatch):
         memory.need_memory(subject, 1000, 1, CPU, nullcontext())
 
 
+def test_state_divided_among_processes_leaves_room(digit_shards, tmp_path, monkeypatch):
+    subject = build_objective(runs.small("dino", digit_shards, tmp_path / "run"))
+    trained = sum(p.numel() * p.element_size() for p in subject.parameters() if p.requires_grad)
+    activations = memory.saved_bytes(subject, 1, 1, CPU)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: activations + trained)
+    with pytest.raises(UserError, match="GiB are free"):
+        memory.need_memory(subject, 1, 1, CPU, nullcontext())
+    memory.need_memory(subject, 1, 1, CPU, nullcontext(), parts=4)
+
+
 def test_more_crops_than_memory_allows_stop_a_run_before_it_begins(digit_shards, tmp_path):
     many = ["objective.local_crops=64", "optim.batch_size=4000000"]
     with pytest.raises(UserError, match=r"66 crops of each .* lower optim\.batch_size or the number of crops"):

@@ -25,12 +25,18 @@ _GRADIENT_AND_MOMENTS = 3  # tensors that AdamW's first step adds for each train
 
 
 def need_memory(
-    objective: Objective, batch_size: int, channels: int, device: torch.device, autocast: AbstractContextManager
+    objective: Objective,
+    batch_size: int,
+    channels: int,
+    device: torch.device,
+    autocast: AbstractContextManager,
+    parts: int = 1,
 ) -> None:
     """Refuse a micro-batch of `batch_size` images that this process cannot hold.
 
     Args:
         objective: on `device` already; it is left as it was. autocast: a fresh context of the run's precision.
+        parts: processes among which gradients and optimizer state are divided, as by ZeRO.
 
     Raises:
         UserError: with what is needed, what is free, and the keys to change.
@@ -38,7 +44,7 @@ def need_memory(
     with autocast:
         one, two = (saved_bytes(objective, count, channels, device) for count in (1, 2))
     trained = sum(p.numel() * p.element_size() for p in objective.parameters() if p.requires_grad)
-    needed = one + (two - one) * (batch_size - 1) + _GRADIENT_AND_MOMENTS * trained
+    needed = one + (two - one) * (batch_size - 1) + _GRADIENT_AND_MOMENTS * trained // parts
     free = free_bytes(device)
     if needed > free:
         raise UserError(

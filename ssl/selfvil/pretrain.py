@@ -74,7 +74,8 @@ def pretrain(recipe: Recipe) -> Summary:
             f"optim.batch_size = {recipe.optim.batch_size} is not divisible by {world_size} processes x "
             f"{recipe.optim.accumulate} micro-batches: take a multiple of {per_step}"
         )
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+    divided = accelerator.distributed_type == DistributedType.DEEPSPEED  # the optimizer's state, among processes
+    if divided:
         _configure_deepspeed(recipe, accelerator)
     with accelerator.main_process_first():
         shards = open_shards(recipe.data.train)
@@ -84,14 +85,15 @@ def pretrain(recipe: Recipe) -> Summary:
     objective = build_objective(recipe, start=resumed is None).to(accelerator.device)
     micro_batch, channels = recipe.optim.batch_size // per_step, recipe.model.in_chans
     autocast = runtime.autocast(accelerator.device, recipe.run.precision)
-    need_memory(objective, micro_batch, channels, accelerator.device, autocast)
+    parts = accelerator.num_processes if divided else 1
+    need_memory(objective, micro_batch, channels, accelerator.device, autocast, parts)
     groups = optim.parameter_groups(objective, objective.no_weight_decay(), objective.tags())
     optimizer = optim.adamw(groups, recipe.optim.betas)
     saved = checkpoint.load(Path(resumed)) if resumed is not None else None
     if saved:  # before it is prepared: DeepSpeed takes its copy of the weights then
         objective.load_state_dict(saved.tensors("objective"))
     model, optimizer = accelerator.prepare(objective, optimizer)
-    zero = Zero(model, optimizer) if accelerator.distributed_type == DistributedType.DEEPSPEED else None
+    zero = Zero(model, optimizer) if divided else None
 
     batch_size = recipe.optim.batch_size
     total_steps = recipe.budget.total_steps(len(shards), batch_size)
