@@ -114,3 +114,35 @@ def test_optimizer_state_of_another_model_is_refused():
     optimizer = optim.adamw(optim.parameter_groups(nn.Linear(3, 3)), (0.9, 0.95))
     with pytest.raises(UserError, match=r"another architecture"):
         optim.load_optimizer_tensors(optimizer, {"stranger|exp_avg": torch.zeros(1)})
+
+
+def test_layers_below_learn_more_slowly():
+    model = timm.create_model("vil_nano_patch4_32", num_classes=0, depth=3)
+    scales = optim.backbone_lr_scales(model, layer_decay=0.5, patch_embed=0.2)
+    assert set(scales) == {name for name, _ in model.named_parameters()}
+    assert scales["norm.weight"] == scales["blocks.2.second.norm.weight"] == 1.0
+    assert scales["blocks.1.first.layer.proj_up.weight"] == 0.5
+    assert scales["pos_embed"] == 0.125
+    assert scales["patch_embed.proj.bias"] == pytest.approx(0.125 * 0.2)
+
+
+def test_group_and_tag_scale_a_rate_together():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    groups = optim.parameter_groups(model, tags={"1.weight": "last"}, lr_scales={"1.weight": 0.5, "0.bias": 0.1})
+    optimizer = optim.adamw(groups, (0.9, 0.95))
+    optim.set_rates(optimizer, 0.1, 0.5, {"last": 0.2})
+    rates = {name: group["lr"] for group in optimizer.param_groups for name in group["names"]}
+    assert rates == pytest.approx({"0.weight": 0.1, "0.bias": 0.01, "1.weight": 0.01, "1.bias": 0.1})
+
+
+def test_warmup_stable_decay_by_hand():
+    found = [optim.warmup_stable_decay(step, 12, 1.0, 0.2, warmup=3, decay=4) for step in range(12)]
+    fall = [0.2 + 0.8 * (1 - math.sqrt(share)) for share in (0, 0.25, 0.5, 0.75)]
+    assert found == pytest.approx([0, 0.5, 1, 1, 1, 1, 1, 1, *fall])
+    assert [optim.warmup_stable_decay(step, 4, 1.0, 0.0, warmup=0, decay=0) for step in range(4)] == [1.0] * 4
+
+
+@pytest.mark.parametrize(("scaling", "expected"), [("linear", 4e-3), ("sqrt", 2e-3), ("none", 1e-3)])
+def test_peak_rate_follows_the_batch(scaling, expected):
+    assert optim.peak_lr(1e-3, 1024, scaling) == pytest.approx(expected)
+    assert optim.peak_lr(1e-3, 256, scaling) == pytest.approx(1e-3)

@@ -55,6 +55,34 @@ def test_accumulated_micro_batches_make_the_same_step(digit_shards, tmp_path):
         torch.testing.assert_close(ours[key], theirs[key], rtol=1e-4, atol=1e-5, msg=lambda text, key=key: key + text)
 
 
+def test_heads_can_go_first(digit_shards, tmp_path):
+    """For the first share of the budget the backbone keeps its weights while the rest of the objective learns."""
+    steps = [f"budget.steps={count}" for count in (1, 4)]
+    rates = ["optim.warmup=0", "optim.schedule=constant", "optim.heads_first=0.5", "run.checkpoint_every=1"]
+    pretrain(small(digit_shards, tmp_path / "start", steps[0], *rates))
+    pretrain(small(digit_shards, tmp_path / "run", steps[1], "run.keep_checkpoints=4", *rates))
+    start = checkpoint.load(tmp_path / "start" / "checkpoints" / "step-00000001").tensors("objective")
+    half, end = (
+        checkpoint.load(tmp_path / "run" / "checkpoints" / f"step-{step:08d}").tensors("objective") for step in (2, 4)
+    )
+    backbone = {name for name in half if name.startswith("backbone.") and half[name].is_floating_point()}
+    assert backbone
+    assert all(torch.equal(start[name], half[name]) for name in backbone)
+    assert any(not torch.equal(start[name], half[name]) for name in half.keys() - backbone)
+    assert any(not torch.equal(half[name], end[name]) for name in backbone)
+
+
+def test_the_rate_is_stable_and_then_decays(digit_shards, tmp_path):
+    pretrain(
+        small(
+            digit_shards, tmp_path / "run", "optim.schedule=wsd", "optim.warmup=0", "optim.cooldown=0.5",
+            "optim.base_lr=1e-3", "optim.lr_scaling=none", "monitor.log_every=3", "budget.steps=12",
+        )
+    )  # fmt: skip
+    rates = [r["lr"] for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if r["kind"] == "train"]
+    assert rates == pytest.approx([1e-3, 1e-3, 1e-3 * (1 - (2 / 6) ** 0.5), 1e-3 * (1 - (5 / 6) ** 0.5)])
+
+
 def test_two_processes_train_as_one(digit_shards, tmp_path):
     """Two gloo processes: the same samples and masks, so the same loss at every step, to rounding."""
     alone, both = tmp_path / "alone", tmp_path / "both"

@@ -54,6 +54,8 @@ def test_a_square_size_may_be_one_number():
         ("objective.name=maee", ["objective.name = 'maee'", "mae"]),
         ("model.img_size=30", ["img_size [30, 30] is not divisible by patch_size 4"]),
         ("optim.accumulate=3", ["batch_size 256 is not divisible by accumulate 3"]),
+        ("optim.schedule=wds", ["optim.schedule", "cosine", "wsd", "constant"]),
+        ("optim.layer_decay=0", ["optim.layer_decay = 0", "greater than 0"]),
         ("budget.epochs=3", ["exactly one of epochs, samples and steps"]),
         ("data.mean=[0.5]", ["data.mean has 1 values, but model.in_chans is 3"]),
         ("eval.train=a.tar", ["give both train and test"]),
@@ -67,6 +69,11 @@ def test_a_wrong_value_is_named(override, expected):
         load("cifar10_mae", [override])
     for text in expected:
         assert text in str(caught.value)
+
+
+def test_a_schedule_fits_into_its_run():
+    with pytest.raises(UserError, match=r"warmup 0\.5 and cooldown 0\.6 together are more than the whole run"):
+        load("cifar10_mae", ["optim.schedule=wsd", "optim.warmup=0.5", "optim.cooldown=0.6"])
 
 
 def test_all_problems_are_told_at_once():

@@ -2,8 +2,10 @@
 
 import math
 from collections.abc import Iterable, Mapping
+from typing import Literal
 
 import torch
+from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
 from selfvil.errors import UserError
@@ -11,24 +13,49 @@ from selfvil.errors import UserError
 NAME_SEPARATOR = "|"  # between a parameter's name and its optimizer state in a checkpoint; no module name holds it
 
 
+BACKBONE = "backbone"
+"""The tag of an objective's backbone, where the objective gives a parameter no tag of its own."""
+
+
 def parameter_groups(
-    model: nn.Module, no_weight_decay: Iterable[str] = (), tags: Mapping[str, str] | None = None
+    model: nn.Module,
+    no_weight_decay: Iterable[str] = (),
+    tags: Mapping[str, str] | None = None,
+    lr_scales: Mapping[str, float] | None = None,
 ) -> list[dict]:
-    """AdamW groups of the trainable parameters: decayed or not, and by tag; each group lists its `names`.
+    """AdamW groups of the trainable parameters: decayed or not, by tag and by rate; each group lists its `names`.
 
     Not decayed are all tensors of fewer than two dimensions (norms, biases, LayerScale, skips, gate biases) and those
     named (positions, tokens): decay pulls towards 0, which is no neutral value for any of them. `tags` gives some
-    parameters, by name, a tag by which `set_rates` scales their learning rate.
+    parameters, by name, a tag by which `set_rates` scales their learning rate; `lr_scales` gives some a factor on it
+    that never changes.
     """
-    exempt, tags = set(no_weight_decay), tags or {}
-    groups: dict[tuple[bool, str], dict] = {}
+    exempt, tags, lr_scales = set(no_weight_decay), tags or {}, lr_scales or {}
+    groups: dict[tuple[bool, str, float], dict] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            decay, tag = parameter.ndim >= 2 and name not in exempt, tags.get(name, "")
-            group = groups.setdefault((decay, tag), {"params": [], "names": [], "decay": decay, "tag": tag})
+            decay, tag, scale = parameter.ndim >= 2 and name not in exempt, tags.get(name, ""), lr_scales.get(name, 1.0)
+            empty: dict = {"params": [], "names": [], "decay": decay, "tag": tag, "lr_scale": scale}
+            group = groups.setdefault((decay, tag, scale), empty)
             group["params"].append(parameter)
             group["names"].append(name)
     return list(groups.values())
+
+
+def backbone_lr_scales(backbone: nn.Module, layer_decay: float = 1.0, patch_embed: float = 1.0) -> dict[str, float]:
+    """Factor on the learning rate of each of the backbone's parameters, by name.
+
+    A layer learns at `layer_decay` times the rate of the one above it (Bao et al., "BEiT", 2021; timm's grouping: the
+    last layer and the norm after it have 1), and the patch embedding at `patch_embed` times what follows from that
+    (0.2 in Oquab et al., "DINOv2", 2023).
+    """
+    layers = param_groups_layer_decay(backbone, layer_decay=layer_decay)
+    scales = {id(parameter): layer["lr_scale"] for layer in layers for parameter in layer["params"]}
+    return {
+        name: scales[id(parameter)] * (patch_embed if name.startswith("patch_embed.") else 1.0)
+        for name, parameter in backbone.named_parameters()
+        if parameter.requires_grad
+    }
 
 
 def adamw(groups: list[dict], betas: tuple[float, float]) -> torch.optim.AdamW:
@@ -39,9 +66,9 @@ def adamw(groups: list[dict], betas: tuple[float, float]) -> torch.optim.AdamW:
 def set_rates(
     optimizer: torch.optim.Optimizer, lr: float, weight_decay: float, lr_scales: Mapping[str, float] | None = None
 ) -> None:
-    """Set the learning rate of all groups, scaled by tag, and the weight decay of those that are decayed."""
+    """Set the learning rate of all groups, scaled by group and tag, and the weight decay of those that are decayed."""
     for group in optimizer.param_groups:
-        group["lr"] = lr * (lr_scales or {}).get(group["tag"], 1.0)
+        group["lr"] = lr * group["lr_scale"] * (lr_scales or {}).get(group["tag"], 1.0)
         group["weight_decay"] = weight_decay if group["decay"] else 0.0
 
 
@@ -55,6 +82,27 @@ def cosine(step: int, total: int, start: float, end: float, warmup: int = 0) -> 
         return start * step / max(1, warmup - 1)
     phase = (step - warmup) / max(1, total - warmup)
     return end + 0.5 * (start - end) * (1 + math.cos(math.pi * phase))
+
+
+def warmup_stable_decay(step: int, total: int, start: float, end: float, warmup: int, decay: int) -> float:
+    """Value at `step` of a rise over `warmup` steps as in `cosine`, `start`, and a fall to `end` over the last `decay`.
+
+    The fall is 1 - sqrt of the share of it that is done (Hägele et al., "Scaling Laws and Compute-Optimal Training
+    Beyond Fixed Training Durations", 2024), which leaves a run to be prolonged from before it. A `decay` of 0 makes
+    this a constant.
+    """
+    if step < warmup:
+        return start * step / max(1, warmup - 1)
+    done = max(0.0, (step - (total - decay)) / max(1, decay))
+    return end + (start - end) * (1 - math.sqrt(done))
+
+
+def peak_lr(base_lr: float, batch_size: int, scaling: Literal["linear", "sqrt", "none"]) -> float:
+    """Peak learning rate for steps of `batch_size` images: base_lr is the one for 256 images.
+
+    "linear": Goyal et al. (2017); "sqrt", the rule for Adam: Malladi et al. (2022), and DINOv2's; "none": base_lr.
+    """
+    return base_lr * {"linear": batch_size / 256, "sqrt": math.sqrt(batch_size / 256), "none": 1.0}[scaling]
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None, per_tensor: bool = False) -> Tensor:

@@ -87,7 +87,7 @@ def pretrain(recipe: Recipe) -> Summary:
     autocast = runtime.autocast(accelerator.device, recipe.run.precision)
     parts = accelerator.num_processes if divided else 1
     need_memory(objective, micro_batch, channels, accelerator.device, autocast, parts)
-    groups = optim.parameter_groups(objective, objective.no_weight_decay(), objective.tags())
+    groups = _parameter_groups(recipe, objective)
     optimizer = optim.adamw(groups, recipe.optim.betas)
     saved = checkpoint.load(Path(resumed)) if resumed is not None else None
     if saved:  # before it is prepared: DeepSpeed takes its copy of the weights then
@@ -114,8 +114,6 @@ def pretrain(recipe: Recipe) -> Summary:
     accelerator.wait_for_everyone()
 
     seed, rank, device = recipe.run.seed, accelerator.process_index, accelerator.device
-    peak_lr = recipe.optim.base_lr * batch_size / 256
-    warmup = round(recipe.optim.warmup * total_steps)
     final_decay = recipe.optim.weight_decay_end
     final_decay = recipe.optim.weight_decay if final_decay is None else final_decay
     steps_per_epoch = len(shards) / batch_size
@@ -144,9 +142,11 @@ def pretrain(recipe: Recipe) -> Summary:
             while step < total_steps:
                 # One optimizer step: micro-batches, clipping, update, teacher.
                 progress = Progress(step, total_steps, steps_per_epoch, seed)
-                lr = optim.cosine(step, total_steps, peak_lr, recipe.optim.min_lr, warmup)
+                lr = _learning_rate(recipe, step, total_steps)
                 decay = optim.cosine(step, total_steps, recipe.optim.weight_decay, final_decay)
-                optim.set_rates(optimizer, lr, decay, objective.lr_scales(progress))
+                backbone_waits = progress.fraction < recipe.optim.heads_first
+                scales = {optim.BACKBONE: 0.0 if backbone_waits else 1.0} | objective.lr_scales(progress)
+                optim.set_rates(optimizer, lr, decay, scales)
                 runtime.seed_step(seed, step, rank)
                 batch: Batch | None = None
                 for micro in range(recipe.optim.accumulate):
@@ -271,6 +271,25 @@ def build_objective(recipe: Recipe, start: bool = True) -> Objective:
     if source is not None and recipe.model.start_heads == "load":
         start_objective(objective, source)
     return objective
+
+
+def _parameter_groups(recipe: Recipe, objective: Objective) -> list[dict]:
+    """The objective's groups, with the recipe's rates for the layers of its backbone."""
+    settings, backbone = recipe.optim, objective.backbone
+    scales = optim.backbone_lr_scales(backbone, settings.layer_decay, settings.patch_embed_lr)
+    scales = {f"backbone.{name}": scale for name, scale in scales.items()}
+    tags = dict.fromkeys(scales, optim.BACKBONE) | objective.tags()
+    return optim.parameter_groups(objective, objective.no_weight_decay(), tags, scales)
+
+
+def _learning_rate(recipe: Recipe, step: int, total: int) -> float:
+    settings = recipe.optim
+    peak = optim.peak_lr(settings.base_lr, settings.batch_size, settings.lr_scaling)
+    warmup = round(settings.warmup * total)
+    if settings.schedule == "cosine":
+        return optim.cosine(step, total, peak, settings.min_lr, warmup)
+    cooldown = round(settings.cooldown * total) if settings.schedule == "wsd" else 0
+    return optim.warmup_stable_decay(step, total, peak, settings.min_lr, warmup, cooldown)
 
 
 def _configure_deepspeed(recipe: Recipe, accelerator: Accelerator) -> None:

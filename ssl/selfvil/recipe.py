@@ -102,11 +102,23 @@ class OptimSection(Section):
     accumulate: int = Field(1, ge=1)
     """Micro-batches a step is split into, to save memory."""
     base_lr: float = Field(gt=0)
-    """Learning rate for 256 images a step; the peak rate is base_lr * batch_size / 256."""
+    """Learning rate for 256 images a step; lr_scaling says what it is for others."""
+    lr_scaling: Literal["linear", "sqrt", "none"] = "linear"
+    """How the peak rate follows the batch: base_lr * batch_size / 256, base_lr * sqrt(batch_size / 256), or base_lr."""
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    """Learning rate after the warm-up: a half cosine; wsd, stable until the last cooldown; or constant."""
     min_lr: float = Field(0.0, ge=0)
-    """Learning rate at the end of the cosine schedule (not scaled by the batch size)."""
+    """Learning rate at the end of the schedule, unless it is constant (not scaled by the batch size)."""
     warmup: float = Field(0.05, ge=0, lt=1)
     """Share of the budget over which the learning rate rises linearly from 0."""
+    cooldown: float = Field(0.2, gt=0, le=1)
+    """With schedule wsd: share of the budget, its last, over which the learning rate falls to min_lr."""
+    heads_first: float = Field(0.0, ge=0, lt=1)
+    """Share of the budget, its first, in which the backbone waits for its heads: for new ones on trained weights."""
+    layer_decay: float = Field(1.0, gt=0, le=1)
+    """Learning rate of a layer of the backbone over that of the one above it (for ViL, of a pair of blocks)."""
+    patch_embed_lr: float = Field(1.0, ge=0)
+    """Factor on the learning rate of the patch embedding; 0 freezes it."""
     weight_decay: float = Field(0.05, ge=0)
     """Decoupled weight decay; norms, LayerScale, positions, skips and biases are never decayed."""
     weight_decay_end: float | None = Field(None, ge=0)
@@ -122,6 +134,12 @@ class OptimSection(Section):
     def _batch_splits(self) -> "OptimSection":
         if self.batch_size % self.accumulate:
             raise ValueError(f"batch_size {self.batch_size} is not divisible by accumulate {self.accumulate}")
+        return self
+
+    @model_validator(mode="after")
+    def _schedule_fits(self) -> "OptimSection":
+        if self.schedule == "wsd" and self.warmup + self.cooldown > 1:
+            raise ValueError(f"warmup {self.warmup} and cooldown {self.cooldown} together are more than the whole run")
         return self
 
 
