@@ -118,7 +118,7 @@ def test_optimizer_state_of_another_model_is_refused():
 
 def test_layers_below_learn_more_slowly():
     model = timm.create_model("vil_nano_patch4_32", num_classes=0, depth=3)
-    scales = optim.backbone_lr_scales(model, layer_decay=0.5, patch_embed=0.2)
+    scales = optim.layer_lr_scales(model, layer_decay=0.5, patch_embed=0.2)
     assert set(scales) == {name for name, _ in model.named_parameters()}
     assert scales["norm.weight"] == scales["blocks.2.second.norm.weight"] == 1.0
     assert scales["blocks.1.first.layer.proj_up.weight"] == 0.5

@@ -42,18 +42,18 @@ def parameter_groups(
     return list(groups.values())
 
 
-def backbone_lr_scales(backbone: nn.Module, layer_decay: float = 1.0, patch_embed: float = 1.0) -> dict[str, float]:
-    """Factor on the learning rate of each of the backbone's parameters, by name.
+def layer_lr_scales(model: nn.Module, layer_decay: float = 1.0, patch_embed: float = 1.0) -> dict[str, float]:
+    """Factor on the learning rate of each trainable parameter of a timm model, by name.
 
-    A layer learns at `layer_decay` times the rate of the one above it (Bao et al., "BEiT", 2021; timm's grouping: the
-    last layer and the norm after it have 1), and the patch embedding at `patch_embed` times what follows from that
-    (0.2 in Oquab et al., "DINOv2", 2023).
+    A layer learns at `layer_decay` times the rate of the one above it (Bao et al., "BEiT", 2021), layers being timm's:
+    a pair of blocks of a Vision-LSTM is one, and the classifier is the last if there is one. The patch embedding learns
+    at `patch_embed` times what follows from that (0.2 in Oquab et al., "DINOv2", 2023).
     """
-    layers = param_groups_layer_decay(backbone, layer_decay=layer_decay)
+    layers = param_groups_layer_decay(model, layer_decay=layer_decay)
     scales = {id(parameter): layer["lr_scale"] for layer in layers for parameter in layer["params"]}
     return {
         name: scales[id(parameter)] * (patch_embed if name.startswith("patch_embed.") else 1.0)
-        for name, parameter in backbone.named_parameters()
+        for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }
 

@@ -276,7 +276,7 @@ def build_objective(recipe: Recipe, start: bool = True) -> Objective:
 def _parameter_groups(recipe: Recipe, objective: Objective) -> list[dict]:
     """The objective's groups, with the recipe's rates for the layers of its backbone."""
     settings, backbone = recipe.optim, objective.backbone
-    scales = optim.backbone_lr_scales(backbone, settings.layer_decay, settings.patch_embed_lr)
+    scales = optim.layer_lr_scales(backbone, settings.layer_decay, settings.patch_embed_lr)
     scales = {f"backbone.{name}": scale for name, scale in scales.items()}
     tags = dict.fromkeys(scales, optim.BACKBONE) | objective.tags()
     return optim.parameter_groups(objective, objective.no_weight_decay(), tags, scales)

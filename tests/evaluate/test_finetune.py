@@ -20,7 +20,7 @@ from selfvil.data.index import open_shards
 from selfvil.errors import UserError
 from selfvil.evaluate import finetune as module
 from selfvil.evaluate.features import extract, load_backbone
-from selfvil.evaluate.finetune import Settings, choose_heads, finetune, layer_groups, train_classifier
+from selfvil.evaluate.finetune import Settings, choose_heads, finetune, train_classifier
 from selfvil.evaluate.linear import linear_probe
 from selfvil.evaluate.score import as_json, as_table
 from selfvil.export import Network, Normalisation, export
@@ -63,22 +63,13 @@ def a_vit() -> nn.Module:
 @pytest.mark.parametrize("name", ["vil", "vit"])
 def test_each_layer_has_its_rate(name):
     model = timm.create_model("vil_nano_patch4_32", **KWARGS | {"num_classes": 10}) if name == "vil" else a_vit()
-    groups = layer_groups(model, Settings(layer_decay=0.5, weight_decay=0.3))
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    scales = {names[id(parameter)]: group["lr_scale"] for group in groups for parameter in group["params"]}
-    decays = {names[id(parameter)]: group["weight_decay"] for group in groups for parameter in group["params"]}
-    assert scales.keys() == decays.keys() == set(names.values())
+    scales = optim.layer_lr_scales(model, 0.5)
+    assert scales.keys() == {name for name, _ in model.named_parameters()}
     # Stem, two layers (each a pair of blocks in a Vision-LSTM), head; the last norm goes with the last layer.
     expected = {"patch_embed": 0.125, "pos_embed": 0.125, "cls_token": 0.125,
                 "blocks.0": 0.25, "blocks.1": 0.5, "norm": 0.5, "head": 1.0}  # fmt: skip
     for parameter, scale in scales.items():
         assert scale == next(value for prefix, value in expected.items() if parameter.startswith(prefix)), parameter
-    ours = {
-        name: 0.3 if group["decay"] else 0.0
-        for group in optim.parameter_groups(model, model.no_weight_decay())
-        for name in group["names"]
-    }
-    assert decays == ours
 
 
 def test_the_optimizer_steps_at_these_rates(run, parts, monkeypatch):

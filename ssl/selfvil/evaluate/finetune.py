@@ -22,7 +22,6 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
 from selfvil import optim, runtime
@@ -256,7 +255,9 @@ def train_classifier(
         torch.manual_seed(seed)
         model.reset_classifier(len(classes), HEADS[readout])
         model.to(device).train()
-        optimizer = optim.adamw(layer_groups(model, settings), _BETAS)
+        exempt: set[str] = getattr(model, "no_weight_decay", set)()
+        scales = optim.layer_lr_scales(model, settings.layer_decay)
+        optimizer = optim.adamw(optim.parameter_groups(model, exempt, lr_scales=scales), _BETAS)
         batches = train_batches(
             train, [RandomCropFlip(look.img_size, (settings.min_crop, 1.0), look.mean, look.std)], seed=seed,
             batch_size=batch_size, stop_step=total, workers=workers, channels=look.channels,
@@ -265,8 +266,7 @@ def train_classifier(
             task = bar.add_task(title or "", total=total, note="")
             for step, batch in enumerate(batches):
                 lr = optim.cosine(step, total, peak, settings.min_lr, warmup)
-                for group in optimizer.param_groups:
-                    group["lr"] = lr * group["lr_scale"]
+                optim.set_rates(optimizer, lr, settings.weight_decay)
                 runtime.seed_step(seed, step, rank=0)
                 batch = batch.to(device)
                 damaged |= {sample.id: f"{sample.key} in {sample.shard}: {sample.reason}" for sample in batch.bad}
@@ -290,16 +290,6 @@ def train_classifier(
         log.warning("%d of %d training images cannot be read and were replaced (first: %s)",
                     len(damaged), len(train), next(iter(damaged.values())))  # fmt: skip
     return Classifier(model, classes, look, precision)
-
-
-def layer_groups(model: nn.Module, settings: Settings) -> list[dict[str, Any]]:
-    """timm's AdamW groups by layer, each with its `lr_scale`; those not decayed are as in `optim.parameter_groups`."""
-    return param_groups_layer_decay(
-        model,
-        weight_decay=settings.weight_decay,
-        no_weight_decay_list=getattr(model, "no_weight_decay", set)(),
-        layer_decay=settings.layer_decay,
-    )
 
 
 def _frozen(
