@@ -38,7 +38,7 @@ def slow_layer(layer, x, grid, keep):
     qkv = torch.cat([q, k, v], dim=-1)
     i, f = (gate_layer(qkv).transpose(1, 2) for gate_layer in (layer.igate, layer.fgate))
     q, k, v = (y.unflatten(-1, (4, -1)).transpose(1, 2) for y in (q, k, v))
-    h = mlstm_reference(q, k, v, i, f).transpose(1, 2)
+    h = mlstm_reference(q, k, v, i, F.logsigmoid(f)).transpose(1, 2)
     h = (h - h.mean(-1, keepdim=True)) / (h.var(-1, keepdim=True, unbiased=False) + 1e-5).sqrt()
     h = h.flatten(2) * (1 + layer.outnorm.weight) + layer.outnorm.bias + layer.skip * conv
     return layer.proj_down(h * F.silu(gate))

@@ -3,12 +3,18 @@
 import pytest
 import torch
 
-from selfvil.ops import mlstm
-from selfvil.ops import parallel as parallel_module
+from selfvil.ops import chunkwise, mlstm, parallel
 from selfvil.ops.mlstm import BACKENDS
 
 FAST = [name for name in BACKENDS if name != "reference"]
 NAMES = ("h", "dq", "dk", "dv", "di", "df")
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Blocks so small that short sequences have several."""
+    monkeypatch.setattr(parallel, "ROW_BLOCK", 3)
+    monkeypatch.setattr(chunkwise, "CHUNK", 3)
 
 
 def make_inputs(num_tokens, *, gates="plain", batch=2, heads=3, head_dim=5, dtype=torch.float64):
@@ -46,7 +52,7 @@ def assert_close(got, expected, tolerance, floor=1e-3):
 @pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("gates", ["plain", "extreme"])
-@pytest.mark.parametrize("num_tokens", [1, 2, 7, 33, 64, 65, 131])
+@pytest.mark.parametrize("num_tokens", [1, 2, 7, 33, 64, 65, 131, 300])
 def test_equals_the_reference_in_values_and_all_gradients(num_tokens, gates, reverse, backend):
     inputs = make_inputs(num_tokens, gates=gates)
     expected = run(inputs, reverse=reverse, backend="reference")
@@ -85,7 +91,7 @@ def test_reverse_is_flip_run_flip(num_tokens, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("reverse", [False, True])
-def test_no_token_sees_what_comes_after_it(reverse, backend):
+def test_no_token_sees_what_comes_after_it(reverse, backend, small_blocks):
     inputs = make_inputs(70)[:5]
     changed = [x.clone() for x in inputs]
     unseen = slice(0, 20) if reverse else slice(50, 70)
@@ -120,19 +126,20 @@ def test_equals_the_recurrence(backend):
 
 @pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("reverse", [False, True])
-def test_gradients_by_finite_differences(reverse, backend, monkeypatch):
-    monkeypatch.setattr(parallel_module, "ROW_BLOCK", 3)
+def test_gradients_by_finite_differences(reverse, backend, small_blocks):
     inputs = [x.requires_grad_() for x in make_inputs(7, batch=1, heads=2, head_dim=3)[:5]]
     torch.autograd.gradcheck(lambda *x: mlstm(*x, reverse=reverse, backend=backend), inputs)
 
 
+@pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("row_block", [1, 5, 1000])
-def test_the_size_of_row_blocks_changes_nothing(row_block, reverse, monkeypatch):
-    inputs = make_inputs(37)
-    expected = run(inputs, reverse=reverse)
-    monkeypatch.setattr(parallel_module, "ROW_BLOCK", row_block)
-    assert_close(run(inputs, reverse=reverse), expected, 1e-12)
+@pytest.mark.parametrize("size", [1, 5, 1000])
+def test_the_size_of_blocks_changes_nothing(size, reverse, backend, monkeypatch):
+    inputs = make_inputs(37, gates="extreme")
+    expected = run(inputs, reverse=reverse, backend="reference")
+    monkeypatch.setattr(parallel, "ROW_BLOCK", size)
+    monkeypatch.setattr(chunkwise, "CHUNK", size)
+    assert_close(run(inputs, reverse=reverse, backend=backend), expected, 1e-12)
 
 
 @pytest.mark.parametrize("backend", FAST)
@@ -159,6 +166,36 @@ def test_autocast_does_not_lower_the_precision_of_float32_inputs(backend):
     assert_close([x.double() for x in got], expected, 1e-4)
 
 
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_token_forgets_once_for_each_position_it_comes_after(reverse):
+    """Against the whole sequence with the missing tokens' inputs shut and one forget gate for each stretch."""
+    positions = torch.tensor([[0, 1, 4, 5, 9], [2, 3, 4, 5, 6]])
+    q, k, v, i, f, _ = make_inputs(5)
+    found = mlstm(q, k, v, i, f, positions=positions, reverse=reverse)
+    for image, places in enumerate(positions.tolist()):
+        whole = [x.new_zeros(1, *x.shape[1:2], 10, *x.shape[3:]) for x in (q, k, v, i, f)]
+        whole[3] -= torch.inf  # what is missing adds nothing
+        for x, y in zip(whole, (q, k, v, i, f), strict=True):
+            x[0, :, places] = y[image]
+        # A missing token forgets as the kept one does that is read after it.
+        for token, place in enumerate(places):
+            gap = range(place + 1, places[token + 1]) if reverse and token < 4 else range(0)
+            gap = range(places[token - 1] + 1, place) if not reverse and token > 0 else gap
+            whole[4][0, :, list(gap)] = f[image, :, token, None]
+        first = min(places) if not reverse else 0
+        last = 10 if not reverse else max(places) + 1
+        cut = [x[:, :, first:last] for x in whole]
+        expected = mlstm(*cut, reverse=reverse, backend="reference")[0, :, [place - first for place in places]]
+        torch.testing.assert_close(found[image], expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_positions_without_gaps_are_none(backend):
+    inputs = make_inputs(9)
+    positions = torch.arange(5, 14).repeat(2, 1)
+    assert_close(run(inputs, positions=positions, backend=backend), run(inputs, backend=backend), 1e-14)
+
+
 @pytest.mark.parametrize("backend", FAST)
 def test_heads_may_lie_interleaved_in_memory(backend):
     inputs = make_inputs(40)
@@ -176,5 +213,9 @@ def test_mistakes_are_named():
         mlstm(q, k, v, i[..., None], f)
     with pytest.raises(ValueError, match="one floating dtype"):
         mlstm(q, k.float(), v, i, f)
+    with pytest.raises(ValueError, match=r"positions must be integers \(B, N\) = \(2, 4\), got torch.float32"):
+        mlstm(q, k, v, i, f, positions=torch.zeros(2, 4))
+    with pytest.raises(ValueError, match=r"positions must be integers \(B, N\) = \(2, 4\), got torch.int64 \(4,\)"):
+        mlstm(q, k, v, i, f, positions=torch.arange(4))
     with pytest.raises(ValueError, match="at least 1"):
         mlstm(q[:, :, :0], k[:, :, :0], v[:, :, :0], i[:, :, :0], f[:, :, :0])

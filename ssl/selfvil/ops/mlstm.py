@@ -1,20 +1,40 @@
 """The mLSTM operator and its table of backends."""
 
+import functools
+import logging
+import os
 from collections.abc import Callable
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from selfvil.ops.parallel import mlstm_parallel
 from selfvil.ops.reference import mlstm_reference
+from selfvil.ops.torch_mlstm import mlstm_torch
+
+log = logging.getLogger(__name__)
 
 BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, bool], Tensor]] = {
     "reference": mlstm_reference,  # the paper's equations
-    "parallel": mlstm_parallel,  # the same, fast: time grows with N², memory with N
+    "parallel": functools.partial(mlstm_torch, form="parallel"),  # time grows with N², memory with N
+    "chunkwise": functools.partial(mlstm_torch, form="chunkwise"),  # time and memory grow with N
 }
+"""Name -> a function of q, k, v (B, H, N, D), i, log f (B, H, N) and reverse. log f is float32 or float64."""
+
+OVERRIDE = "SELFVIL_MLSTM"
+"""Environment variable that says what "auto" means: the name of a backend."""
 
 
 def mlstm(
-    q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, *, reverse: bool = False, backend: str = "auto"
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    i: Tensor,
+    f: Tensor,
+    *,
+    reverse: bool = False,
+    positions: Tensor | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """Matrix LSTM over a sequence (Beck et al., "xLSTM", 2024).
 
@@ -23,7 +43,10 @@ def mlstm(
         i, f: pre-activations of the input gate (exponential) and the forget gate (sigmoid), (B, H, N). Keep them in
             float32 when q, k, v are bfloat16.
         reverse: read the sequence from its end; equal to flipping every input and the output.
-        backend: a name from `BACKENDS`, or "auto" for the fastest one that fits.
+        positions: where the tokens stand on a longer sequence of which they were taken, (B, N), integers, ascending.
+            A token forgets as many times as there are positions between it and the one read before it, so that what
+            is left of a token after a gap is what the whole sequence would have left. None: they are neighbours.
+        backend: a name from `BACKENDS`, or "auto" for what `choose` says, or $SELFVIL_MLSTM if that is set.
 
     Returns:
         h (B, H, N, D) in the dtype of q.
@@ -31,6 +54,34 @@ def mlstm(
     Raises:
         ValueError: shapes or dtypes do not fit together, or the backend does not exist.
     """
+    _check(q, k, v, i, f, positions)
+    log_f = F.logsigmoid(f.to(torch.promote_types(torch.promote_types(q.dtype, torch.float32), f.dtype)))
+    if positions is not None:
+        log_f = log_f * _gaps(positions, reverse).unsqueeze(1).to(log_f.dtype)
+    if backend == "auto":
+        backend = os.environ.get(OVERRIDE) or choose(q.shape[2], q.shape[3])
+        if not torch.compiler.is_compiling():  # a message is no part of a graph
+            _say_once(backend)
+    if backend not in BACKENDS:
+        raise ValueError(f"no mLSTM backend {backend!r}; choose one of: auto, {', '.join(BACKENDS)}")
+    return BACKENDS[backend](q, k, v, i, log_f, reverse)
+
+
+def choose(num_tokens: int, head_dim: int) -> str:
+    """The fastest backend for N tokens and head width D: parallel up to about N = 4 D, chunkwise for more.
+
+    Counted in products, a row costs N/2 columns in the parallel form, and a chunk's columns and a D × D state in the
+    other; below the border, fewer and larger products are worth more than a lower count.
+    """
+    return "parallel" if num_tokens <= max(256, 4 * head_dim) else "chunkwise"
+
+
+@functools.cache
+def _say_once(backend: str) -> None:
+    log.info("mLSTM backend: %s", backend)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, positions: Tensor | None) -> None:
     if q.ndim != 4 or q.shape != k.shape or q.shape != v.shape:
         raise ValueError(
             f"q, k and v must share one shape (B, H, N, D), got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
@@ -41,8 +92,17 @@ def mlstm(
         raise ValueError(f"q, k and v must share one floating dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
     if q.shape[2] == 0:
         raise ValueError("the sequence is empty: N must be at least 1")
-    if backend == "auto":
-        backend = "parallel"
-    if backend not in BACKENDS:
-        raise ValueError(f"no mLSTM backend {backend!r}; choose one of: auto, {', '.join(BACKENDS)}")
-    return BACKENDS[backend](q, k, v, i, f, reverse)
+    if positions is not None and (
+        positions.shape != (q.shape[0], q.shape[2]) or positions.is_floating_point() or positions.dtype == torch.bool
+    ):
+        raise ValueError(
+            f"positions must be integers (B, N) = ({q.shape[0]}, {q.shape[2]}), "
+            f"got {positions.dtype} {tuple(positions.shape)}"
+        )
+
+
+def _gaps(positions: Tensor, reverse: bool) -> Tensor:
+    """How far each token (B, N) stands from the one read before it; 1 for the first, before which there is nothing."""
+    one = torch.ones_like(positions[:, :1])
+    steps = positions.diff(dim=1)
+    return torch.cat([steps, one] if reverse else [one, steps], dim=1)

@@ -9,27 +9,27 @@ Shapes: B batch, H heads, N tokens, D head width.
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 EPS = 1e-6
 """Added to the normaliser; as in the published Vision-LSTM."""
 
 
-def mlstm_reference(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, reverse: bool = False) -> Tensor:
-    """mLSTM output h (B, H, N, D) of q, k, v (B, H, N, D) and gate pre-activations i, f (B, H, N), any float dtype.
+def mlstm_reference(q: Tensor, k: Tensor, v: Tensor, i: Tensor, log_f: Tensor, reverse: bool = False) -> Tensor:
+    """mLSTM output h (B, H, N, D) of q, k, v (B, H, N, D), the input gate's pre-activation i and the log of the forget
+    gate, log sigmoid(f) (B, H, N), any float dtype.
 
     Reading backwards is defined by flipping the sequence, running forwards, and flipping the result.
     """
     if reverse:
-        return mlstm_reference(q.flip(2), k.flip(2), v.flip(2), i.flip(2), f.flip(2)).flip(2)
+        return mlstm_reference(q.flip(2), k.flip(2), v.flip(2), i.flip(2), log_f.flip(2)).flip(2)
 
     num_tokens, head_dim = q.shape[-2:]
     past = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=q.device).tril()  # token i sees tokens j <= i
 
     # What is left of token j's input once token i has been read:
     # log D_ij = i_j + sum over j < t <= i of log sigmoid(f_t).
-    log_forget = F.logsigmoid(f).cumsum(-1)
+    log_forget = log_f.cumsum(-1)
     log_decay = i.unsqueeze(-2) + log_forget.unsqueeze(-1) - log_forget.unsqueeze(-2)
     # The mask must come before exp: an overflow there would turn into NaN gradients, even where it is masked after.
     log_decay = log_decay.masked_fill(~past, -math.inf)
