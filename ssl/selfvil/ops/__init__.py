@@ -1,5 +1,6 @@
-"""Sequence operators."""
+"""Operators on sequences of tokens."""
 
+from selfvil.ops.linear import linear
 from selfvil.ops.mlstm import mlstm
 
-__all__ = ["mlstm"]
+__all__ = ["linear", "mlstm"]

@@ -43,8 +43,9 @@ def products(
 
 
 def gradients(
-    q: Tensor, k: Tensor, v: Tensor, dh: Tensor, sign: Tensor, a: Tensor, row_max: Tensor, den: Tensor, reverse: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, h: Tensor, dh: Tensor, sign: Tensor, a: Tensor, row_max: Tensor, den: Tensor,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k and v from that of h; r = h · dh, and column sums of C ∘ dC, (B·H, N)."""
     dtype, row_scale = q.dtype, math.sqrt(q.shape[-1]) * den
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k, dtype=a.dtype), torch.empty_like(v, dtype=a.dtype)

@@ -27,28 +27,38 @@ def products(
     for rows, cols, square in _blocks(q.shape[1], reverse):
         weights = times(q[:, rows] @ k[:, cols].mT, decay(a[:, cols], row_max[:, rows], square, reverse))
         row_sum[:, rows] = weights.sum(-1) / root
-        weights /= root * denominator(row_sum[:, rows], limit[:, rows]).unsqueeze(-1)
-        h[:, rows] = weights.to(v.dtype) @ v[:, cols]
+        row_scale = 1 / (root * denominator(row_sum[:, rows], limit[:, rows]).unsqueeze(-1))
+        if v.dtype == a.dtype:
+            h[:, rows] = (weights @ v[:, cols]).mul_(row_scale)
+        else:  # rounded once, when all is in it
+            h[:, rows] = weights.mul_(row_scale).to(v.dtype) @ v[:, cols]
     return h, row_sum
 
 
 def gradients(
-    q: Tensor, k: Tensor, v: Tensor, dh: Tensor, sign: Tensor, a: Tensor, row_max: Tensor, den: Tensor, reverse: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, h: Tensor, dh: Tensor, sign: Tensor, a: Tensor, row_max: Tensor, den: Tensor,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k and v from that of h; r = h · dh, and column sums of C ∘ dC, (B·H, N)."""
-    dtype = q.dtype
-    dq, r, da = torch.empty_like(q), torch.empty_like(a), torch.zeros_like(a)
-    row_scale = (math.sqrt(q.shape[-1]) * den).unsqueeze(-1)
+    full = q.dtype == a.dtype
+    row_scale = 1 / (math.sqrt(q.shape[-1]) * den).unsqueeze(-1)
+    dq, r, da = torch.empty_like(q), (h * dh).sum(-1, dtype=a.dtype), torch.zeros_like(a)
+    if full:
+        scaled_q, scaled_dh, scaled_dn = q * row_scale, dh * row_scale, -(sign * r).unsqueeze(-1) * row_scale
     blocks = _blocks(q.shape[1], reverse)
     for index, (rows, cols, square) in enumerate(blocks):
-        scale = decay(a[:, cols], row_max[:, rows], square, reverse).div_(row_scale[:, rows])
-        weights, d_weights = times(q[:, rows] @ k[:, cols].mT, scale), dh[:, rows] @ v[:, cols].mT
-        both = weights * d_weights
-        r[:, rows] = both.sum(-1)
-        dn = -(sign[:, rows] * r[:, rows]).unsqueeze(-1)
-        da[:, cols] += both.sum(-2) + (weights.mT @ dn).squeeze(-1)
-        d_scores = times(plus(d_weights, dn), scale).to(dtype)
-        weights = weights.to(dtype)
+        kept = decay(a[:, cols], row_max[:, rows], square, reverse)
+        if full:
+            weights = (scaled_q[:, rows] @ k[:, cols].mT).mul_(kept)
+            d_scores = torch.baddbmm(scaled_dn[:, rows], scaled_dh[:, rows], v[:, cols].mT).mul_(kept)
+        else:  # sums before rounding, and rounded once, when all is in it
+            kept *= row_scale[:, rows]
+            weights, d_weights = q[:, rows] @ k[:, cols].mT * kept, dh[:, rows] @ v[:, cols].mT
+            both = weights * d_weights
+            r[:, rows] = both.sum(-1)
+            dn = -(sign[:, rows] * r[:, rows]).unsqueeze(-1)
+            da[:, cols] += both.sum(-2) + (weights.mT @ dn).squeeze(-1)
+            weights, d_scores = weights.to(q.dtype), (d_weights + dn).mul_(kept).to(q.dtype)
         dq[:, rows] = d_scores @ k[:, cols]
         if index == 0:  # this block sees all columns
             dk, dv = d_scores.mT @ q[:, rows], weights.mT @ dh[:, rows]
@@ -57,7 +67,7 @@ def gradients(
         else:
             _add_product(dk[:, cols], d_scores.mT, q[:, rows])
             _add_product(dv[:, cols], weights.mT, dh[:, rows])
-    return dq, dk, dv, r, da
+    return dq, dk, dv, r, (k * dk).sum(-1) if full else da
 
 
 def decay(a: Tensor, row_max: Tensor, square: slice, reverse: bool) -> Tensor:

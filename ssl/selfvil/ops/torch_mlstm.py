@@ -35,8 +35,8 @@ class Form(NamedTuple):
     """How the products with C = S ∘ D are computed; heads have joined the batch, a is i - F and row_max is M.
 
     `products(q, k, v, a, row_max, limit, reverse)` gives h (B·H, N, D) in the dtype of v, and n (B·H, N) in that of a.
-    `gradients(q, k, v, dh, sign, a, row_max, den, reverse)` gives those of q, k and v, of the dtype of q or better, and
-    r and the sums over i of C_ij dC_ij (B·H, N) in that of a; sign is that of n where n rules the denominator, else 0.
+    `gradients(q, k, v, h, dh, sign, a, row_max, den, reverse)` gives those of q, k and v, of the dtype of q or better,
+    and r and the sums over i of C_ij dC_ij (B·H, N) in that of a; sign is that of n where n rules den, and else 0.
     """
 
     products: Callable[..., tuple[Tensor, Tensor]]
@@ -83,17 +83,17 @@ def _(q, k, v, i, log_f, reverse, form):
 
 @torch.library.custom_op("selfvil::mlstm_backward", mutates_args=())
 def _backward(
-    dh: Tensor, q: Tensor, k: Tensor, v: Tensor, a: Tensor, row_max: Tensor, argmax: Tensor, row_sum: Tensor,
-    limit: Tensor, reverse: bool, form: str,
+    dh: Tensor, q: Tensor, k: Tensor, v: Tensor, h: Tensor, a: Tensor, row_max: Tensor, argmax: Tensor,
+    row_sum: Tensor, limit: Tensor, reverse: bool, form: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v (B, H, N, D), and of i and log_f (B, H, N) in the dtype of a."""
     shape = q.shape
-    dh, q, k, v = (x.flatten(0, 1) for x in (dh, q, k, v))
+    dh, q, k, v, h = (x.flatten(0, 1) for x in (dh, q, k, v, h))
     den = denominator(row_sum, limit)
     sum_rules = row_sum.abs() >= limit  # the row sum, not its lower limit, is the normaliser
     sign = row_sum.sign() * sum_rules
     with _no_autocast(q):
-        dq, dk, dv, r, da = FORMS[form].gradients(q, k, v, dh.to(q.dtype), sign, a, row_max, den, reverse)
+        dq, dk, dv, r, da = FORMS[form].gradients(q, k, v, h, dh.to(q.dtype), sign, a, row_max, den, reverse)
 
     da = da.scatter_add_(-1, argmax, -r * EPS / den)
     # 1 - EPS/den is d/den, and stays finite where the limit overflows.
@@ -104,7 +104,7 @@ def _backward(
 
 
 @_backward.register_fake
-def _(dh, q, k, v, a, row_max, argmax, row_sum, limit, reverse, form):
+def _(dh, q, k, v, h, a, row_max, argmax, row_sum, limit, reverse, form):
     gates = a.new_empty(q.shape[:3])
     return q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape), gates, torch.empty_like(gates)
 
@@ -113,7 +113,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     q, k, v, i, _, ctx.reverse, ctx.form = inputs
     ctx.i_dtype = i.dtype
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(q, k, v, *output[1:])
+    ctx.save_for_backward(q, k, v, *output)
 
 
 def _gradients(ctx: Any, dh: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
