@@ -6,12 +6,22 @@ Each round times every network once, in turn, so that whatever else the machine 
 reported is the median over the rounds, and of the ratios within each round with their quartiles. The published network
 (a checkout of NX-AI/vision-lstm, needs einops) runs with our parameters, and first both must give the same scores.
 Masked training drops three quarters of the tokens, as MAE does; the published network cannot do that.
+
+    --compile           networks under torch.compile
+    --depth 2           all cut to so many pairs of blocks: the published network needs too much at 1024 px
+    --memory            also the peak memory of a training step, each network in a process of its own
+
+The floor beside a figure is the time its matrix products would take at the speed of a large one, measured in the same
+run: multiply-adds with parameters and, in the mLSTM, of tokens with tokens or with states; three times as many to
+train. What is above it are products too small or narrow for that speed, and passes over memory.
 """
 
 import argparse
 import datetime
 import json
+import multiprocessing
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -26,6 +36,9 @@ from torch import Tensor, nn
 import selfvil
 from selfvil.models.masking import encode_kept, keep_from_noise, token_grid
 from selfvil.models.vil import VisionLSTM, checkpoint_filter_fn
+from selfvil.ops import linear
+from selfvil.ops.chunkwise import CHUNK
+from selfvil.ops.mlstm import choose
 
 OURS = "ours"
 
@@ -42,6 +55,9 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtypes", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=list(MODES))
+    parser.add_argument("--depth", type=int, help="block pairs (ViT: half as many layers); the model's own by default")
+    parser.add_argument("--compile", action="store_true", help="run under torch.compile")
+    parser.add_argument("--memory", action="store_true", help="peak memory of a training step too")
     parser.add_argument("--json", type=Path, help="file to write the figures to")
     args = parser.parse_args()
 
@@ -51,6 +67,9 @@ def main() -> None:
     models = build_models(args)
     if "published" in models:
         check_equal(models, images)
+    floors = {dtype: floor(models[OURS], args, dtype) for dtype in args.dtypes}
+    if args.compile:
+        models = {name: torch.compile(model) for name, model in models.items()}  # type: ignore[misc]
 
     rows = []
     for dtype in args.dtypes:
@@ -62,14 +81,24 @@ def main() -> None:
             }
             rows += measure(steps, args, dtype, mode)
     print_table(rows, args)
+    for dtype, seconds in floors.items():
+        speeds = f"{args.batch / seconds:.2f} images/s inference, {args.batch / seconds / 3:.2f} training"
+        print(f"{dtype} floor of ours: {speeds}")
+    memory = {}
+    if args.memory:
+        memory = {name: peak_memory(args, name) for name in models}
+        print(
+            "peak memory of a training step, fp32: " + ", ".join(f"{n} {b / 2**20:,.0f} MiB" for n, b in memory.items())
+        )
     if args.json:
-        record = {"about": about(args), "rows": rows}
+        record = {"about": about(args), "rows": rows, "floor_seconds": floors, "peak_bytes": memory}
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(record, indent=2) + "\n")
 
 
 def build_models(args: argparse.Namespace) -> dict[str, nn.Module]:
-    ours = timm.create_model(args.model, img_size=args.img_size)
+    size = {"img_size": args.img_size}
+    ours = timm.create_model(args.model, **size | ({"depth": args.depth} if args.depth else {}))
     models: dict[str, nn.Module] = {OURS: ours}
     if args.published:
         sys.path.insert(0, str(args.published))
@@ -83,7 +112,7 @@ def build_models(args: argparse.Namespace) -> dict[str, nn.Module]:
             output_shape=(ours.num_classes,),
         )
     if args.vit:
-        models[args.vit] = timm.create_model(args.vit, img_size=args.img_size)
+        models[args.vit] = timm.create_model(args.vit, **size | ({"depth": args.depth} if args.depth else {}))
     return {name: model.to(args.device) for name, model in models.items()}
 
 
@@ -161,6 +190,55 @@ def measure(steps: dict[str, Callable[[], None]], args: argparse.Namespace, dtyp
             }
         )
     return rows
+
+
+def floor(model: nn.Module, args: argparse.Namespace, dtype: str) -> float:
+    """Seconds that the multiply-adds of a forward pass take at the speed of a large matrix product."""
+    rows, cols = token_grid(model, (args.img_size, args.img_size))
+    tokens = rows * cols
+    weights = sum(
+        p.numel() for n, p in model.named_parameters() if p.ndim > 1 and "pos_embed" not in n and "head" not in n
+    )
+    inner, layers = 2 * model.embed_dim, 2 * len(model.blocks)
+    # Of every token: with half of all others, or with those of half a chunk and a state of head width D.
+    chunkwise = choose(tokens, inner // 4) == "chunkwise"
+    products = tokens * weights + layers * tokens * inner * (CHUNK + 2 * inner // 4 if chunkwise else tokens)
+    a, b = torch.randn(2, 2048, 2048, device=args.device, dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[dtype])
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        linear(a, b, None)
+        if a.is_cuda:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return args.batch * products / (2048**3 / min(times))
+
+
+def peak_memory(args: argparse.Namespace, name: str) -> int:
+    """Bytes by which one training step raises the memory of a fresh process above what the network itself takes."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_peak_memory, (args, name))
+
+
+def _peak_memory(args: argparse.Namespace, name: str) -> int:
+    torch.set_num_threads(args.threads)
+    model = build_models(args)[name]
+    images = torch.randn(args.batch, 3, args.img_size, args.img_size, device=args.device)
+    if args.device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        train(model, images, images)
+        return torch.cuda.max_memory_allocated() - before
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten (proc(5))
+    before = _resident("VmRSS")
+    train(model, images, images)
+    return _resident("VmHWM") - before
+
+
+def _resident(field: str) -> int:
+    """Bytes of this process in memory now (VmRSS) or at the most (VmHWM)."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(rf"^{field}:\s+(\d+) kB$", status, re.MULTILINE)[1])  # type: ignore[index]
 
 
 def print_table(rows: list[dict], args: argparse.Namespace) -> None:
