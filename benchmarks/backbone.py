@@ -35,7 +35,8 @@ from torch import Tensor, nn
 
 import selfvil
 from selfvil.models.masking import encode_kept, keep_from_noise, token_grid
-from selfvil.models.vil import VisionLSTM, checkpoint_filter_fn
+from selfvil.models.published import checkpoint_filter_fn
+from selfvil.models.vil import VisionLSTM
 from selfvil.ops import linear
 from selfvil.ops.chunkwise import CHUNK
 from selfvil.ops.mlstm import choose

@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from selfvil.models.layers import HeadNorm, ResidualLayerNorm, ViLBlock, ViLBlockPair, ViLLayer
+from selfvil.models.blocks import ViLBlock, ViLBlockPair
+from selfvil.models.layers import HeadNorm, ResidualLayerNorm, ViLLayer
 from selfvil.ops.reference import mlstm_reference
 
 GRID = (3, 5)

@@ -10,7 +10,9 @@ import timm
 import torch
 from safetensors.torch import load_file
 
-from selfvil.models.vil import VisionLSTM, checkpoint_filter_fn, resample_positions
+from selfvil.models.positions import resample_positions
+from selfvil.models.published import checkpoint_filter_fn
+from selfvil.models.vil import VisionLSTM
 
 VALUES = Path(__file__).with_name("published_v2.safetensors")
 PARAMETERS = {

@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from timm.models import group_parameters
 
 from selfvil.models import VisionLSTM
-from selfvil.models.vil import checkpoint_filter_fn, resample_positions
+from selfvil.models.positions import resample_positions
+from selfvil.models.published import checkpoint_filter_fn
 
 NAMES = ["vil_nano_patch4_32", "vil_tiny_patch16_224", "vil_small_patch16_224", "vil_base_patch16_224"]
 

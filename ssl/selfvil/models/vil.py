@@ -9,20 +9,19 @@ resampled to the grid where it differs from the one they were made for.
 Shapes: B images, H × W tokens, N = H·W, K kept ones, C channels.
 """
 
-import re
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import PatchEmbed
-from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
+from timm.models import checkpoint
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from selfvil.models.layers import Grid, ResidualLayerNorm, ViLBlockPair
+from selfvil.models.blocks import ViLBlockPair
+from selfvil.models.layers import Grid, ResidualLayerNorm
 from selfvil.models.masking import gather_tokens
 from selfvil.models.pooling import POOLINGS, pooled_dim
+from selfvil.models.positions import resample_positions
 
 
 class VisionLSTM(nn.Module):
@@ -255,138 +254,3 @@ class VisionLSTM(nn.Module):
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.grad_checkpointing = enable
-
-
-def resample_positions(pos_embed: Tensor, grid: Grid) -> Tensor:
-    """Positions (1, H, W, C) on another grid, by bicubic interpolation; smoothed only where the grid shrinks.
-
-    Growing is interpolated as in the published code, whose fine-tuned checkpoints rely on it.
-    """
-    old = tuple(pos_embed.shape[1:3])
-    if old == tuple(grid):
-        return pos_embed
-    dtype = torch.promote_types(pos_embed.dtype, torch.float32)
-    shrinks = grid[0] < old[0] or grid[1] < old[1]
-    x = pos_embed.to(dtype).permute(0, 3, 1, 2)
-    x = F.interpolate(x, size=tuple(grid), mode="bicubic", antialias=shrinks)
-    return x.permute(0, 2, 3, 1).to(pos_embed.dtype)
-
-
-# Names of version 2 in the order of their replacement: first those inside the published files, brought to those of the
-# published modules, then these brought to ours.
-_PUBLISHED_NAMES = [
-    (r"\.xlstm\.", ".layer."),
-    (r"xlstm\.", ""),
-    (r"\.xlstm_norm\.", ".norm."),
-    (r"\.conv1d\.", ".conv."),
-    (r"^post_blocks_norm\.", "norm."),
-    (r"^head\.0\.", "legacy_norm."),
-    (r"^head\.1\.", "head."),
-    (r"^pos_embed\.embed$", "pos_embed"),
-    (r"^legacy_norm\.", "fc_norm."),
-    (r"\.rowwise_from_top_left\.", ".first."),
-    (r"\.rowwise_from_bot_right\.", ".second."),
-    (r"\.mlstm_cell\.", "."),
-    (r"\.learnable_skip$", ".skip"),
-]
-
-
-def checkpoint_filter_fn(state_dict: dict[str, Any], model: VisionLSTM) -> dict[str, Tensor]:
-    """Bring a state dict to the names and the grid of `model`.
-
-    Takes our own, that of the published VisionLSTM2 module, and the content of the published version-2 files
-    (`{"state_dict": ...}` with other names). Positions are resampled to the grid of `model`; the published norm after
-    pooling is left out where `model` has none.
-    """
-    state_dict = state_dict.get("state_dict", state_dict)
-    if "pos_embed" not in state_dict:
-        state_dict = {_our_name(name): value for name, value in state_dict.items()}
-    if isinstance(model.fc_norm, nn.Identity):
-        state_dict = {name: value for name, value in state_dict.items() if not name.startswith("fc_norm.")}
-    if "pos_embed" in state_dict:
-        state_dict = {**state_dict, "pos_embed": resample_positions(state_dict["pos_embed"], model.grid_size)}
-    return state_dict
-
-
-def _our_name(name: str) -> str:
-    for pattern, replacement in _PUBLISHED_NAMES:
-        name = re.sub(pattern, replacement, name)
-    # The files count blocks, not pairs of them: blocks.3.norm is blocks.1.second.norm.
-    return re.sub(
-        r"^blocks\.(\d+)\.(?=norm|layer)",
-        lambda m: f"blocks.{int(m[1]) // 2}.{('first', 'second')[int(m[1]) % 2]}.",
-        name,
-    )
-
-
-def _cfg(url: str = "", **kwargs: Any) -> dict[str, Any]:
-    return {
-        "url": url,
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": None,
-        "crop_pct": 1.0,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "patch_embed.proj",
-        "classifier": "head",
-        **kwargs,
-    }
-
-
-_PUBLISHED = "https://ml.jku.at/research/vision_lstm/download/"
-
-default_cfgs = generate_default_cfgs(
-    {
-        "vil_tiny_patch16_224.nxai_e800_in1k": _cfg(_PUBLISHED + "vil2_tiny16_e800_in1k.th"),
-        "vil_tiny_patch16_224.nxai_e400_in1k": _cfg(_PUBLISHED + "vil2_tiny16_e400_in1k.th"),
-        "vil_small_patch16_224.nxai_e400_in1k": _cfg(_PUBLISHED + "vil2_small16_e400_in1k.th"),
-        "vil_base_patch16_224.nxai_e400_in1k": _cfg(_PUBLISHED + "vil2_base16_e400_in1k.th"),
-        "vil_nano_patch4_32.untrained": _cfg(num_classes=10, input_size=(3, 32, 32)),
-    }
-)
-
-
-def _create(variant: str, pretrained: bool, **kwargs: Any) -> VisionLSTM:
-    return build_model_with_cfg(
-        VisionLSTM,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": kwargs.pop("out_indices", 3), "feature_cls": "getter"},
-        **kwargs,
-    )
-
-
-def _create_published(variant: str, pretrained: bool, **kwargs: Any) -> VisionLSTM:
-    # The published weights were trained with a norm after Bilateral Concat; new networks go without. A configuration
-    # that is no tag of ours comes from a folder or the hub, and says itself what it needs.
-    published = pretrained and isinstance(kwargs.get("pretrained_cfg"), str | None)
-    has_norm = published and kwargs.get("global_pool", "bilateral_concat") == "bilateral_concat"
-    return _create(variant, pretrained, **{"fc_norm": has_norm, **kwargs})
-
-
-@register_model
-def vil_tiny_patch16_224(pretrained: bool = False, **kwargs: Any) -> VisionLSTM:
-    """ViL-T: 6 M parameters, 1.5 GMAC at 224 px."""
-    return _create_published("vil_tiny_patch16_224", pretrained, **{"embed_dim": 192, "depth": 12, **kwargs})
-
-
-@register_model
-def vil_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> VisionLSTM:
-    """ViL-S: 23 M parameters, 5.1 GMAC at 224 px."""
-    return _create_published("vil_small_patch16_224", pretrained, **{"embed_dim": 384, "depth": 12, **kwargs})
-
-
-@register_model
-def vil_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> VisionLSTM:
-    """ViL-B: 89 M parameters, 18.6 GMAC at 224 px."""
-    return _create_published("vil_base_patch16_224", pretrained, **{"embed_dim": 768, "depth": 12, **kwargs})
-
-
-@register_model
-def vil_nano_patch4_32(pretrained: bool = False, **kwargs: Any) -> VisionLSTM:
-    """A small ViL for 32 × 32 images and for tests; not a published size."""
-    sizes = {"img_size": 32, "patch_size": 4, "embed_dim": 96, "depth": 6}
-    return _create("vil_nano_patch4_32", pretrained, **{**sizes, **kwargs})

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from selfvil.data.views import RandomCropFlip
 from selfvil.errors import UserError
-from selfvil.models.layers import ViLBlockPair
+from selfvil.models.blocks import ViLBlockPair
 from selfvil.models.masking import encode_kept, keep_from_noise, scatter_tokens, token_grid
 from selfvil.objectives.base import Batch, ImageSpec, Objective, Progress, StepOutput, View, keyed_noise
 from selfvil.recipe import Section
