@@ -22,6 +22,25 @@ PARAMETERS = {
 }
 
 
+CONSTRUCTORS = {
+    "vil-tiny": "vil_v1_tiny_patch16_224",
+    "vil-tiny-e400": "vil_v1_tiny_patch16_224",
+    "vil-tinyplus": "vil_v1_tiny_plus_patch16_224",
+    "vil-tinyplus-e400": "vil_v1_tiny_plus_patch16_224",
+    "vil-tinyplus-stride8": "vil_v1_tiny_plus_patch16_stride8_224",
+    "vil-small": "vil_v1_small_patch16_224",
+    "vil-smallplus": "vil_v1_small_plus_patch16_224",
+    "vil-smallplus-stride8": "vil_v1_small_plus_patch16_stride8_224",
+    "vil-base": "vil_v1_base_patch16_224",
+    "vil-base-stride8": "vil_v1_base_patch16_stride8_224",
+    "vil2-tiny": "vil_tiny_patch16_224",
+    "vil2-tiny-e400": "vil_tiny_patch16_224",
+    "vil2-small": "vil_small_patch16_224",
+    "vil2-base": "vil_base_patch16_224",
+}
+"""Every ViL that the published hubconf.py makes, and our name for it."""
+
+
 @pytest.fixture(scope="module")
 def published():
     """The published package, from the checkout that SELFVIL_PUBLISHED_VIL names."""
@@ -30,9 +49,16 @@ def published():
         pytest.skip("SELFVIL_PUBLISHED_VIL does not name a checkout of NX-AI/vision-lstm")
     sys.path.insert(0, folder)
     try:
-        return pytest.importorskip("vision_lstm")
+        return pytest.importorskip("hubconf")
     finally:
         sys.path.remove(folder)
+
+
+def randomise(model):
+    """Leave no parameter at zero or one."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * (parameter.std() / 5 if parameter.std() > 0 else 0.1))
 
 
 def relative_error(got, expected):
@@ -108,6 +134,56 @@ def test_outputs_and_gradients(published, dim, depth, image, patch_size, global_
         assert relative_error(output, exact[0]) < output_tolerance
         assert relative_error(d_images, exact[1]) < gradient_tolerance
         assert worst_gradient(grads, exact[2], ours) < gradient_tolerance
+
+
+def test_every_constructor_has_a_name(published):
+    configs = published.CONFIGS_V1 | published.CONFIGS_V2
+    assert set(configs) == set(CONSTRUCTORS)
+    urls = {config.url for name in timm.list_pretrained("vil_*") if (config := timm.get_pretrained_cfg(name)).url}
+    assert urls == {config["url"] for config in configs.values()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["classifier", "features"])
+@pytest.mark.parametrize("constructor", CONSTRUCTORS)
+def test_every_constructor(published, constructor, mode):
+    """At full width and depth; at 64 × 48 px, to be quick (set SELFVIL_FULL_SIZE for 224 px)."""
+    sizes = (224, 224) if os.environ.get("SELFVIL_FULL_SIZE") else (64, 48)
+    first_version = constructor in published.CONFIGS_V1
+    config = (published.CONFIGS_V1 | published.CONFIGS_V2)[constructor]
+    settings, changes = config["ctor_kwargs"] | {"input_shape": (3, *sizes)}, {}
+    if mode == "features":
+        settings |= {"output_shape": None, "mode": None if first_version else "features", "pooling": None}
+        changes = {"num_classes": 0, "global_pool": ""}
+    theirs = config["ctor"](**settings)
+    randomise(theirs)
+    ours = timm.create_model(CONSTRUCTORS[constructor], img_size=sizes, fc_norm=True, **changes)
+    ours.load_state_dict(checkpoint_filter_fn(theirs.state_dict(), ours))
+    assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters())
+
+    images = torch.randn(1, 3, *sizes)
+
+    def run(model, dtype):
+        model.to(dtype).zero_grad()
+        inputs = images.to(dtype, copy=True).requires_grad_()
+        output = model(inputs)
+        output = output.flatten(1, -2) if output.ndim == 4 else output
+        (output * weight.to(dtype)).sum().backward()
+        return output.detach(), inputs.grad, {name: p.grad for name, p in model.named_parameters()}
+
+    weight = torch.randn(ours(images).flatten(1, -2).shape if mode == "features" else (1, 1000))
+    exact = run(theirs, torch.float64)
+    exact_gradients = checkpoint_filter_fn(exact[2], ours)
+    for dtype, output_tolerance, gradient_tolerance in ((torch.float32, 1e-5, 5e-5), (torch.float64, 1e-10, 1e-10)):
+        output, d_images, grads = run(ours, dtype)
+        assert relative_error(output, exact[0]) < output_tolerance
+        assert relative_error(d_images, exact[1]) < gradient_tolerance
+        assert set(grads) == set(exact_gradients)
+        assert relative_error(together(grads), together(exact_gradients)) < gradient_tolerance
+
+
+def together(grads):
+    return torch.cat([grads[name].double().flatten() for name in sorted(grads)])
 
 
 @pytest.mark.parametrize("name", PARAMETERS)

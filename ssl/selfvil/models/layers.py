@@ -1,12 +1,15 @@
 """The building blocks of Vision-LSTM.
 
 Alkin et al., "Vision-LSTM: xLSTM as Generic Vision Backbone" (2024), version 2: a 3 × 3 depthwise convolution, biases
-everywhere, and blocks in pairs of which the second reads the image backwards.
+everywhere, and blocks in pairs of which the second reads the image backwards. Version 1 differs in a causal convolution
+along the sequence and in fewer biases. Layers of the published ablations read both ways, or rows and columns both ways.
 
 No tensor is flipped for that. The published network flips the tokens and convolves the flipped grid; without the flip
-the same comes of a kernel turned by 180° and of an mLSTM that reads from the end.
+the same comes of a kernel turned by 180° (a causal one: turned and padded on the right) and of an mLSTM that reads
+from the end.
 
-Shapes: B images, N = H·W tokens on the full grid, K kept ones, C channels of the block, E = 2·C inside it, h heads.
+Shapes: B images, N = H·W patches on the full grid, K tokens of the sequence (kept patches, and extra tokens if there
+are any), C channels of the block, E = 2·C inside it, h heads.
 """
 
 import math
@@ -16,10 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from selfvil.models.masking import gather_tokens, scatter_tokens
+from selfvil.models.order import Columns, Grid, extra_before, join, slots, split
 from selfvil.ops import linear, mlstm
-
-Grid = tuple[int, int]
-"""Rows and columns of tokens."""
 
 EXPANSION = 2
 NUM_HEADS = 4
@@ -27,15 +28,17 @@ QKV_BLOCK = 4
 """Width of the diagonal blocks that the projections to q, k and v consist of."""
 MERGED_BLOCK = 32
 """Most width of the blocks that are really multiplied: fewer products with zeros in them beat many tiny ones."""
+CONVS = ("2d", "causal1d", None)
+"""Before q and k: 3 × 3 on the grid (version 2), 4 tokens back along the sequence (version 1), or none."""
 
 
 class ResidualLayerNorm(nn.Module):
     """LayerNorm over the last axis whose weight is stored as its distance from 1, so that decay would pull it to 1."""
 
-    def __init__(self, dim: int, eps: float = 1e-5) -> None:
+    def __init__(self, dim: int, eps: float = 1e-5, bias: bool = True) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(dim))
-        self.bias = nn.Parameter(torch.zeros(dim))
+        self.bias = nn.Parameter(torch.zeros(dim)) if bias else None
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
@@ -47,7 +50,8 @@ class HeadNorm(ResidualLayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.layer_norm(x, x.shape[-1:], eps=self.eps).transpose(1, 2).flatten(2)
-        return torch.addcmul(self.bias.to(x.dtype), x, (1 + self.weight).to(x.dtype))
+        weight = (1 + self.weight).to(x.dtype)
+        return x * weight if self.bias is None else torch.addcmul(self.bias.to(x.dtype), x, weight)
 
 
 class Linear(nn.Linear):
@@ -63,23 +67,23 @@ class BlockDiagonalLinear(nn.Module):
     The weight is (E / QKV_BLOCK, QKV_BLOCK, QKV_BLOCK), as published.
     """
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, bias: bool = True) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(dim // QKV_BLOCK, QKV_BLOCK, QKV_BLOCK))
-        self.bias = nn.Parameter(torch.zeros(dim))
+        self.bias = nn.Parameter(torch.zeros(dim)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, E) to (B, h, N, E/h)."""
         weight = self.merged_weight()
         groups, width, _ = weight.shape
-        bias = self.bias.view(groups, 1, width)
-        y = torch.baddbmm(bias, x.reshape(-1, groups, width).transpose(0, 1), weight.mT)  # (groups, B·N, width)
+        y = x.reshape(-1, groups, width).transpose(0, 1)  # (groups, B·N, width)
+        y = y @ weight.mT if self.bias is None else torch.baddbmm(self.bias.view(groups, 1, width), y, weight.mT)
         y = y.view(NUM_HEADS, groups // NUM_HEADS, *x.shape[:2], width)
         return y.permute(2, 0, 3, 1, 4).flatten(3)
 
     def merged_weight(self) -> Tensor:
         """The same map with larger, partly empty blocks: (E / W, W, W), of a width W that no head's border cuts."""
-        head_dim = self.bias.numel() // NUM_HEADS
+        head_dim = len(self.weight) * QKV_BLOCK // NUM_HEADS
         width = max(w for w in range(QKV_BLOCK, MERGED_BLOCK + 1, QKV_BLOCK) if head_dim % w == 0)
         small = self.weight.view(-1, width // QKV_BLOCK, QKV_BLOCK, QKV_BLOCK)
         diagonal = torch.diag_embed(small.permute(0, 2, 3, 1))  # (E / W, out, in, W / QKV_BLOCK, W / QKV_BLOCK)
@@ -88,71 +92,100 @@ class BlockDiagonalLinear(nn.Module):
     def folded_into(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Weight (O, E) and bias (O,) of this map followed by a linear one with `weight` (O, E)."""
         blocks = weight.unflatten(1, (-1, QKV_BLOCK))
-        return torch.einsum("ogi,gij->ogj", blocks, self.weight).flatten(1), weight @ self.bias
+        bias = weight.new_zeros(len(weight)) if self.bias is None else weight @ self.bias
+        return torch.einsum("ogi,gij->ogj", blocks, self.weight).flatten(1), bias
 
 
-class ViLLayer(nn.Module):
-    """The mLSTM layer of Vision-LSTM: up-projection, convolution, mLSTM, gate, down-projection.
+class Reader(nn.Module):
+    """One reading of a sequence: convolution, mLSTM, per-head norm and skip.
 
     Args:
-        dim: width C of the tokens, a multiple of 8.
-        reverse: read the tokens from the last to the first.
-        num_blocks: layers in the network, for the scale of the down-projection; None takes 1, as published.
+        inner: width E of the tokens.
+        conv: one of `CONVS`.
+        bias: of the projections and the norm; convolution and gates always have one.
     """
 
-    def __init__(self, dim: int, *, reverse: bool = False, num_blocks: int | None = None) -> None:
+    def __init__(self, inner: int, *, conv: str | None = "2d", bias: bool = True) -> None:
         super().__init__()
-        inner = EXPANSION * dim
-        if inner % (NUM_HEADS * QKV_BLOCK):
-            raise ValueError(f"dim must be a multiple of {NUM_HEADS * QKV_BLOCK // EXPANSION}, got {dim}")
-        self.dim = dim
-        self.reverse = reverse
-        self.num_blocks = num_blocks or 1
-        self.proj_up = Linear(dim, 2 * inner)
-        self.conv = nn.Conv2d(inner, inner, kernel_size=3, padding=1, groups=inner)
-        self.q_proj = BlockDiagonalLinear(inner)
-        self.k_proj = BlockDiagonalLinear(inner)
-        self.v_proj = BlockDiagonalLinear(inner)
+        if conv not in CONVS:
+            raise ValueError(f"conv = {conv!r} does not exist; choose one of: {', '.join(map(repr, CONVS))}")
+        self.conv: nn.Module | None = None
+        if conv == "2d":
+            self.conv = nn.Conv2d(inner, inner, kernel_size=3, padding=1, groups=inner)
+        elif conv == "causal1d":
+            self.conv = nn.Conv1d(inner, inner, kernel_size=4, padding=3, groups=inner)
+        self.q_proj = BlockDiagonalLinear(inner, bias)
+        self.k_proj = BlockDiagonalLinear(inner, bias)
+        self.v_proj = BlockDiagonalLinear(inner, bias)
         self.igate = nn.Linear(3 * inner, NUM_HEADS)
         self.fgate = nn.Linear(3 * inner, NUM_HEADS)
-        self.outnorm = HeadNorm(inner)
+        self.outnorm = HeadNorm(inner, bias=bias)
         self.skip = nn.Parameter(torch.ones(inner))
-        self.proj_down = Linear(inner, dim)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialise as published: small-init, Wang-init for the way down, a forget gate that starts open."""
-        small = math.sqrt(2 / (5 * self.dim))
-        for module in (self.proj_up, self.q_proj, self.k_proj, self.v_proj):
-            nn.init.normal_(module.weight, std=small)
-            nn.init.zeros_(module.bias)
-        nn.init.normal_(self.proj_down.weight, std=2 / self.num_blocks / math.sqrt(self.dim))
-        nn.init.zeros_(self.proj_down.bias)
+        """Initialise as published: small-init with the width outside the block, a forget gate that starts open."""
+        for proj in (self.q_proj, self.k_proj, self.v_proj):
+            nn.init.normal_(proj.weight, std=math.sqrt(2 * EXPANSION / (5 * self.skip.numel())))
+            if proj.bias is not None:
+                nn.init.zeros_(proj.bias)
         nn.init.zeros_(self.igate.weight)
         nn.init.normal_(self.igate.bias, std=0.1)
         nn.init.zeros_(self.fgate.weight)
         with torch.no_grad():
             self.fgate.bias.copy_(torch.linspace(3.0, 6.0, NUM_HEADS))
 
-    def forward(self, x: Tensor, grid: Grid, keep: Tensor | None = None) -> Tensor:
-        """x (B, K, C), the kept tokens of `grid` in order (all of them if `keep` (B, K) is None), to the same shape."""
-        x, gate = self.proj_up(x).chunk(2, dim=-1)
-        conv = F.silu(self.convolve(x, grid, keep))
+    def read(self, x: Tensor, grid: Grid, keep: Tensor | None, places: Tensor | None, reverse: bool) -> Tensor:
+        """Sequence x (B, K, E) to the same shape, read from its last token if `reverse`."""
+        conv = F.silu(self.convolve(x, grid, keep, places, reverse))
         i, f = self.gates(conv, x)
-        h = mlstm(self.q_proj(conv), self.k_proj(conv), self.v_proj(x), i, f, reverse=self.reverse)
-        h = torch.addcmul(self.outnorm(h), self.skip.to(conv.dtype), conv)
-        return self.proj_down(h * F.silu(gate))
+        h = mlstm(self.q_proj(conv), self.k_proj(conv), self.v_proj(x), i, f, reverse=reverse)
+        return torch.addcmul(self.outnorm(h), self.skip.to(conv.dtype), conv)
 
-    def convolve(self, x: Tensor, grid: Grid, keep: Tensor | None) -> Tensor:
-        """Depthwise 3 × 3 convolution of tokens (B, K, E) at their places on the grid, zeros where none was kept."""
-        weight = self.conv.weight.flip(2, 3) if self.reverse else self.conv.weight
+    def convolve(self, x: Tensor, grid: Grid, keep: Tensor | None, places: Tensor | None, reverse: bool) -> Tensor:
+        """Depthwise convolution of tokens (B, K, E) at their places, zeros where none was kept."""
+        if isinstance(self.conv, nn.Conv2d):
+            return self.convolve_grid(self.conv, x, grid, keep, places, reverse)
+        if isinstance(self.conv, nn.Conv1d):
+            return self.convolve_sequence(self.conv, x, grid, keep, places, reverse)
+        return x
+
+    @staticmethod
+    def convolve_grid(
+        conv: nn.Conv2d, x: Tensor, grid: Grid, keep: Tensor | None, places: Tensor | None, reverse: bool
+    ) -> Tensor:
+        """3 × 3 on the grid. Extra tokens have no place on it: they see themselves, through the kernel's centre."""
+        if places is not None:
+            patches, extra = split(x, places, grid[0] * grid[1] if keep is None else keep.shape[1])
+            patches = Reader.convolve_grid(conv, patches, grid, keep, None, reverse)
+            extra = torch.addcmul(conv.bias, extra, conv.weight[:, 0, 1, 1])  # type: ignore[arg-type]  # it has one
+            return join(patches, extra, places)
+        weight = conv.weight.flip(2, 3) if reverse else conv.weight
         if keep is not None:
             x = scatter_tokens(x, keep, x.new_zeros(()), grid[0] * grid[1])
         # Tokens last to channels last is a change of strides, not of memory.
         x = x.unflatten(1, grid).permute(0, 3, 1, 2)
-        x = F.conv2d(x, weight, self.conv.bias, padding=self.conv.padding, groups=self.conv.groups)
+        x = F.conv2d(x, weight, conv.bias, padding=conv.padding, groups=conv.groups)
         x = x.permute(0, 2, 3, 1).flatten(1, 2)
         return x if keep is None else gather_tokens(x, keep)
+
+    @staticmethod
+    def convolve_sequence(
+        conv: nn.Conv1d, x: Tensor, grid: Grid, keep: Tensor | None, places: Tensor | None, reverse: bool
+    ) -> Tensor:
+        """A token and the three read before it, extra tokens among them."""
+        ids, length = keep, grid[0] * grid[1]
+        if keep is not None and places is not None:  # ids in the full sequence, extra tokens included
+            num_extra = places.shape[1] - keep.shape[1]
+            extra = slots(length, num_extra, x.device) + torch.arange(num_extra, device=x.device)
+            ids = torch.cat([keep + extra_before(keep, length, num_extra), extra.expand(len(keep), -1)], dim=1)
+            ids, length = torch.empty_like(ids).scatter_(1, places, ids), length + num_extra
+        if ids is not None:
+            x = scatter_tokens(x, ids, x.new_zeros(()), length)
+        weight, padding = conv.weight.flip(2) if reverse else conv.weight, conv.kernel_size[0] - 1
+        x = F.conv1d(x.mT, weight, conv.bias, padding=padding, groups=conv.groups)
+        x = (x[..., padding:] if reverse else x[..., :-padding]).mT
+        return x if ids is None else gather_tokens(x, ids)
 
     def gates(self, conv: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """Pre-activations (B, h, K), float32 or better, of the input and the forget gate.
@@ -170,3 +203,68 @@ class ViLLayer(nn.Module):
         gates = gates.to(torch.promote_types(gates.dtype, torch.float32)) + (bias + bq + bk + bv)
         i, f = gates.transpose(1, 2).chunk(2, dim=1)
         return i, f
+
+
+class ViLLayer(Reader):
+    """The mLSTM layer of Vision-LSTM: up-projection, convolution, mLSTM, gate, down-projection.
+
+    Between the projections the sequence may be read more than once, and what is read is summed: as published, each
+    further reading has parameters of its own, or shares those of the first.
+
+    Args:
+        dim: width C of the tokens, a multiple of 8.
+        reverse: read the tokens from the last to the first.
+        directions: 1, 2 (both ways) or 4 (rows and columns, both ways).
+        shared: all directions share parameters.
+        conv: one of `CONVS`.
+        bias: of projections and norms, as in version 2; convolution and gates always have one.
+        num_blocks: layers in the network, for the scale of the down-projection; None takes 1, as published.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        reverse: bool = False,
+        directions: int = 1,
+        shared: bool = False,
+        conv: str | None = "2d",
+        bias: bool = True,
+        num_blocks: int | None = None,
+    ) -> None:
+        inner = EXPANSION * dim
+        if inner % (NUM_HEADS * QKV_BLOCK):
+            raise ValueError(f"dim must be a multiple of {NUM_HEADS * QKV_BLOCK // EXPANSION}, got {dim}")
+        super().__init__(inner, conv=conv, bias=bias)
+        self.reverse = reverse
+        self.directions = directions
+        self.proj_up = Linear(dim, 2 * inner, bias=bias)
+        self.further = nn.ModuleList(
+            Reader(inner, conv=conv, bias=bias) for _ in range(0 if shared else directions - 1)
+        )
+        self.proj_down = Linear(inner, dim, bias=bias)
+        nn.init.normal_(self.proj_up.weight, std=math.sqrt(2 / (5 * dim)))
+        nn.init.normal_(self.proj_down.weight, std=2 / (num_blocks or 1) / math.sqrt(dim))
+        if bias:
+            nn.init.zeros_(self.proj_up.bias)
+            nn.init.zeros_(self.proj_down.bias)
+
+    def forward(self, x: Tensor, grid: Grid, keep: Tensor | None = None, places: Tensor | None = None) -> Tensor:
+        """x (B, K, C), the kept tokens of `grid` in order (all of them if `keep` is None), to the same shape.
+
+        `places` says which tokens of the sequence are extra ones (see `selfvil.models.order`).
+        """
+        x, gate = self.proj_up(x).chunk(2, dim=-1)
+        h = self.read(x, grid, keep, places, self.reverse)
+        if self.directions > 1:
+            readers = [self, *(self.further or 3 * [self])]
+            h = h + readers[1].read(x, grid, keep, places, not self.reverse)
+            if self.directions == 4:
+                columns = Columns(x, grid, keep, places)
+                x = columns.from_rows(x)
+                down, up = (
+                    reader.read(x, columns.grid, columns.keep, columns.places, reverse)
+                    for reader, reverse in ((readers[2], False), (readers[3], True))
+                )
+                h = h + columns.to_rows(down + up)
+        return self.proj_down(h * F.silu(gate))

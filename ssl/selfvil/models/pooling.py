@@ -1,7 +1,10 @@
-"""From a grid of tokens to one vector.
+"""From tokens to one vector.
 
 Alkin et al., "Vision-LSTM" (2024), section 4.3: the blocks read the image from its first token to its last and back,
-so that these two have seen everything; bilateral pooling uses both.
+so that these two have seen everything; bilateral pooling uses both. Wang et al., "Mamba-R" (2024), concatenate what
+comes of register tokens instead.
+
+Shapes: B images, R extra tokens (class token, registers), N patches in reading order, C channels.
 """
 
 from collections.abc import Callable
@@ -25,23 +28,33 @@ def avg(x: Tensor) -> Tensor:
     return x.mean(dim=1)
 
 
-def no_pooling(x: Tensor) -> Tensor:
-    """Every token: (B, N, C) unchanged."""
-    return x
+def middle_patch(x: Tensor) -> Tensor:
+    """The token in the middle of the sequence, the later of two: (B, N, C) to (B, C)."""
+    return x[:, x.shape[1] // 2]
 
 
-POOLINGS: dict[str, Callable[[Tensor], Tensor]] = {
-    "bilateral_concat": bilateral_concat,
-    "bilateral_avg": bilateral_avg,
-    "avg": avg,
-    "": no_pooling,
+POOLINGS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "bilateral_concat": lambda extra, patches: bilateral_concat(patches),
+    "bilateral_avg": lambda extra, patches: bilateral_avg(patches),
+    "bilateral_patch": lambda extra, patches: bilateral_avg(patches),  # what published configurations call it as well
+    "avg": lambda extra, patches: avg(patches),
+    "middle_patch": lambda extra, patches: middle_patch(patches),
+    "middle_cls": lambda extra, patches: extra[:, 0],
+    "registers": lambda extra, patches: extra.flatten(1),
 }
+"""From extra tokens (B, R, C) and patches (B, N, C) to what the classifier sees, (B, D)."""
 
 
-def pooled_dim(global_pool: str, dim: int) -> int:
-    """Width of the pooled vector. Raises ValueError for a pooling that does not exist."""
-    if global_pool not in POOLINGS:
-        raise ValueError(
-            f"global_pool = {global_pool!r} does not exist; choose one of: {', '.join(map(repr, POOLINGS))}"
-        )
+def pooled_dim(global_pool: str, dim: int, num_registers: int = 0) -> int:
+    """Width D of the pooled vector; "" is no pooling, and leaves tokens of `dim`.
+
+    Raises ValueError for a pooling that does not exist, or that lacks its registers.
+    """
+    names = [*POOLINGS, ""]
+    if global_pool not in names:
+        raise ValueError(f"global_pool = {global_pool!r} does not exist; choose one of: {', '.join(map(repr, names))}")
+    if global_pool == "registers":
+        if not num_registers:
+            raise ValueError("global_pool = 'registers' needs register tokens: set num_registers, such as to 4")
+        return num_registers * dim
     return 2 * dim if global_pool == "bilateral_concat" else dim

@@ -25,17 +25,39 @@ def _cfg(url: str = "", **kwargs: Any) -> dict[str, Any]:
     }
 
 
-_PUBLISHED = "https://ml.jku.at/research/vision_lstm/download/"
+_URL = "https://ml.jku.at/research/vision_lstm/download/"
 
 default_cfgs = generate_default_cfgs(
     {
-        "vil_tiny_patch16_224.nxai_e800_in1k": _cfg(_PUBLISHED + "vil2_tiny16_e800_in1k.th"),
-        "vil_tiny_patch16_224.nxai_e400_in1k": _cfg(_PUBLISHED + "vil2_tiny16_e400_in1k.th"),
-        "vil_small_patch16_224.nxai_e400_in1k": _cfg(_PUBLISHED + "vil2_small16_e400_in1k.th"),
-        "vil_base_patch16_224.nxai_e400_in1k": _cfg(_PUBLISHED + "vil2_base16_e400_in1k.th"),
+        "vil_tiny_patch16_224.nxai_e800_in1k": _cfg(_URL + "vil2_tiny16_e800_in1k.th"),
+        "vil_tiny_patch16_224.nxai_e400_in1k": _cfg(_URL + "vil2_tiny16_e400_in1k.th"),
+        "vil_small_patch16_224.nxai_e400_in1k": _cfg(_URL + "vil2_small16_e400_in1k.th"),
+        "vil_base_patch16_224.nxai_e400_in1k": _cfg(_URL + "vil2_base16_e400_in1k.th"),
+        "vil_large_patch16_224.untrained": _cfg(),
         "vil_nano_patch4_32.untrained": _cfg(num_classes=10, input_size=(3, 32, 32)),
+        "vil_v1_tiny_patch16_224.nxai_e800_in1k": _cfg(_URL + "vil_tiny16_e800_in1k.th"),
+        "vil_v1_tiny_patch16_224.nxai_e400_in1k": _cfg(_URL + "vil_tiny16_e400_in1k.th"),
+        "vil_v1_tiny_plus_patch16_224.nxai_e800_in1k": _cfg(_URL + "vil_tinyplus16_e800_in1k.th"),
+        "vil_v1_tiny_plus_patch16_224.nxai_e400_in1k": _cfg(_URL + "vil_tinyplus16_e400_in1k.th"),
+        # For lack of another, the published code gives the file of the plain network here.
+        "vil_v1_tiny_plus_patch16_stride8_224.nxai_e800_in1k": _cfg(_URL + "vil_tinyplus16_e800_in1k.th"),
+        "vil_v1_small_patch16_224.nxai_e400_in1k": _cfg(_URL + "vil_small16_e400_in1k.th"),
+        "vil_v1_small_plus_patch16_224.nxai_e400_in1k": _cfg(_URL + "vil_smallplus16_e400_in1k.th"),
+        "vil_v1_small_plus_patch16_stride8_224.nxai_e400_in1k": _cfg(_URL + "vil_smallplus16_e400_in1k_stride8.th"),
+        "vil_v1_base_patch16_224.nxai_e400_in1k": _cfg(_URL + "vil_base16_e400_in1k.th"),
+        "vil_v1_base_patch16_stride8_224.nxai_e400_in1k": _cfg(_URL + "vil_base16_e400_in1k_stride8.th"),
     }
 )
+
+_VERSION_1 = {
+    "conv": "causal1d",
+    "bias": False,
+    "global_pool": "bilateral_avg",
+    "norm_eps": 1e-5,
+    "fc_norm": True,
+    "fc_norm_eps": 1e-6,
+}
+# Stride 8 is half a patch: 27 × 27 = 729 tokens at 224 px. Positions stay those of 14 × 14 patches, and grow.
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> VisionLSTM:
@@ -80,3 +102,67 @@ def vil_nano_patch4_32(pretrained: bool = False, **kwargs: Any) -> VisionLSTM:
     """A small ViL for 32 × 32 images and for tests; not a published size."""
     sizes = {"img_size": 32, "patch_size": 4, "embed_dim": 96, "depth": 6}
     return _create("vil_nano_patch4_32", pretrained, **{**sizes, **kwargs})
+
+
+@register_model
+def vil_large_patch16_224(pretrained: bool = False, **kwargs: Any) -> VisionLSTM:
+    """ViL-L, of the depth and width of ViT-L; not a published size."""
+    return _create("vil_large_patch16_224", pretrained, **{"embed_dim": 1024, "depth": 24, **kwargs})
+
+
+def _create_v1(variant: str, pretrained: bool, **kwargs: Any) -> VisionLSTM:
+    return _create(variant, pretrained, **{**_VERSION_1, **kwargs})
+
+
+@register_model
+def vil_v1_tiny_patch16_224(pretrained: bool = False, **kwargs: Any) -> VisionLSTM:
+    """ViL-T of version 1, 24 blocks."""
+    return _create_v1("vil_v1_tiny_patch16_224", pretrained, **{"embed_dim": 192, "depth": 12, **kwargs})
+
+
+@register_model
+def vil_v1_tiny_plus_patch16_224(pretrained: bool = False, **kwargs: Any) -> VisionLSTM:
+    """ViL-T+ of version 1, 29 blocks."""
+    return _create_v1("vil_v1_tiny_plus_patch16_224", pretrained, **{"embed_dim": 192, "depth": 14.5, **kwargs})
+
+
+@register_model
+def vil_v1_tiny_plus_patch16_stride8_224(pretrained: bool = False, **kwargs: Any) -> VisionLSTM:
+    """ViL-T+ of version 1, 29 blocks, with overlapping patches: 729 tokens at 224 px."""
+    return _create_v1(
+        "vil_v1_tiny_plus_patch16_stride8_224", pretrained, **{"embed_dim": 192, "depth": 14.5, "stride": 8, **kwargs}
+    )
+
+
+@register_model
+def vil_v1_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> VisionLSTM:
+    """ViL-S of version 1, 24 blocks."""
+    return _create_v1("vil_v1_small_patch16_224", pretrained, **{"embed_dim": 384, "depth": 12, **kwargs})
+
+
+@register_model
+def vil_v1_small_plus_patch16_224(pretrained: bool = False, **kwargs: Any) -> VisionLSTM:
+    """ViL-S+ of version 1, 26 blocks."""
+    return _create_v1("vil_v1_small_plus_patch16_224", pretrained, **{"embed_dim": 384, "depth": 13, **kwargs})
+
+
+@register_model
+def vil_v1_small_plus_patch16_stride8_224(pretrained: bool = False, **kwargs: Any) -> VisionLSTM:
+    """ViL-S+ of version 1, 26 blocks, with overlapping patches: 729 tokens at 224 px."""
+    return _create_v1(
+        "vil_v1_small_plus_patch16_stride8_224", pretrained, **{"embed_dim": 384, "depth": 13, "stride": 8, **kwargs}
+    )
+
+
+@register_model
+def vil_v1_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> VisionLSTM:
+    """ViL-B of version 1, 24 blocks."""
+    return _create_v1("vil_v1_base_patch16_224", pretrained, **{"embed_dim": 768, "depth": 12, **kwargs})
+
+
+@register_model
+def vil_v1_base_patch16_stride8_224(pretrained: bool = False, **kwargs: Any) -> VisionLSTM:
+    """ViL-B of version 1, 24 blocks, with overlapping patches: 729 tokens at 224 px."""
+    return _create_v1(
+        "vil_v1_base_patch16_stride8_224", pretrained, **{"embed_dim": 768, "depth": 12, "stride": 8, **kwargs}
+    )
