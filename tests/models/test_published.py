@@ -14,11 +14,22 @@ from selfvil.models.positions import resample_positions
 from selfvil.models.published import checkpoint_filter_fn
 from selfvil.models.vil import VisionLSTM
 
-VALUES = Path(__file__).with_name("published_v2.safetensors")
+FOLDER = Path(__file__).parent
+VERSION_1 = {
+    "conv": "causal1d", "bias": False, "global_pool": "bilateral_avg", "norm_eps": 1e-5, "fc_norm_eps": 1e-6
+}  # fmt: skip
 PARAMETERS = {
     "vil_tiny_patch16_224": 6_390_760,
     "vil_small_patch16_224": 23_397_160,
     "vil_base_patch16_224": 89_260_456,
+    "vil_v1_tiny_patch16_224": 6_088_360,
+    "vil_v1_tiny_plus_patch16_224": 7_277_840,
+    "vil_v1_tiny_plus_patch16_stride8_224": 7_277_840,
+    "vil_v1_small_patch16_224": 22_792_360,
+    "vil_v1_small_plus_patch16_224": 24_628_664,
+    "vil_v1_small_plus_patch16_stride8_224": 24_628_664,
+    "vil_v1_base_patch16_224": 88_050_856,
+    "vil_v1_base_patch16_stride8_224": 88_050_856,
 }
 
 
@@ -79,12 +90,15 @@ def worst_gradient(ours, published, model):
     return max(relative_error(ours[name], published[name]) for name in ours)
 
 
-def test_stored_outputs_and_gradients():
-    values = load_file(VALUES)
+@pytest.mark.parametrize(
+    ("version", "settings"), [("v1", {"depth": 1.5, "stride": 2, **VERSION_1}), ("v2", {"depth": 1})]
+)
+def test_stored_outputs_and_gradients(version, settings):
+    values = load_file(FOLDER / f"published_{version}.safetensors")
     parameters = {name.removeprefix("parameter/"): v for name, v in values.items() if name.startswith("parameter/")}
     expected = {name.removeprefix("gradient/"): v for name, v in values.items() if name.startswith("gradient/")}
 
-    model = VisionLSTM(img_size=(16, 12), patch_size=4, num_classes=5, embed_dim=8, depth=1, fc_norm=True)
+    model = VisionLSTM(img_size=(16, 12), patch_size=4, num_classes=5, embed_dim=8, fc_norm=True, **settings)
     model.load_state_dict(checkpoint_filter_fn(parameters, model))
     output, d_images, grads = gradients(model.double(), values["images"].double(), values["weight"].double())
     assert relative_error(output, values["output"]) < 1e-10
@@ -193,12 +207,13 @@ def test_sizes_are_the_published_ones(name):
     assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
 
 
-@pytest.mark.parametrize("name", PARAMETERS)
-def test_sizes_equal_those_of_the_checkout(published, name):
+@pytest.mark.parametrize("constructor", CONSTRUCTORS)
+def test_sizes_equal_those_of_the_checkout(published, constructor):
+    config = (published.CONFIGS_V1 | published.CONFIGS_V2)[constructor]
     with torch.device("meta"):
-        ours = timm.create_model(name)
-        theirs = published.VisionLSTM2(dim=ours.embed_dim, depth=len(ours.blocks))
-    assert sum(p.numel() for p in theirs.parameters()) == PARAMETERS[name]
+        ours = timm.create_model(CONSTRUCTORS[constructor], fc_norm=True)
+        theirs = config["ctor"](**config["ctor_kwargs"])
+    assert sum(p.numel() for p in theirs.parameters()) == sum(p.numel() for p in ours.parameters())
 
 
 def test_finer_positions_are_interpolated_as_published(published):
@@ -241,3 +256,49 @@ def test_the_published_files_load():
     finer = VisionLSTM(img_size=32, patch_size=4, num_classes=3, embed_dim=8, depth=2)  # no fc_norm, another grid
     finer.load_state_dict(checkpoint_filter_fn({"state_dict": in_file}, finer))
     assert torch.equal(finer.pos_embed, resample_positions(in_file["pos_embed.embed"], (8, 8)))
+
+
+@pytest.mark.parametrize("features", [False, True])
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_files_load_as_the_published_code_loads_them(published, version, features, tmp_path):
+    """Through the renaming that hubconf.py itself does to the files, on random weights in a file of that form."""
+    ctor = published.VisionLSTM if version == "v1" else published.VisionLSTM2
+    depth = 3 if version == "v1" else 2
+    settings = {"dim": 16, "depth": depth, "input_shape": (3, 32, 24), "patch_size": 8, "legacy_norm": True}
+    donor = ctor(**settings, output_shape=(5,))
+    randomise(donor)
+    in_file = {}
+    for name, value in donor.state_dict().items():
+        name = re.sub(
+            r"^blocks\.(\d+)\.rowwise_from_(top_left|bot_right)\.",
+            lambda m: f"blocks.{2 * int(m[1]) + (m[2] == 'bot_right')}.",
+            name,
+        )
+        after_blocks, after_pooling = ("legacy_norm", "norm") if version == "v1" else ("norm", "legacy_norm")
+        names = {after_blocks: "xlstm.post_blocks_norm", after_pooling: "head.0", "head": "head.1"}
+        module, _, rest = name.partition(".")
+        name = f"{names.get(module, module)}.{rest}"
+        if version == "v2":
+            name = name.replace(".conv.", ".conv1d.")
+        name = re.sub(r"^(blocks\.\d+)\.norm\.", r"\1.xlstm_norm.", name)
+        in_file[re.sub(r"^(blocks\.\d+)\.", r"xlstm.\1.", name.replace(".layer.", ".xlstm."))] = value
+    torch.save({"state_dict": in_file}, tmp_path / "file.th")
+
+    finer = settings | {"input_shape": (3, 48, 48)}  # a larger grid: positions are interpolated
+    mode = {"output_shape": (5,)}
+    if version == "v2" and features:
+        mode = {"mode": "features", "pooling": None, "output_shape": None}
+    theirs = published.load_model(ctor, finer | mode, str(tmp_path / "file.th"), preprocess=version)
+    if version == "v1" and features:  # its loader knows the classifier alone
+        theirs.head, theirs.pooling = None, None
+
+    ours = {"num_classes": 0, "global_pool": ""} if features else {"num_classes": 5}
+    ours = VisionLSTM(
+        img_size=48, patch_size=8, embed_dim=16, depth=depth / 2 if version == "v1" else depth, fc_norm=True,
+        **({**VERSION_1, **ours} if version == "v1" else ours),
+    )  # fmt: skip
+    ours.load_state_dict(checkpoint_filter_fn({"state_dict": in_file}, ours))
+    images = torch.randn(2, 3, 48, 48, dtype=torch.float64)
+    output = ours.double()(images)
+    output = output.flatten(1, 2) if features else output
+    assert relative_error(output, theirs.double()(images)) < 1e-10
