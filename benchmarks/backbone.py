@@ -36,7 +36,7 @@ from torch import Tensor, nn
 import selfvil
 from selfvil.models.masking import encode_kept, keep_from_noise, token_grid
 from selfvil.models.published import checkpoint_filter_fn
-from selfvil.models.vil import VisionLSTM
+from selfvil.models.vision_lstm import VisionLSTM
 from selfvil.ops import linear
 from selfvil.ops.chunkwise import CHUNK
 from selfvil.ops.mlstm import choose

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from selfvil.models.positions import resample_positions
 from selfvil.models.published import checkpoint_filter_fn
-from selfvil.models.vil import VisionLSTM
+from selfvil.models.vision_lstm import VisionLSTM
 
 FOLDER = Path(__file__).parent
 VERSION_1 = {

@@ -1,6 +1,6 @@
 """Backbones; importing the package registers them with timm."""
 
-from selfvil.models import variants  # noqa: F401 - registers them
-from selfvil.models.vil import VisionLSTM
+from selfvil.models import vil  # noqa: F401 - registers them
+from selfvil.models.vision_lstm import VisionLSTM
 
 __all__ = ["VisionLSTM"]

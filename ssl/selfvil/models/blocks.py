@@ -8,6 +8,7 @@ Shapes: B images, K tokens of the sequence (kept patches of a grid, and extra to
 from typing import NamedTuple
 
 from timm.layers import DropPath, LayerScale, PatchEmbed
+from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from selfvil.models.layers import Grid, ResidualLayerNorm, ViLLayer
@@ -105,6 +106,7 @@ class ViLBlock(nn.Module):
         return x + self.drop_path(self.ls(self.layer(self.norm(x), grid, keep, places)))
 
 
+@register_notrace_module
 class ViLBlockPair(nn.Module):
     """Two blocks, the first reading the image from its first token, the second, unless told otherwise, from its last.
 

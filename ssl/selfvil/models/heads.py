@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from selfvil.errors import UserError
 from selfvil.models.pooling import avg, bilateral_concat
-from selfvil.models.vil import VisionLSTM
+from selfvil.models.vision_lstm import VisionLSTM
 
 READOUTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "bilateral_concat": lambda prefix, patches: bilateral_concat(patches),

@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from timm.layers import build_sincos2d_pos_embed
+from timm.models import register_notrace_function
 from torch import Tensor
 
 from selfvil.models.order import Grid
@@ -16,6 +17,7 @@ def sincos_positions(grid: Grid, dim: int) -> Tensor:
     return build_sincos2d_pos_embed(list(grid), dim).view(1, *grid, dim)
 
 
+@register_notrace_function
 def resample_positions(pos_embed: Tensor, grid: Grid, interpolation: str = "auto") -> Tensor:
     """Positions (1, H, W, C) on another grid, by bicubic interpolation.
 

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from selfvil.models.positions import resample_positions
-from selfvil.models.vil import VisionLSTM
+from selfvil.models.vision_lstm import VisionLSTM
 
 # In the order of their replacement: first the names inside the published files, then those of the published modules.
 _PUBLISHED_NAMES = [

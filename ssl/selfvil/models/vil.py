@@ -1,323 +1,178 @@
-"""Vision-LSTM (ViL), a timm model.
+"""The Vision-LSTMs that timm knows by name. Importing this file registers them."""
 
-Alkin et al., "Vision-LSTM: xLSTM as Generic Vision Backbone" (2024): patches, learned positions, pairs of mLSTM blocks
-that read the image forwards and backwards, and a classifier on the first and last token. Version 2 by default; version
-1 and the designs of the published ablations are arguments.
-
-The grid of tokens is a value of the forward pass: any image whose sides the patch divides will do. Positions are
-resampled to the grid where it differs from the one they were made for.
-
-Shapes: B images, H × W patches, N = H·W, K kept ones, R extra tokens (class token, registers), C channels.
-"""
-
-import math
+from contextlib import nullcontext
 from typing import Any
 
 import torch
-from timm.models import checkpoint
-from timm.models._features import feature_take_indices
-from torch import Tensor, nn
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 
-from selfvil.models.blocks import OverlappingPatchEmbed, ViLBlockPair
-from selfvil.models.layers import ResidualLayerNorm
-from selfvil.models.masking import gather_tokens
-from selfvil.models.order import Grid, all_patches, join, places_of, split
-from selfvil.models.pooling import POOLINGS, pooled_dim
-from selfvil.models.positions import resample_positions, sincos_positions
+from selfvil.models.published import checkpoint_filter_fn
+from selfvil.models.vision_lstm import VisionLSTM
 
 
-class VisionLSTM(nn.Module):
-    """The Vision-LSTM backbone and its classifier.
+def _cfg(url: str = "", **kwargs: Any) -> dict[str, Any]:
+    return {
+        "url": url,
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": (14, 14),
+        "crop_pct": 1.0,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+        **kwargs,
+    }
 
-    Args:
-        img_size: height and width in pixels (one number for both) for which positions are learned.
-        patch_size: side of a patch in pixels.
-        stride: step from patch to patch in pixels, if less than a patch, for overlapping ones.
-        in_chans: channels of the images.
-        num_classes: width of the classifier; 0 leaves it out.
-        global_pool: a name from `selfvil.models.pooling.POOLINGS`, or "" for none. "middle_cls" brings a class token.
-        num_registers: learnable tokens spread evenly through the sequence; they pass the convolution on the grid
-            through the centre of its kernel. global_pool = "registers" puts what comes of them side by side.
-        embed_dim: width C of the tokens.
-        depth: number of block pairs; a half at the end is a single block, as published networks with an odd number.
-        traversal: a name from `selfvil.models.blocks.TRAVERSALS`.
-        conv: "2d", "causal1d" (version 1) or None.
-        bias: of projections and norms in the blocks, and of the norm after them; version 1 has none.
-        norm_eps, fc_norm_eps: of the norm after the blocks and of `fc_norm`.
-        fc_norm: a LayerNorm between pooling and classifier. The published checkpoints have one.
-        pos_embed: "learn", or "sincos" for fixed positions.
-        pos_interpolation: how positions are resampled, see `selfvil.models.positions.INTERPOLATIONS`.
-        drop_rate: dropout before the classifier.
-        pos_drop_rate: dropout after the positions are added.
-        drop_path_rate: stochastic depth.
-        drop_path_uniform: the same for every block, as published; else rising linearly from 0 at the first pair.
-        init_values: initial value of LayerScale; None leaves LayerScale out, as published.
-        depth_scaled_init: start the down-projections smaller by the number of blocks, as the initialisation's source
-            has it; the published networks were trained without.
-    """
 
-    output_fmt = "NHWC"
-    pos_embed: Tensor
+_URL = "https://ml.jku.at/research/vision_lstm/download/"
 
-    def __init__(
-        self,
-        img_size: int | tuple[int, int] = 224,
-        patch_size: int | tuple[int, int] = 16,
-        stride: int | None = None,
-        in_chans: int = 3,
-        num_classes: int = 1000,
-        global_pool: str = "bilateral_concat",
-        num_registers: int = 0,
-        embed_dim: int = 192,
-        depth: float = 12,
-        traversal: str = "alternating",
-        conv: str | None = "2d",
-        bias: bool = True,
-        norm_eps: float = 1e-6,
-        fc_norm: bool = False,
-        fc_norm_eps: float = 1e-5,
-        pos_embed: str = "learn",
-        pos_interpolation: str = "auto",
-        drop_rate: float = 0.0,
-        pos_drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
-        drop_path_uniform: bool = True,
-        init_values: float | None = None,
-        depth_scaled_init: bool = False,
-    ) -> None:
-        super().__init__()
-        if depth <= 0 or 2 * depth != int(2 * depth):
-            raise ValueError(f"depth counts pairs of blocks: it must be a positive multiple of 0.5, got {depth}")
-        if pos_embed not in ("learn", "sincos"):
-            raise ValueError(f"pos_embed = {pos_embed!r} does not exist; choose one of: learn, sincos")
-        if global_pool == "middle_cls" and num_registers:
-            raise ValueError("global_pool = 'middle_cls' leaves no room for registers: set num_registers to 0")
-        self.num_classes = num_classes
-        self.global_pool = global_pool
-        self.in_chans = in_chans
-        self.num_features = self.embed_dim = embed_dim
-        self.num_registers = num_registers
-        self.num_prefix_tokens = 1 if global_pool == "middle_cls" else num_registers
-        self.head_hidden_size = pooled_dim(global_pool, embed_dim, num_registers)
-        self.grad_checkpointing = False
-        self.pos_interpolation = pos_interpolation
+default_cfgs = generate_default_cfgs(
+    {
+        "vil_tiny_patch16_224.nxai_e800_in1k": _cfg(_URL + "vil2_tiny16_e800_in1k.th"),
+        "vil_tiny_patch16_224.nxai_e400_in1k": _cfg(_URL + "vil2_tiny16_e400_in1k.th"),
+        "vil_small_patch16_224.nxai_e400_in1k": _cfg(_URL + "vil2_small16_e400_in1k.th"),
+        "vil_base_patch16_224.nxai_e400_in1k": _cfg(_URL + "vil2_base16_e400_in1k.th"),
+        "vil_large_patch16_224.untrained": _cfg(),
+        "vil_nano_patch4_32.untrained": _cfg(num_classes=10, input_size=(3, 32, 32), pool_size=(8, 8)),
+        "vil_v1_tiny_patch16_224.nxai_e800_in1k": _cfg(_URL + "vil_tiny16_e800_in1k.th"),
+        "vil_v1_tiny_patch16_224.nxai_e400_in1k": _cfg(_URL + "vil_tiny16_e400_in1k.th"),
+        "vil_v1_tiny_plus_patch16_224.nxai_e800_in1k": _cfg(_URL + "vil_tinyplus16_e800_in1k.th"),
+        "vil_v1_tiny_plus_patch16_224.nxai_e400_in1k": _cfg(_URL + "vil_tinyplus16_e400_in1k.th"),
+        # For lack of another, the published code gives the file of the plain network here.
+        "vil_v1_tiny_plus_patch16_stride8_224.nxai_e800_in1k": _cfg(
+            _URL + "vil_tinyplus16_e800_in1k.th", pool_size=(27, 27)
+        ),
+        "vil_v1_small_patch16_224.nxai_e400_in1k": _cfg(_URL + "vil_small16_e400_in1k.th"),
+        "vil_v1_small_plus_patch16_224.nxai_e400_in1k": _cfg(_URL + "vil_smallplus16_e400_in1k.th"),
+        "vil_v1_small_plus_patch16_stride8_224.nxai_e400_in1k": _cfg(
+            _URL + "vil_smallplus16_e400_in1k_stride8.th", pool_size=(27, 27)
+        ),
+        "vil_v1_base_patch16_224.nxai_e400_in1k": _cfg(_URL + "vil_base16_e400_in1k.th"),
+        "vil_v1_base_patch16_stride8_224.nxai_e400_in1k": _cfg(
+            _URL + "vil_base16_e400_in1k_stride8.th", pool_size=(27, 27)
+        ),
+    }
+)
 
-        self.patch_embed = OverlappingPatchEmbed(img_size, patch_size, in_chans, embed_dim, stride)
-        if pos_embed == "learn":
-            self.pos_embed = nn.Parameter(torch.empty(1, *self.grid_size, embed_dim))
-        else:
-            self.register_buffer("pos_embed", sincos_positions(self.grid_size, embed_dim), persistent=False)
-        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim)) if global_pool == "middle_cls" else None
-        self.reg_token = nn.Parameter(torch.empty(1, num_registers, embed_dim)) if num_registers else None
-        self.pos_drop = nn.Dropout(pos_drop_rate)
-        num_pairs = math.ceil(depth)
-        self.blocks = nn.ModuleList(
-            ViLBlockPair(
-                embed_dim,
-                index=i,
-                traversal=traversal,
-                single=i + 1 > depth,
-                drop_path=drop_path_rate if drop_path_uniform else drop_path_rate * i / max(num_pairs - 1, 1),
-                init_values=init_values,
-                conv=conv,
-                bias=bias,
-                num_blocks=int(2 * depth) if depth_scaled_init else None,
-            )
-            for i in range(num_pairs)
+_VERSION_1 = {
+    "conv": "causal1d",
+    "bias": False,
+    "global_pool": "bilateral_avg",
+    "norm_eps": 1e-5,
+    "fc_norm": True,
+    "fc_norm_eps": 1e-6,
+}
+# Stride 8 is half a patch: 27 × 27 = 729 tokens at 224 px. Positions stay those of 14 × 14 patches, and grow.
+
+
+def _create(variant: str, pretrained: bool, device: Any = None, dtype: Any = None, **kwargs: Any) -> VisionLSTM:
+    with nullcontext() if device is None else torch.device(device):
+        model = build_model_with_cfg(
+            VisionLSTM,
+            variant,
+            pretrained,
+            pretrained_filter_fn=checkpoint_filter_fn,
+            feature_cfg={"out_indices": kwargs.pop("out_indices", 3), "feature_cls": "getter"},
+            **kwargs,
         )
-        reduction = self.patch_embed.feat_ratio()
-        self.feature_info = [
-            {"module": f"blocks.{i}", "num_chs": embed_dim, "reduction": reduction} for i in range(num_pairs)
-        ]
-        self.norm: nn.Module = ResidualLayerNorm(embed_dim, eps=norm_eps, bias=bias)
-        self.fc_norm = nn.LayerNorm(self.head_hidden_size, eps=fc_norm_eps) if fc_norm else nn.Identity()
-        self.head_drop = nn.Dropout(drop_rate)
-        self.head = self._make_head()
+    return model.to(dtype=dtype)
 
-        nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(embed_dim, -1))
-        nn.init.zeros_(self.patch_embed.proj.bias)  # type: ignore[arg-type]  # it has one
-        for parameter in (self.pos_embed, self.cls_token, self.reg_token):
-            if isinstance(parameter, nn.Parameter):
-                nn.init.trunc_normal_(parameter, std=0.02)
 
-    def _make_head(self) -> nn.Module:
-        if not self.num_classes:
-            return nn.Identity()
-        head = nn.Linear(self.head_hidden_size, self.num_classes)
-        nn.init.trunc_normal_(head.weight, std=2e-5)  # as MAE's fine-tuning starts its classifier
-        nn.init.zeros_(head.bias)
-        return head
+def _create_published(variant: str, pretrained: bool, **kwargs: Any) -> VisionLSTM:
+    # The published weights were trained with a norm after Bilateral Concat; new networks go without. A configuration
+    # that is no tag of ours comes from a folder or the hub, and says itself what it needs.
+    published = pretrained and isinstance(kwargs.get("pretrained_cfg"), str | None)
+    has_norm = published and kwargs.get("global_pool", "bilateral_concat") == "bilateral_concat"
+    return _create(variant, pretrained, **{"fc_norm": has_norm, **kwargs})
 
-    @property
-    def grid_size(self) -> Grid:
-        """Rows and columns of tokens for which positions are made: those of patches without overlap."""
-        return self.patch_embed.grid_size
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Images (B, in_chans, H·P, W·P) to class scores (B, num_classes)."""
-        return self.forward_head(self.forward_features(x))
+@register_model
+def vil_tiny_patch16_224(pretrained: bool = False, **kwargs: Any) -> VisionLSTM:
+    """ViL-T: 6 M parameters, 1.5 GMAC at 224 px."""
+    return _create_published("vil_tiny_patch16_224", pretrained, **{"embed_dim": 192, "depth": 12, **kwargs})
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Images (B, in_chans, H·P, W·P) to normalised tokens on their grid, (B, H, W, C).
 
-        Where there are extra tokens, they come first, and the patches after them: (B, R + N, C).
-        """
-        x = self.patch_embed(x)
-        grid = (x.shape[1], x.shape[2])
-        extra, patches = self._run_blocks(x.flatten(1, 2), grid, None)
-        return patches.unflatten(1, grid) if extra is None else torch.cat([extra, patches], dim=1)
+@register_model
+def vil_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> VisionLSTM:
+    """ViL-S: 23 M parameters, 5.1 GMAC at 224 px."""
+    return _create_published("vil_small_patch16_224", pretrained, **{"embed_dim": 384, "depth": 12, **kwargs})
 
-    def forward_tokens(self, x: Tensor, grid: Grid, keep: Tensor | None = None) -> Tensor:
-        """Run the blocks on patch embeddings, or on the kept ones alone.
 
-        Positions are added before any token is dropped; the convolutions see the kept tokens at their places on the
-        grid and zeros elsewhere; the order of reading is that of the full grid.
+@register_model
+def vil_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> VisionLSTM:
+    """ViL-B: 89 M parameters, 18.6 GMAC at 224 px."""
+    return _create_published("vil_base_patch16_224", pretrained, **{"embed_dim": 768, "depth": 12, **kwargs})
 
-        Args:
-            x: patch embeddings without positions, on the full grid, (B, N, C).
-            grid: rows and columns of tokens, H × W = N.
-            keep: ids (B, K) of the tokens to keep, ascending; None keeps all.
 
-        Returns:
-            Tokens after the final norm, (B, K, C), or (B, N, C) if `keep` is None; extra tokens take part unseen.
-        """
-        return self._run_blocks(x, grid, keep)[1]
+@register_model
+def vil_nano_patch4_32(pretrained: bool = False, **kwargs: Any) -> VisionLSTM:
+    """A small ViL for 32 × 32 images and for tests; not a published size."""
+    sizes = {"img_size": 32, "patch_size": 4, "embed_dim": 96, "depth": 6}
+    return _create("vil_nano_patch4_32", pretrained, **{**sizes, **kwargs})
 
-    def _run_blocks(self, x: Tensor, grid: Grid, keep: Tensor | None) -> tuple[Tensor | None, Tensor]:
-        """Extra tokens (B, R, C), or None, and patches (B, K, C), after the final norm."""
-        x, places = self._embed(x, grid, keep)
-        for block in self.blocks:
-            x = self._run_block(block, x, grid, keep, places)
-        return self._take_apart(self.norm(x), places)
 
-    def _embed(self, x: Tensor, grid: Grid, keep: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Patches (B, N, C) to the sequence of tokens, and to the places of its tokens if some are extra ones."""
-        x = x + resample_positions(self.pos_embed, grid, self.pos_interpolation).flatten(1, 2)
-        if keep is not None:
-            x = gather_tokens(x, keep)
-        x = self.pos_drop(x)
-        extra = self.reg_token if self.cls_token is None else self.cls_token
-        if extra is None:
-            return x, None
-        places = places_of(all_patches(x, grid) if keep is None else keep, grid[0] * grid[1], extra.shape[1])
-        return join(x, extra.to(x.dtype).expand(len(x), -1, -1), places), places
+@register_model
+def vil_large_patch16_224(pretrained: bool = False, **kwargs: Any) -> VisionLSTM:
+    """ViL-L, of the depth and width of ViT-L; not a published size."""
+    return _create("vil_large_patch16_224", pretrained, **{"embed_dim": 1024, "depth": 24, **kwargs})
 
-    def _run_block(self, block: nn.Module, x: Tensor, grid: Grid, keep: Tensor | None, places: Tensor | None) -> Tensor:
-        if self.grad_checkpointing:
-            return checkpoint(block, x, grid, keep, places)
-        return block(x, grid, keep, places)
 
-    def _take_apart(self, x: Tensor, places: Tensor | None) -> tuple[Tensor | None, Tensor]:
-        """The extra tokens and the patches of a sequence."""
-        if places is None:
-            return None, x
-        patches, extra = split(x, places, x.shape[1] - self.num_prefix_tokens)
-        return extra, patches
+def _create_v1(variant: str, pretrained: bool, **kwargs: Any) -> VisionLSTM:
+    return _create(variant, pretrained, **{**_VERSION_1, **kwargs})
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """What `forward_features` gives to class scores, or to what the classifier sees if `pre_logits`."""
-        if self.global_pool:
-            tokens = x.flatten(1, -2)
-            extra, patches = tokens[:, : self.num_prefix_tokens], tokens[:, self.num_prefix_tokens :]
-            x = POOLINGS[self.global_pool](extra, patches)
-        x = self.head_drop(self.fc_norm(x))
-        return x if pre_logits else self.head(x)
 
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Features after chosen block pairs, as timm's models give them.
+@register_model
+def vil_v1_tiny_patch16_224(pretrained: bool = False, **kwargs: Any) -> VisionLSTM:
+    """ViL-T of version 1, 24 blocks."""
+    return _create_v1("vil_v1_tiny_patch16_224", pretrained, **{"embed_dim": 192, "depth": 12, **kwargs})
 
-        Args:
-            x: images (B, in_chans, H·P, W·P).
-            indices: the last n pairs if a number, those listed, or all if None.
-            norm: apply the final norm to each.
-            stop_early: do not run the pairs after the last one asked for.
-            output_fmt: "NCHW", "NHWC" or "NLC".
-            intermediates_only: leave out the final features, as `forward_features` gives them.
-        """
-        if output_fmt not in ("NCHW", "NHWC", "NLC"):
-            raise ValueError(f"output_fmt must be NCHW, NHWC or NLC, got {output_fmt!r}")
-        take, last = feature_take_indices(len(self.blocks), indices)
-        x = self.patch_embed(x)
-        grid = (x.shape[1], x.shape[2])
-        x, places = self._embed(x.flatten(1, 2), grid, None)
-        intermediates = []
-        for index, block in enumerate(self.blocks[: last + 1] if stop_early else self.blocks):
-            x = self._run_block(block, x, grid, None, places)
-            if index in take:
-                _, y = self._take_apart(self.norm(x) if norm else x, places)
-                if output_fmt != "NLC":
-                    y = y.unflatten(1, grid)
-                if output_fmt == "NCHW":
-                    y = y.permute(0, 3, 1, 2).contiguous()
-                intermediates.append(y)
-        if intermediates_only:
-            return intermediates
-        extra, patches = self._take_apart(self.norm(x), places)
-        return patches.unflatten(1, grid) if extra is None else torch.cat([extra, patches], dim=1), intermediates
 
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Cut off what the given pairs do not need; returns their indices."""
-        take, last = feature_take_indices(len(self.blocks), indices)
-        self.blocks = self.blocks[: last + 1]
-        if prune_norm:
-            self.norm = nn.Identity()
-        if prune_head:
-            self.fc_norm = nn.Identity()
-            self.reset_classifier(0, "")
-        return take
+@register_model
+def vil_v1_tiny_plus_patch16_224(pretrained: bool = False, **kwargs: Any) -> VisionLSTM:
+    """ViL-T+ of version 1, 29 blocks."""
+    return _create_v1("vil_v1_tiny_plus_patch16_224", pretrained, **{"embed_dim": 192, "depth": 14.5, **kwargs})
 
-    def set_input_size(
-        self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None
-    ) -> None:
-        """Make positions for another image or patch size from now on; learned ones start from the present ones."""
-        if isinstance(img_size, int):
-            img_size = (img_size, img_size)
-        self.patch_embed.set_input_size(img_size=img_size, patch_size=patch_size)
-        if isinstance(self.pos_embed, nn.Parameter):
-            resampled = resample_positions(self.pos_embed.detach(), self.grid_size, self.pos_interpolation).clone()
-            self.pos_embed = nn.Parameter(resampled, requires_grad=self.pos_embed.requires_grad)
-        else:
-            self.pos_embed = sincos_positions(self.grid_size, self.embed_dim).to(self.pos_embed)
 
-    def get_classifier(self) -> nn.Module:
-        return self.head
+@register_model
+def vil_v1_tiny_plus_patch16_stride8_224(pretrained: bool = False, **kwargs: Any) -> VisionLSTM:
+    """ViL-T+ of version 1, 29 blocks, with overlapping patches: 729 tokens at 224 px."""
+    return _create_v1(
+        "vil_v1_tiny_plus_patch16_stride8_224", pretrained, **{"embed_dim": 192, "depth": 14.5, "stride": 8, **kwargs}
+    )
 
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new classifier, or none for 0 classes; a new pooling if given, which drops `fc_norm` if widths differ."""
-        self.num_classes = num_classes
-        if global_pool is not None:
-            width = pooled_dim(global_pool, self.embed_dim, self.num_registers)
-            if global_pool == "middle_cls" and self.cls_token is None:
-                raise ValueError("global_pool = 'middle_cls' needs a class token, which this network was built without")
-            if width != self.head_hidden_size:
-                self.fc_norm = nn.Identity()
-            self.global_pool, self.head_hidden_size = global_pool, width
-        self.head = self._make_head().to(self.pos_embed)
 
-    @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        """Positions, extra tokens, and all with one axis: norms (stored as 1 + w), LayerScale, skips, biases."""
-        tokens = {"pos_embed", "cls_token", "reg_token"}
-        return {name for name, param in self.named_parameters() if param.ndim <= 1 or name in tokens}
+@register_model
+def vil_v1_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> VisionLSTM:
+    """ViL-S of version 1, 24 blocks."""
+    return _create_v1("vil_v1_small_patch16_224", pretrained, **{"embed_dim": 384, "depth": 12, **kwargs})
 
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Layers for layer-wise learning rates; a block pair is one layer."""
-        return {
-            "stem": r"^pos_embed|^patch_embed|^cls_token|^reg_token",
-            "blocks": [(r"^blocks\.(\d+)", None), (r"^norm|^fc_norm", (99999,))],
-        }
 
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        self.grad_checkpointing = enable
+@register_model
+def vil_v1_small_plus_patch16_224(pretrained: bool = False, **kwargs: Any) -> VisionLSTM:
+    """ViL-S+ of version 1, 26 blocks."""
+    return _create_v1("vil_v1_small_plus_patch16_224", pretrained, **{"embed_dim": 384, "depth": 13, **kwargs})
+
+
+@register_model
+def vil_v1_small_plus_patch16_stride8_224(pretrained: bool = False, **kwargs: Any) -> VisionLSTM:
+    """ViL-S+ of version 1, 26 blocks, with overlapping patches: 729 tokens at 224 px."""
+    return _create_v1(
+        "vil_v1_small_plus_patch16_stride8_224", pretrained, **{"embed_dim": 384, "depth": 13, "stride": 8, **kwargs}
+    )
+
+
+@register_model
+def vil_v1_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> VisionLSTM:
+    """ViL-B of version 1, 24 blocks."""
+    return _create_v1("vil_v1_base_patch16_224", pretrained, **{"embed_dim": 768, "depth": 12, **kwargs})
+
+
+@register_model
+def vil_v1_base_patch16_stride8_224(pretrained: bool = False, **kwargs: Any) -> VisionLSTM:
+    """ViL-B of version 1, 24 blocks, with overlapping patches: 729 tokens at 224 px."""
+    return _create_v1(
+        "vil_v1_base_patch16_stride8_224", pretrained, **{"embed_dim": 768, "depth": 12, "stride": 8, **kwargs}
+    )
