@@ -52,8 +52,36 @@ class ModelSection(Section):
     """Layers (for ViL: pairs of blocks); null keeps the named model's own."""
     drop_path_rate: float = Field(0.0, ge=0, lt=1)
     """Probability of skipping a block for a sample during training (stochastic depth)."""
+    drop_path_uniform: bool | None = None
+    """ViL: the same probability for every block (true, as published), or rising linearly from 0; null: true."""
     init_values: float | None = Field(None, gt=0)
     """Initial value of LayerScale; null leaves LayerScale out."""
+    traversal: (
+        Literal[
+            "alternating",
+            "unidirectional",
+            "bidirectional",
+            "bidirectional_shared",
+            "quad",
+            "quad_shared",
+            "quad_alternating",
+        ]
+        | None
+    ) = None
+    """ViL: in which orders the blocks read the image; null keeps the named model's own (alternating)."""
+    conv: Literal["2d", "causal1d", "none"] | None = None
+    """ViL: convolution before q and k; null keeps the named model's own (2d; version 1: causal1d)."""
+    global_pool: (
+        Literal[
+            "bilateral_concat", "bilateral_avg", "bilateral_patch", "avg", "middle_patch", "middle_cls", "registers"
+        ]
+        | None
+    ) = None
+    """ViL: tokens that stand for the image; middle_cls brings a class token, registers needs num_registers."""
+    num_registers: int | None = Field(None, ge=1)
+    """ViL: learnable tokens spread evenly through the sequence; null has none."""
+    pos_embed: Literal["learn", "sincos"] | None = None
+    """ViL: learned or fixed sine-cosine positions; null keeps the named model's own (learn)."""
     start_from: str | None = None
     """Weights to begin a new run with: an export, a run or a checkpoint of the same architecture; null draws them."""
     start_heads: Literal["load", "new"] = "load"
@@ -66,6 +94,22 @@ class ModelSection(Section):
                 raise ValueError(f"img_size {list(self.img_size)} is not divisible by patch_size {self.patch_size}")
         return self
 
+    @model_validator(mode="after")
+    def _extra_tokens_fit_the_pooling(self) -> "ModelSection":
+        if self.global_pool == "registers" and self.num_registers is None:
+            raise ValueError("global_pool 'registers' needs num_registers, such as 4")
+        if self.global_pool == "middle_cls" and self.num_registers is not None:
+            raise ValueError("global_pool 'middle_cls' leaves no room for num_registers")
+        return self
+
+    @model_validator(mode="after")
+    def _designs_are_of_vil(self) -> "ModelSection":
+        vil = ("drop_path_uniform", "traversal", "conv", "num_registers", "pos_embed")
+        given = [key for key in vil if getattr(self, key) is not None]
+        if given and not self.name.startswith("vil_"):
+            raise ValueError(f"{', '.join(given)}: only vil_* models have that, and name is {self.name!r}")
+        return self
+
     def create_kwargs(self) -> dict[str, Any]:
         """Arguments for `timm.create_model(self.name, ...)`: a backbone without a classifier."""
         kwargs: dict[str, Any] = {
@@ -75,8 +119,12 @@ class ModelSection(Section):
             "num_classes": 0,
             "drop_path_rate": self.drop_path_rate,
         }
-        optional = {"embed_dim": self.embed_dim, "depth": self.depth, "init_values": self.init_values}
-        return kwargs | {key: value for key, value in optional.items() if value is not None}
+        optional = (
+            "embed_dim", "depth", "drop_path_uniform", "init_values", "traversal", "conv", "global_pool",
+            "num_registers", "pos_embed",
+        )  # fmt: skip
+        kwargs |= {key: value for key in optional if (value := getattr(self, key)) is not None}
+        return kwargs | ({"conv": None} if self.conv == "none" else {})
 
 
 class DataSection(Section):

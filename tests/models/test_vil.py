@@ -82,7 +82,7 @@ def test_poolings(global_pool, expected):
 
 
 def test_an_unknown_pooling_names_the_choices():
-    with pytest.raises(ValueError, match="'bilateral_avg', 'bilateral_patch', 'avg', .*'registers', ''"):
+    with pytest.raises(ValueError, match=r"'bilateral_avg', 'bilateral_patch', 'avg', .*'registers', ''"):
         small(global_pool="token")
 
 

@@ -23,7 +23,7 @@ from selfvil.data.views import CenterCrop
 from selfvil.errors import UserError
 from selfvil.export import Network, create_backbone, load_export, load_network, open_checkpoint
 from selfvil.models import VisionLSTM
-from selfvil.models.heads import READOUTS, has_class_token, read_out
+from selfvil.models.heads import READOUTS, has_class_token, read_out, usable_readouts
 
 log = logging.getLogger(__name__)
 
@@ -47,16 +47,22 @@ class Features:
 def choose_readout(backbone: nn.Module, readout: str | None = None) -> str:
     """`readout` if `backbone` has the tokens for it; for None, the architecture's usual one for frozen features.
 
-    A Vision-LSTM reads from both ends, so its first and last token have seen the whole image; a ViT has a class token
-    for that; for anything else the mean is left. Raises UserError for an unknown readout, or one without its tokens.
+    A Vision-LSTM reads from both ends, so its first and last token have seen the whole image; a ViT, and a Vision-LSTM
+    built so, has a class token or registers for that; for anything else the mean is left.
+
+    Raises UserError for an unknown readout, or one without its tokens.
     """
     if readout is None:
-        is_vil = isinstance(backbone, VisionLSTM)
-        return "first_last_mean" if is_vil else "cls_mean" if has_class_token(backbone) else "mean"
+        if has_class_token(backbone):
+            return "cls_mean"
+        if isinstance(backbone, VisionLSTM):
+            return "registers_mean" if backbone.global_pool == "registers" else "first_last_mean"
+        return "mean"
     if readout not in READOUTS:
         raise UserError(f"There is no readout {readout!r}; choose one of: {', '.join(READOUTS)}.")
-    if readout.startswith("cls") and not has_class_token(backbone):
-        raise UserError(f"The readout {readout!r} needs a class token, which {type(backbone).__name__} does not have.")
+    if readout not in usable_readouts(backbone):
+        needed = "a class token" if readout.startswith("cls") else "registers to be read from"
+        raise UserError(f"The readout {readout!r} needs {needed}, which {type(backbone).__name__} does not have.")
     return readout
 
 

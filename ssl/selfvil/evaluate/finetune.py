@@ -39,10 +39,14 @@ from selfvil.version import __version__
 log = logging.getLogger(__name__)
 
 # What a head can be put on: its name among the readouts -> timm's `global_pool`.
-HEADS = {"bilateral_concat": "bilateral_concat", "cls": "token", "mean": "avg"}
+HEADS = {"bilateral_concat": "bilateral_concat", "cls": "token", "registers": "registers", "mean": "avg"}
 
 # Two heads' tokens, read in one pass.
-_TOGETHER: dict[tuple[str, ...], str] = {("bilateral_concat", "mean"): "first_last_mean", ("cls", "mean"): "cls_mean"}
+_TOGETHER: dict[tuple[str, ...], str] = {
+    ("bilateral_concat", "mean"): "first_last_mean",
+    ("cls", "mean"): "cls_mean",
+    ("registers", "mean"): "registers_mean",
+}
 _BETAS = (0.9, 0.999)
 _FEW_STEPS = 100
 _LOOK_EVERY = 10  # steps; the loss is looked at, which on a GPU means waiting for it

@@ -14,7 +14,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from selfvil.errors import UserError
-from selfvil.models.pooling import avg, bilateral_concat
+from selfvil.models.pooling import avg, bilateral_concat, middle_patch
 from selfvil.models.vision_lstm import VisionLSTM
 
 READOUTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -22,9 +22,12 @@ READOUTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "mean": lambda prefix, patches: avg(patches),
     "first": lambda prefix, patches: patches[:, 0],
     "last": lambda prefix, patches: patches[:, -1],
+    "middle_patch": lambda prefix, patches: middle_patch(patches),
     "first_last_mean": lambda prefix, patches: torch.cat([bilateral_concat(patches), avg(patches)], dim=1),
     "cls": lambda prefix, patches: prefix[:, 0],
     "cls_mean": lambda prefix, patches: torch.cat([prefix[:, 0], avg(patches)], dim=1),
+    "registers": lambda prefix, patches: prefix.flatten(1),
+    "registers_mean": lambda prefix, patches: torch.cat([prefix.flatten(1), avg(patches)], dim=1),
 }
 """From prefix tokens (B, P, C) and patches (B, N, C) to one vector an image, (B, C) or several of them side by side."""
 
@@ -34,23 +37,36 @@ def has_class_token(backbone: nn.Module) -> bool:
     return getattr(backbone, "cls_token", None) is not None
 
 
+def usable_readouts(backbone: nn.Module) -> list[str]:
+    """Names of the readouts whose tokens `backbone` has: a class token for cls..., and registers alone for registers.
+
+    A ViT's registers are left out: they were trained to hold what no readout should see (Darcet et al., "Vision
+    Transformers Need Registers", 2024).
+    """
+    has = {"cls": has_class_token(backbone), "registers": bool(getattr(backbone, "num_registers", 0))}
+    return [name for name in READOUTS if has.get(name.removesuffix("_mean"), True)]
+
+
 def choose_readout(backbone: nn.Module, readout: str | None = None) -> tuple[str, int]:
     """Name and width of a readout for `backbone`; for None, the one its architecture is made for.
 
-    A Vision-LSTM reads from both ends, so its first and last token have seen the whole image; a ViT has a class token.
+    A Vision-LSTM reads from both ends, so its first and last token have seen the whole image, unless it was built to
+    be read from registers or a class token; a ViT has a class token.
     Raises UserError for an unknown readout, or one whose token the backbone lacks.
     """
     if readout is None:
-        is_vil = isinstance(backbone, VisionLSTM)
-        readout = "bilateral_concat" if is_vil else "cls" if has_class_token(backbone) else "mean"
-    usable = [name for name in READOUTS if not name.startswith("cls") or has_class_token(backbone)]
+        readout = "cls" if has_class_token(backbone) else "mean"
+        if isinstance(backbone, VisionLSTM) and readout == "mean":
+            readout = "registers" if backbone.global_pool == "registers" else "bilateral_concat"
+    usable = usable_readouts(backbone)
     if readout not in usable:
         raise UserError(
             f"objective.readout = {readout!r} is not possible with {type(backbone).__name__}; "
             f"choose one of: {', '.join(usable)}"
         )
     token = torch.empty(1, 1, int(backbone.num_features))  # type: ignore[arg-type]  # a number, in timm
-    return readout, READOUTS[readout](token, token).shape[1]
+    prefix = token.expand(1, max(int(getattr(backbone, "num_prefix_tokens", 0)), 1), -1)
+    return readout, READOUTS[readout](prefix, token).shape[1]
 
 
 def read_out(backbone: nn.Module, images: Tensor, readout: str) -> Tensor:

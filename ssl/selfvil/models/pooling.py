@@ -40,9 +40,12 @@ POOLINGS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "avg": lambda extra, patches: avg(patches),
     "middle_patch": lambda extra, patches: middle_patch(patches),
     "middle_cls": lambda extra, patches: extra[:, 0],
+    "token": lambda extra, patches: extra[:, 0],  # timm's word for it
     "registers": lambda extra, patches: extra.flatten(1),
 }
 """From extra tokens (B, R, C) and patches (B, N, C) to what the classifier sees, (B, D)."""
+
+CLASS_TOKEN_POOLINGS = ("middle_cls", "token")
 
 
 def pooled_dim(global_pool: str, dim: int, num_registers: int = 0) -> int:

@@ -22,7 +22,7 @@ from selfvil.models.blocks import OverlappingPatchEmbed, ViLBlockPair
 from selfvil.models.layers import ResidualLayerNorm
 from selfvil.models.masking import gather_tokens
 from selfvil.models.order import Grid, all_patches, join, places_of, split
-from selfvil.models.pooling import POOLINGS, pooled_dim
+from selfvil.models.pooling import CLASS_TOKEN_POOLINGS, POOLINGS, pooled_dim
 from selfvil.models.positions import resample_positions, sincos_positions
 
 
@@ -90,14 +90,15 @@ class VisionLSTM(nn.Module):
             raise ValueError(f"depth counts pairs of blocks: it must be a positive multiple of 0.5, got {depth}")
         if pos_embed not in ("learn", "sincos"):
             raise ValueError(f"pos_embed = {pos_embed!r} does not exist; choose one of: learn, sincos")
-        if global_pool == "middle_cls" and num_registers:
-            raise ValueError("global_pool = 'middle_cls' leaves no room for registers: set num_registers to 0")
+        class_token = global_pool in CLASS_TOKEN_POOLINGS
+        if class_token and num_registers:
+            raise ValueError(f"global_pool = {global_pool!r} leaves no room for registers: set num_registers to 0")
         self.num_classes = num_classes
         self.global_pool = global_pool
         self.in_chans = in_chans
         self.num_features = self.embed_dim = embed_dim
         self.num_registers = num_registers
-        self.num_prefix_tokens = 1 if global_pool == "middle_cls" else num_registers
+        self.num_prefix_tokens = 1 if class_token else num_registers
         self.head_hidden_size = pooled_dim(global_pool, embed_dim, num_registers)
         self.grad_checkpointing = False
         self.pos_interpolation = pos_interpolation
@@ -107,7 +108,7 @@ class VisionLSTM(nn.Module):
             self.pos_embed = nn.Parameter(torch.empty(1, *self.grid_size, embed_dim))
         else:
             self.register_buffer("pos_embed", sincos_positions(self.grid_size, embed_dim), persistent=False)
-        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim)) if global_pool == "middle_cls" else None
+        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim)) if class_token else None
         self.reg_token = nn.Parameter(torch.empty(1, num_registers, embed_dim)) if num_registers else None
         self.pos_drop = nn.Dropout(pos_drop_rate)
         num_pairs = math.ceil(depth)
@@ -297,8 +298,8 @@ class VisionLSTM(nn.Module):
         self.num_classes = num_classes
         if global_pool is not None:
             width = pooled_dim(global_pool, self.embed_dim, self.num_registers)
-            if global_pool == "middle_cls" and self.cls_token is None:
-                raise ValueError("global_pool = 'middle_cls' needs a class token, which this network was built without")
+            if global_pool in CLASS_TOKEN_POOLINGS and self.cls_token is None:
+                raise ValueError(f"global_pool = {global_pool!r} needs a class token, which this network lacks")
             if width != self.head_hidden_size:
                 self.fc_norm = nn.Identity().train(self.training)
             self.global_pool, self.head_hidden_size = global_pool, width
