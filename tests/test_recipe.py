@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import timm
 import yaml
 
 from selfvil.errors import UserError
@@ -134,3 +135,32 @@ def test_schema_documents_every_field():
 def test_budget_in_steps(budget, steps):
     overrides = ["budget.samples=null", budget] if "samples" not in budget else [budget]
     assert load("cifar10_mae", overrides).budget.total_steps(num_samples=480, batch_size=100) == steps
+
+
+DESIGN = {
+    "traversal": "quad_alternating", "conv": "none", "global_pool": "registers", "num_registers": 3,
+    "drop_path_rate": 0.1, "drop_path_uniform": False, "pos_embed": "sincos",
+}  # fmt: skip
+
+
+def test_designs_of_vil_reach_the_backbone():
+    recipe = load("mae_vil_t", [f"model.{key}={value}" for key, value in DESIGN.items()])
+    kwargs = recipe.model.create_kwargs()
+    assert {key: kwargs[key] for key in DESIGN} == {**DESIGN, "conv": None}
+    backbone = timm.create_model(recipe.model.name, **kwargs | {"depth": 1})
+    assert backbone.reg_token.shape[1] == 3
+    assert not set(DESIGN) & set(load("mae_vil_t").model.create_kwargs()) - {"drop_path_rate"}
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        (["model.traversal=spiral"], "model.traversal = 'spiral': input should be 'alternating', 'unidirectional'"),
+        (["model.global_pool=registers"], "global_pool 'registers' needs num_registers, such as 4"),
+        (["model.global_pool=middle_cls", "model.num_registers=2"], "leaves no room for num_registers"),
+        (["model.name=vit_tiny_patch16_224", "model.conv=2d"], "conv: only vil_\\* models have that"),
+    ],
+)
+def test_a_design_that_cannot_be_is_named(override, expected):
+    with pytest.raises(UserError, match=expected):
+        load("mae_vil_t", override)

@@ -36,6 +36,21 @@ def test_readouts_take_the_tokens_they_name():
     assert choose_readout(vit) == ("cls", 32)
 
 
+def test_readouts_of_extra_tokens():
+    images = torch.randn(2, 3, 8, 16)
+    for settings, readout, width in (
+        ({"global_pool": "registers", "num_registers": 3}, "registers", 96),
+        ({"global_pool": "middle_cls"}, "cls", 32),
+    ):
+        backbone = network(**settings)
+        assert choose_readout(backbone) == (readout, width)
+        pooled = backbone.forward_head(backbone.forward_features(images), pre_logits=True)
+        assert torch.equal(read_out(backbone, images, readout), pooled)
+        tokens = read_out(backbone, images, f"{readout}_mean")
+        assert tokens.shape == (2, choose_readout(backbone, f"{readout}_mean")[1])
+    assert choose_readout(network(num_registers=2)) == ("bilateral_concat", 64)
+
+
 def test_a_vit_made_to_take_any_size_is_timms_own():
     """The same function as with `dynamic_img_size=True`, at every size, with the same parameters."""
     plain, dynamic = network(VIT), network(VIT, dynamic_img_size=True)
@@ -52,14 +67,14 @@ def test_a_vit_made_to_take_any_size_is_timms_own():
 @pytest.mark.parametrize(
     ("name", "kwargs", "readout", "usable"),
     [
-        (VIL, {}, "cls", "bilateral_concat, mean, first, last, first_last_mean$"),
+        (VIL, {}, "cls", "bilateral_concat, mean, first, last, middle_patch, first_last_mean$"),
         (
             VIT,
             {"class_token": False, "global_pool": "avg"},
             "cls",
-            "bilateral_concat, mean, first, last, first_last_mean$",
+            "bilateral_concat, mean, first, last, middle_patch, first_last_mean$",
         ),
-        (VIT, {}, "middle", "bilateral_concat, mean, first, last, first_last_mean, cls, cls_mean$"),
+        (VIT, {}, "middle", "bilateral_concat, mean, first, last, middle_patch, first_last_mean, cls, cls_mean$"),
     ],
 )
 def test_a_readout_without_its_token_is_refused(name, kwargs, readout, usable):

@@ -13,7 +13,8 @@ from selfvil.models import VisionLSTM
 from selfvil.models.positions import resample_positions
 from selfvil.models.published import checkpoint_filter_fn
 
-NAMES = ["vil_nano_patch4_32", "vil_tiny_patch16_224", "vil_small_patch16_224", "vil_base_patch16_224"]
+NAMES = timm.list_models("vil_*")
+PUBLISHED = [name for name in NAMES if timm.get_pretrained_cfg(name).url]
 
 
 def small(**settings):
@@ -23,21 +24,21 @@ def small(**settings):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_name_makes_a_model(name):
-    assert name in timm.list_models("vil_*")
     with torch.device("meta"):
         model = timm.create_model(name)
         images = torch.empty(2, *model.default_cfg["input_size"])
         features = model.forward_features(images)
-        assert features.shape == (2, *model.grid_size, model.num_features)
+        assert features.shape == (2, *model.default_cfg["pool_size"], model.num_features)
         assert model.forward_head(features, pre_logits=True).shape == (2, model.head_hidden_size)
         assert model(images).shape == (2, model.num_classes)
-    assert model.head_hidden_size == 2 * model.num_features
+    assert model.head_hidden_size == (1 if "_v1_" in name else 2) * model.num_features
 
 
-@pytest.mark.parametrize("name", NAMES[1:])
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_pretrained_names_point_at_the_published_files(name):
     config = timm.get_pretrained_cfg(name)
-    assert config.url.startswith("https://ml.jku.at/research/vision_lstm/download/vil2_")
+    version = "vil_" if "_v1_" in name else "vil2_"
+    assert config.url.startswith(f"https://ml.jku.at/research/vision_lstm/download/{version}")
     assert config.num_classes == 1000
 
 
@@ -69,6 +70,8 @@ def test_rectangular_patches():
     [
         ("bilateral_concat", lambda x: torch.cat([x[:, 0, 0], x[:, -1, -1]], dim=1)),
         ("bilateral_avg", lambda x: (x[:, 0, 0] + x[:, -1, -1]) / 2),
+        ("bilateral_patch", lambda x: (x[:, 0, 0] + x[:, -1, -1]) / 2),
+        ("middle_patch", lambda x: x[:, 2, 0]),
         ("avg", lambda x: x.mean((1, 2))),
         ("", lambda x: x),
     ],
@@ -79,6 +82,98 @@ def test_poolings(global_pool, expected):
     torch.testing.assert_close(model.forward_head(x, pre_logits=True), expected(x))
     assert model.forward_head(x, pre_logits=True).shape[-1] == model.head_hidden_size
     assert model.forward_head(x).shape[-1] == 10
+
+
+@pytest.mark.parametrize("traversal", ["alternating", "quad"])
+@pytest.mark.parametrize(
+    ("settings", "num_extra", "width"),
+    [
+        ({"global_pool": "middle_cls"}, 1, 32),
+        ({"global_pool": "middle_cls", "conv": "causal1d"}, 1, 32),
+        ({"global_pool": "registers", "num_registers": 3}, 3, 96),
+        ({"global_pool": "bilateral_concat", "num_registers": 3}, 3, 64),
+    ],
+)
+def test_extra_tokens(settings, num_extra, width, traversal):
+    model = small(traversal=traversal, **settings)
+    images = torch.randn(2, 3, 16, 24)
+    features = model.forward_features(images)
+    assert features.shape == (2, num_extra + 24, 32)
+    assert model.num_prefix_tokens == num_extra
+    pooled = model.forward_head(features, pre_logits=True)
+    assert pooled.shape == (2, width) == (2, model.head_hidden_size)
+    if width != 64:
+        assert torch.equal(pooled, features[:, :num_extra].flatten(1))
+    assert model(images).shape == (2, 10)
+    final, maps = model.forward_intermediates(images, norm=True)
+    assert torch.equal(final, features)
+    torch.testing.assert_close(maps[-1].flatten(2).mT, features[:, num_extra:])
+    # The tokens are in the sequence, and learn: everything depends on them.
+    name = "cls_token" if num_extra == 1 else "reg_token"
+    token = getattr(model, name)
+    assert torch.autograd.grad(features[:, num_extra:].square().sum(), token)[0].flatten(2).any(2).all()
+    assert name in model.no_weight_decay()
+    layers = group_parameters(model, model.group_matcher(), reverse=True)
+    assert layers[name] == 0
+
+
+def test_extra_tokens_must_fit_the_pooling():
+    with pytest.raises(ValueError, match="set num_registers"):
+        small(global_pool="registers")
+    with pytest.raises(ValueError, match="leaves no room for registers"):
+        small(global_pool="middle_cls", num_registers=2)
+    with pytest.raises(ValueError, match="needs a class token"):
+        small().reset_classifier(3, "middle_cls")
+    model = small(num_registers=2)
+    model.reset_classifier(3, "registers")
+    assert model(torch.randn(1, 3, 32, 32)).shape == (1, 3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"traversal": "spiral"}, "choose one of: alternating, unidirectional"),
+        ({"conv": "3d"}, "choose one of: '2d', 'causal1d', None"),
+        ({"depth": 1.25}, "multiple of 0.5, got 1.25"),
+        ({"pos_embed": "rope"}, "choose one of: learn, sincos"),
+    ],
+)
+def test_designs_that_do_not_exist_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        small(**settings)
+
+
+def test_stochastic_depth_is_uniform_or_linear():
+    def rates(**settings):
+        model = small(drop_path_rate=0.2, depth=2.5, **settings)
+        blocks = [block for pair in model.blocks for block in (pair.first, pair.second) if block is not None]
+        return [getattr(block.drop_path, "drop_prob", 0.0) for block in blocks]
+
+    assert rates() == 5 * [0.2]
+    assert rates(drop_path_uniform=False) == pytest.approx([0, 0, 0.1, 0.1, 0.2])
+
+
+def test_overlapping_patches():
+    model = small(stride=2)
+    assert model.grid_size == (8, 8)
+    assert model.patch_embed.dynamic_feat_size((32, 24)) == (15, 11)
+    assert model.forward_features(torch.randn(1, 3, 32, 24)).shape == (1, 15, 11, 32)
+    assert model.feature_info[0]["reduction"] == 2
+    model.set_input_size(48, patch_size=8)
+    assert model.forward_features(torch.randn(1, 3, 48, 48)).shape == (1, 21, 21, 32)
+
+
+def test_fixed_positions():
+    model = small(pos_embed="sincos")
+    assert "pos_embed" not in dict(model.named_parameters()) | model.state_dict()
+    positions = model.pos_embed
+    torch.testing.assert_close(positions.square().sum(-1), torch.full((1, 8, 8), 16.0))  # 16 sines and their cosines
+    assert len(positions.flatten(0, 2).round(decimals=3).unique(dim=0)) == 64
+    model.set_input_size(48)
+    assert model.pos_embed.shape == (1, 12, 12, 32)
+    assert model(torch.randn(1, 3, 40, 32)).shape == (1, 10)
+    twin = small(pos_embed="sincos", img_size=48)
+    twin.load_state_dict(checkpoint_filter_fn(model.state_dict(), twin))
 
 
 def test_an_unknown_pooling_names_the_choices():
@@ -106,6 +201,11 @@ def test_positions_on_another_grid():
     expected = F.interpolate(positions.permute(0, 3, 1, 2), (8, 6), mode="bicubic").permute(0, 2, 3, 1)
     torch.testing.assert_close(grown, expected)
     assert grown.dtype == torch.float64
+    torch.testing.assert_close(resample_positions(positions, (8, 6), "bicubic"), expected)
+    smooth = F.interpolate(positions.permute(0, 3, 1, 2), (8, 6), mode="bicubic", antialias=True).permute(0, 2, 3, 1)
+    torch.testing.assert_close(resample_positions(positions, (8, 6), "bicubic_antialias"), smooth)
+    with pytest.raises(ValueError, match="choose one of auto, bicubic"):
+        resample_positions(positions, (8, 6), "linear")
     constant = torch.full((1, 8, 8, 2), 3.0)
     torch.testing.assert_close(resample_positions(constant, (3, 5)), torch.full((1, 3, 5, 2), 3.0))
     # Smoothed where it shrinks: a checkerboard has no trace left at half the size.
