@@ -27,7 +27,8 @@ Shards = Annotated[str, typer.Argument(help="Shards: a path, a glob, a folder, o
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run a command line and exit: 0 when done, 2 for a user's mistake (one message, no traceback), 130 on Ctrl-C."""
+    """Run a command line and exit: 0 when done, 2 for a user's mistake (one message, no traceback), 3 for a run
+    stopped by its doctor, 130 on Ctrl-C."""
     logging.basicConfig(level=logging.WARNING, format="selfvil: %(message)s", stream=sys.stderr)
     try:
         app(args=None if argv is None else list(argv), prog_name="selfvil")
@@ -104,7 +105,9 @@ def pretrain(
     from selfvil.pretrain import pretrain
     from selfvil.recipe import load
 
-    pretrain(load(recipe, overrides or ()))
+    settings = load(recipe, overrides or ())
+    if pretrain(settings).alarms and settings.monitor.on_collapse == "stop":
+        raise typer.Exit(3)
 
 
 @app.command()
@@ -139,16 +142,45 @@ def export(
 
 
 @app.command()
+def doctor(
+    run: Annotated[Path, typer.Argument(help="Folder of a run, finished or not.")],
+    measure: Annotated[bool, typer.Option("--measure", help="Also measure the newest checkpoint.")] = False,
+) -> None:
+    """Examine a run for signs of collapse: what was measured, what is healthy, and what to change."""
+    from selfvil.monitor import checkup
+
+    record = checkup.open_run(run)
+    if record.cut:
+        print(f"{run / 'metrics.jsonl'} ends in the middle of a line, as a killed run leaves it: that line is left out")
+    examined = checkup.examine(record)
+    console = Console()
+    console.print(checkup.as_table(examined, f"{run}, by its metrics"))
+    if measure:
+        signs = checkup.measure(record)
+        console.print(checkup.signs_table(signs, f"{run}, its newest checkpoint on its training images"))
+    for alarm in examined.alarms.values():
+        print(f"step {alarm.step:,}: {alarm.sentence}")
+
+
+@app.command()
 def report(
     run: Annotated[Path, typer.Argument(help="Folder of a run.")],
-    curve: Annotated[Path | None, typer.Option(help="Where to draw the loss curve; RUN/pictures/loss.png.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Where to write the page; RUN/report.html.")] = None,
+    curve: Annotated[Path | None, typer.Option(help="Also draw the loss curve alone, to this PNG file.")] = None,
 ) -> None:
-    """Print how a run went, and draw its loss curve."""
+    """Write how a run went on one HTML page: curves, doctor, scores, pictures, features, memory, recipe."""
+    from selfvil.monitor.checkup import open_run
     from selfvil.monitor.pictures import loss_curve
+    from selfvil.monitor.report import write_report
     from selfvil.monitor.summary import print_summary
+    from selfvil.pretrain import build_objective
 
-    print_summary(run)
-    print(f"loss curve: {loss_curve(run, curve or run / 'pictures' / 'loss.png')}")
+    record = open_run(run)
+    if record.summary:
+        print_summary(run)
+    if curve is not None:
+        print(f"loss curve: {loss_curve(run, curve)}")
+    print(f"report: {write_report(record, out or run / 'report.html', build_objective)}")
 
 
 Source = Annotated[Path, typer.Argument(help="Export folder, run folder or checkpoint folder.")]

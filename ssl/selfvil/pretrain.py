@@ -27,11 +27,13 @@ from selfvil.data.loader import Batch, Ledger, train_batches
 from selfvil.errors import UserError
 from selfvil.export import start_backbone, start_objective
 from selfvil.memory import need_memory
+from selfvil.monitor.collapse import Doctor
 from selfvil.monitor.console import ProgressLine
 from selfvil.monitor.metrics import Means, MetricsWriter, finite
 from selfvil.monitor.pictures import save_picture
-from selfvil.monitor.probes import knn_score
+from selfvil.monitor.probes import probe_scores
 from selfvil.monitor.summary import print_summary
+from selfvil.monitor.vitals import Vitals
 from selfvil.objectives import objective_class
 from selfvil.objectives.base import ImageSpec, Objective, Progress
 from selfvil.recipe import Recipe, differences, parse
@@ -55,6 +57,8 @@ class Summary:
     loss: float | None
     """Mean over the last logged steps."""
     checkpoint: str | None
+    alarms: tuple[str, ...] = ()
+    """What the doctor said in this launch, by the names of its rules."""
 
 
 def pretrain(recipe: Recipe) -> Summary:
@@ -127,9 +131,12 @@ def pretrain(recipe: Recipe) -> Summary:
     if is_main:
         _greet(line, recipe, accelerator, objective, shards, first_step, total_steps)
     means, last_loss = Means(), None
+    doctor_every = recipe.monitor.doctor_every
+    doctor = Doctor(recipe, total_steps, takes_vitals=doctor_every is not None)
+    vitals = Vitals(objective) if is_main and doctor_every else None
     step, saved_at = first_step, first_step if resumed else None
     began = window_began = time.monotonic()
-    window_step = first_step
+    window_step, collapsed = first_step, False
     batches = train_batches(
         shards, objective.views(), seed=seed, batch_size=batch_size, rank=rank, world_size=world_size,
         accumulate=recipe.optim.accumulate, start_step=first_step, stop_step=total_steps, workers=recipe.data.workers,
@@ -158,6 +165,9 @@ def pretrain(recipe: Recipe) -> Summary:
                         loss = output.loss / recipe.optim.accumulate
                         zero.backward(loss, last) if zero else accelerator.backward(loss)
                     means.add({"loss": output.loss} | output.logs)
+                looked_at = _due(step + 1, doctor_every, step + 1 == total_steps)
+                if vitals and looked_at:
+                    vitals.before_step(gradients=zero is None)
                 clip = recipe.optim.clip_norm, recipe.optim.clip_per_tensor
                 if zero:
                     norm = zero.clip_gradients(*clip)
@@ -172,12 +182,12 @@ def pretrain(recipe: Recipe) -> Summary:
                 line.step(step)
 
                 # What is due after it.
-                ended = step == total_steps
+                ended, seen = step == total_steps, dict[str, float]()
                 log_due = ended or step % recipe.monitor.log_every == 0
                 save_due = ended or step % recipe.run.checkpoint_every == 0
                 stopping = False
                 if log_due or world_size == 1:  # asking the other processes costs a collective: not at every step
-                    stopping = runtime.any_process(accelerator, bool(stop) or time.monotonic() > pause_at)
+                    stopping = runtime.any_process(accelerator, bool(stop) or time.monotonic() > pause_at or collapsed)
                 if log_due or save_due or stopping:
                     averages = accelerator.reduce(means.means(), reduction="mean")
                     if not finite(averages):
@@ -193,7 +203,12 @@ def pretrain(recipe: Recipe) -> Summary:
                     if metrics:
                         metrics.write(step, values)
                     line.log(step, last_loss, speed)
+                    seen |= values
                     means.reset()
+                if vitals and metrics and looked_at and batch is not None:
+                    signs = vitals.after_step(lr, batch, output)
+                    metrics.write(step, signs, kind="doctor")
+                    seen |= signs
                 if is_main and _due(step, recipe.monitor.pictures_every, ended) and batch is not None:
                     objective.eval()
                     with runtime.autocast(device, recipe.run.precision):
@@ -204,12 +219,16 @@ def pretrain(recipe: Recipe) -> Summary:
                         metrics.picture(step, picture)
                 if recipe.eval.train and recipe.eval.test and _due(step, recipe.eval.every or total_steps, ended):
                     objective.eval()
-                    score = knn_score(objective.exported(), recipe, device) if is_main else {}
+                    score = probe_scores(objective.exported(), recipe, device) if is_main else {}
                     objective.train()
                     if metrics:
                         metrics.write(step, score, kind="eval")
+                        seen |= score
                     line.say(f"step {step:,}: " + " · ".join(f"{name} {value:.2f} %" for name, value in score.items()))
                     accelerator.wait_for_everyone()
+                for alarm in doctor.see(step, seen) if is_main else ():
+                    line.say(f"step {step:,}: {alarm.sentence}")
+                    collapsed = recipe.monitor.on_collapse == "stop"  # the next step asks every process
                 if save_due or stopping:
                     moments = zero.optimizer_tensors() if zero else optim.optimizer_tensors(optimizer)
                     if is_main:
@@ -219,7 +238,8 @@ def pretrain(recipe: Recipe) -> Summary:
                     accelerator.wait_for_everyone()
                     saved_at = step
                 if stopping and not ended:
-                    line.say(f"stopped after step {step:,} ({stop.signal_name or 'pause_minutes'}): "
+                    why = stop.signal_name or ("monitor.on_collapse = stop" if collapsed else "pause_minutes")
+                    line.say(f"stopped after step {step:,} ({why}): "
                              f"the state is saved, and the same command goes on from here")  # fmt: skip
                     break
     finally:
@@ -237,6 +257,7 @@ def pretrain(recipe: Recipe) -> Summary:
         images_per_second=round((step - first_step) * batch_size / (time.monotonic() - began), 1),
         loss=last_loss,
         checkpoint=str(out / "checkpoints" / f"step-{saved_at:08d}") if saved_at is not None else None,
+        alarms=tuple(doctor.alarms),
     )
     if is_main:
         _record_end(out, summary)

@@ -249,10 +249,14 @@ class MonitorSection(Section):
     """Project of Weights & Biases to log to (needs the extra `wandb`); null does not."""
     pictures_every: int | None = Field(None, ge=1)
     """Optimizer steps between two pictures of what the objective sees (MAE: reconstructions); null draws none."""
+    doctor_every: int | None = Field(50, ge=1)
+    """Optimizer steps between two looks at features, gates, gradients and teacher for signs of collapse; null never."""
+    on_collapse: Literal["warn", "stop"] = "warn"
+    """When a sign of collapse is found: say so, or say so, save the state and end with exit status 3."""
 
 
 class EvalSection(Section):
-    """A k-NN score on labelled shards during the run, by the same code as `selfvil eval knn`."""
+    """Scores on labelled shards during the run, by the same code as `selfvil eval`."""
 
     train: str | list[str] | None = None
     """Labelled shards whose features are the neighbours."""
@@ -260,6 +264,8 @@ class EvalSection(Section):
     """Labelled shards that are scored."""
     every: int | None = Field(None, ge=1)
     """Optimizer steps between two scores; null scores only at the end."""
+    linear: bool = True
+    """Fit a linear probe too, beside k-NN."""
 
     @model_validator(mode="after")
     def _both_or_none(self) -> "EvalSection":

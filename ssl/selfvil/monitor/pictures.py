@@ -1,6 +1,8 @@
 """Pictures of a run: what the objective sees, and how the loss went."""
 
+import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -13,52 +15,60 @@ COLLAPSED = 0.05
 """A teacher whose entropy is within this share of 0 or of ln K says the same, or nothing, of every image."""
 
 
-def save_picture(picture: Tensor, path: Path, min_width: int = 480) -> Path:
-    """Write an RGB picture (3, H, W) in [0, 1] as PNG; small ones are enlarged by a whole factor, pixels kept."""
-    factor = max(1, min_width // picture.shape[-1])
-    array = (picture.float().cpu().numpy().transpose(1, 2, 0) * 255).round().astype(np.uint8)
-    array = array.repeat(factor, axis=0).repeat(factor, axis=1)
+def save_picture(picture: Tensor, path: Path) -> Path:
+    """Write an RGB picture (3, H, W) in [0, 1] as PNG; see `png`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(array).save(path)
+    path.write_bytes(png(picture))
     return path
 
 
+def png(picture: Tensor, min_width: int = 480) -> bytes:
+    """An RGB picture (3, H, W) in [0, 1] as a PNG file; small ones are enlarged by a whole factor, pixels kept."""
+    factor = max(1, min_width // picture.shape[-1])
+    array = (picture.float().cpu().numpy().transpose(1, 2, 0) * 255).round().astype(np.uint8)
+    array = array.repeat(factor, axis=0).repeat(factor, axis=1)
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
 def loss_curve(run: Path, out: Path) -> Path:
-    """Draw the training loss over the images seen; beneath it the signs of collapse, where there is a teacher, and the
-    learning rate.
+    """Draw the learning curves of the run in folder `run` (see `curves_figure`) to the file `out`.
 
     Raises:
         UserError: the folder holds no metrics.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     path = run / "metrics.jsonl"
-    records = [record for record in read_metrics(path) if record["kind"] == "train"] if path.exists() else []
-    if not records:
+    records = read_metrics(path) if path.exists() else []
+    if not any(record["kind"] == "train" for record in records):
         raise UserError(f"{path} holds no training metrics: is {run} the folder of a run that has begun?")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    curves_figure(records, run.name).savefig(out, dpi=110)
+    return out
+
+
+def curves_figure(records: list[dict[str, Any]], title: str) -> Any:
+    """The training loss over the images seen; beneath it the signs of collapse, where there is a teacher, and the
+    learning rate. records: of a metrics.jsonl, some of them of kind "train"."""
+    from matplotlib.figure import Figure  # without pyplot there is no backend to choose and nothing to close
+
+    records = [record for record in records if record["kind"] == "train"]
     panels = {"loss": ["loss"], "share of ln K": ["teacher_entropy", "teacher_spread"], "learning rate": ["lr"]}
-    panels = {title: names for title, names in panels.items() if names[0] in records[0]}
-    heights = [3 if title == "loss" else 1.2 for title in panels]
-    figure, axes = pyplot.subplots(
-        len(panels), 1, sharex=True, figsize=(7, 1.1 * sum(heights)), height_ratios=heights, layout="constrained"
-    )
+    panels = {name: keys for name, keys in panels.items() if keys[0] in records[0]}
+    heights = [3 if name == "loss" else 1.2 for name in panels]
+    figure = Figure(figsize=(7, 1.1 * sum(heights)), layout="constrained")
+    axes = figure.subplots(len(panels), 1, sharex=True, height_ratios=heights)
     samples = [record["samples"] for record in records]
-    for axis, (title, names) in zip(axes, panels.items()):
-        for name in names:
-            axis.plot(samples, [record[name] for record in records], linewidth=1, label=name.replace("_", " "))
-        axis.set_ylabel(title)
+    for axis, (name, keys) in zip(axes, panels.items()):
+        for key in keys:
+            axis.plot(samples, [record[key] for record in records], linewidth=1, label=key.replace("_", " "))
+        axis.set_ylabel(name)
         axis.grid(alpha=0.3)
-        if len(names) > 1:
+        if len(keys) > 1:
             axis.set_ylim(0, 1)
             axis.axhspan(0, COLLAPSED, color="tab:red", alpha=0.15)
             axis.axhspan(1 - COLLAPSED, 1, color="tab:red", alpha=0.15)
-            axis.legend(loc="lower right", ncols=len(names), fontsize="small")
-    axes[0].set_title(run.name)
+            axis.legend(loc="lower right", ncols=len(keys), fontsize="small")
+    axes[0].set_title(title)
     axes[-1].set_xlabel("images seen")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=110)
-    pyplot.close(figure)
-    return out
+    return figure

@@ -6,11 +6,13 @@ from torch import nn
 from selfvil.data.index import open_shards
 from selfvil.evaluate.features import extract
 from selfvil.evaluate.knn import knn
+from selfvil.evaluate.linear import linear_probe
 from selfvil.recipe import Recipe
 
 
-def knn_score(backbone: nn.Module, recipe: Recipe, device: torch.device) -> dict[str, float]:
-    """k-NN accuracy in percent, by `k`, of the shards in `recipe.eval`. Raises UserError where they have no labels."""
+def probe_scores(backbone: nn.Module, recipe: Recipe, device: torch.device) -> dict[str, float]:
+    """Accuracy in percent of k-NN, by `k`, and of a linear probe if the recipe asks for it, on the shards in
+    `recipe.eval`. Raises UserError where they have no labels."""
     train, test = (
         extract(
             backbone, open_shards(pattern), img_size=recipe.model.img_size, mean=recipe.data.mean, std=recipe.data.std,
@@ -18,4 +20,5 @@ def knn_score(backbone: nn.Module, recipe: Recipe, device: torch.device) -> dict
         )
         for pattern in (recipe.eval.train or (), recipe.eval.test or ())
     )  # fmt: skip
-    return {f"knn_{k}": accuracy for k, accuracy in knn(train, test).items()}
+    scores = {f"knn_{k}": accuracy for k, accuracy in knn(train, test).items()}
+    return scores | {"linear": linear_probe(train, test).accuracy} if recipe.eval.linear else scores

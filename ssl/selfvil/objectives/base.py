@@ -91,6 +91,13 @@ class Objective(nn.Module):
     def after_step(self, progress: Progress) -> None:
         """Called after each optimizer step; an objective with a teacher moves it here."""
 
+    def trivial_loss(self, batch: Batch) -> Tensor | None:
+        """The loss of the best answer that is the same for every image of `batch`, a scalar; None if it has none.
+
+        A loss near it says that what is predicted does not depend on what is seen.
+        """
+        return None
+
     def exported(self) -> nn.Module:
         """The backbone that is exported unless another is asked for, and scored during a run."""
         return self.get_submodule(self.networks[self.export].removesuffix("."))

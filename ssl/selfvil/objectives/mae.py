@@ -115,6 +115,10 @@ class MAE(Objective):
         return (patches - mean) / (variance + 1e-6).sqrt()
 
     @torch.no_grad()
+    def trivial_loss(self, batch: Batch) -> Tensor:
+        return self.targets(batch.views[0]).var(dim=0).mean()
+
+    @torch.no_grad()
     def picture(self, batch: Batch, progress: Progress) -> Tensor:
         """Rows of three: the image, what the backbone sees of it, and the hidden patches filled in.
 

@@ -1,0 +1,154 @@
+"""A run examined from its folder, during it or long after: what its metrics say, and what its newest weights say.
+
+The folder is only read, and none of its files is trusted to be whole: a run may have been killed at any moment.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from rich.table import Table
+
+from selfvil.data.index import open_shards
+from selfvil.data.loader import Batch, View, train_batches
+from selfvil.data.views import CenterCrop, RandomCropFlip
+from selfvil.errors import UserError
+from selfvil.evaluate.features import choose_readout
+from selfvil.export import load_network, open_checkpoint
+from selfvil.models.heads import read_out
+from selfvil.monitor.collapse import RULES, Doctor
+from selfvil.monitor.metrics import read_metrics
+from selfvil.monitor.vitals import feature_vitals, gate_vitals, lidar, listening
+from selfvil.recipe import Recipe, parse
+
+LIDAR_IMAGES, LIDAR_VIEWS = 128, 8
+
+
+@dataclass(frozen=True)
+class Record:
+    """A run's folder as read. launches and summary are those of run.json; `cut` says that metrics.jsonl ends in the
+    middle of a line, which is then not among `metrics`."""
+
+    folder: Path
+    recipe: Recipe
+    metrics: list[dict[str, Any]]
+    launches: list[dict[str, Any]]
+    summary: dict[str, Any] | None
+    cut: bool
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        if self.summary:
+            return int(self.summary["total_steps"])
+        latest = next(record for record in reversed(self.metrics) if "epoch" in record)
+        num_samples = round(latest["samples"] / latest["epoch"])
+        return self.recipe.budget.total_steps(num_samples, self.recipe.optim.batch_size)
+
+
+def open_run(folder: Path) -> Record:
+    """Read a run's folder.
+
+    Raises:
+        UserError: it is no run, or one that has logged nothing yet.
+    """
+    recipe_file, metrics_file, run_file = (folder / name for name in ("recipe.yaml", "metrics.jsonl", "run.json"))
+    if not recipe_file.is_file():
+        raise UserError(f"{folder} is not the folder of a run: it holds no recipe.yaml")
+    try:
+        tree = yaml.safe_load(recipe_file.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{recipe_file} cannot be read: {' '.join(str(error).split())}") from None
+    metrics = read_metrics(metrics_file) if metrics_file.is_file() else []
+    if not any(record["kind"] == "train" for record in metrics):
+        raise UserError(
+            f"{metrics_file} holds no training metrics: a run writes the first ones after monitor.log_every steps"
+        )
+    try:
+        run = json.loads(run_file.read_text())
+    except (OSError, ValueError):  # it only informs
+        run = {}
+    cut = not metrics_file.read_bytes().endswith(b"\n")
+    return Record(folder, parse(tree, str(recipe_file)), metrics, run.get("launches", []), run.get("summary"), cut)
+
+
+def examine(record: Record) -> Doctor:
+    """A doctor that has seen the whole record."""
+    takes_vitals = any(entry["kind"] == "doctor" for entry in record.metrics)
+    doctor = Doctor(record.recipe, record.total_steps, takes_vitals)
+    for step, entries in groupby(record.metrics, key=lambda entry: entry["step"]):
+        merged = {key: value for entry in entries for key, value in entry.items() if isinstance(value, float)}
+        doctor.see(step, merged)
+    return doctor
+
+
+@torch.no_grad()
+def measure(record: Record, num_images: int = 1024) -> dict[str, float]:
+    """Vital signs of the newest checkpoint's features and gates, on training images.
+
+    More images than a run looks at, whole and unaugmented, so that ranks are less bounded; LiDAR from 8 crops of each
+    of 128. Raises UserError if there is no usable checkpoint, or the images are not where they were.
+    """
+    backbone, normalisation, _ = load_network(open_checkpoint(record.folder))
+    readout = choose_readout(backbone.eval())
+    crop = RandomCropFlip(normalisation.img_size, (0.2, 1.0), normalisation.mean, normalisation.std)
+    with listening(backbone) as heard:
+        whole = training_images(record, num_images)
+        features = torch.cat([read_out(backbone, batch.views[0], readout) for batch in whole])
+    (views,) = training_images(record, LIDAR_IMAGES, [crop] * LIDAR_VIEWS)
+    rows = torch.stack([read_out(backbone, images, readout) for images in views.views], dim=1)
+    return feature_vitals(features) | gate_vitals(heard) | {"lidar": lidar(rows)}
+
+
+def training_images(record: Record, count: int, views: Sequence[View] | None = None) -> Iterator[Batch]:
+    """Batches of up to 128 of the run's first `count` images, in its order; whole ones unless `views` says otherwise.
+
+    Raises UserError if the shards are not where they were.
+    """
+    recipe = record.recipe
+    shards = open_shards(recipe.data.train)
+    views = views or [CenterCrop(recipe.model.img_size, recipe.data.mean, recipe.data.std)]
+    size = min(128, count, len(shards))
+    return train_batches(
+        shards, views, seed=recipe.run.seed, batch_size=size, stop_step=min(count, len(shards)) // size,
+        channels=recipe.model.in_chans,
+    )  # fmt: skip
+
+
+def as_table(doctor: Doctor, title: str) -> Table:
+    """Symptom, value, healthy range, verdict and advice, one row for each rule that has a value."""
+    table = Table(title=title)
+    for column in ("symptom", "value", "healthy", "verdict", "advice"):
+        table.add_column(column, overflow="fold")
+    for row in rows(doctor):
+        table.add_row(*row, style="bold red" if row[3].startswith("ALARM") else "")
+    return table
+
+
+def rows(doctor: Doctor) -> list[tuple[str, str, str, str, str]]:
+    """The rows of `as_table`: what was measured last, or, where there is an alarm, when it was raised."""
+    found = []
+    for rule in RULES:
+        alarm = doctor.alarms.get(rule.name)
+        if rule.value not in doctor.latest:
+            continue
+        value = alarm.value if alarm else doctor.latest[rule.value]
+        advice = doctor.advice(rule) if alarm else ""
+        found.append((rule.symptom, f"{value:.3g}", rule.range(), doctor.verdict(rule), advice))
+    return found
+
+
+def signs_table(signs: dict[str, float], title: str) -> Table:
+    """Vital signs as measured, each with the healthy range where a rule has one."""
+    table = Table(title=title)
+    for column in ("vital sign", "value", "healthy"):
+        table.add_column(column)
+    ranges = {rule.value: rule.range() for rule in RULES}
+    for name, value in signs.items():
+        table.add_row(name, f"{value:.3g}", ranges.get(name, ""))
+    return table

@@ -1,0 +1,279 @@
+"""`selfvil report RUN`: a run on one HTML page that needs nothing but itself, with its pictures and without scripts.
+
+What cannot be shown, for want of images or of a checkpoint, says so in its place.
+"""
+
+import base64
+import io
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from selfvil.errors import UserError
+from selfvil.export import load_network, open_checkpoint
+from selfvil.monitor.checkup import Record, examine, rows, training_images
+from selfvil.monitor.collapse import RULES
+from selfvil.monitor.pictures import curves_figure, png
+from selfvil.monitor.saliency import pca_colours, readout_saliency
+from selfvil.monitor.vitals import horizons, listening
+from selfvil.objectives.base import Objective, Progress
+from selfvil.recipe import Recipe
+
+Build = Callable[[Recipe, bool], Objective]
+"""Builds the objective of a recipe; False for without its model.start_from."""
+
+IMAGES = 8
+"""Images shown."""
+
+VITALS = {
+    "relative_lr": "learning rate over typical weight",
+    "speed": "length of a step over all weights",
+    "explained": "share of the trivial loss explained",
+    "teacher_lag": "steps the teacher is behind",
+    "teacher_follows": "way of the teacher over the student's",
+    "feature_std": "feature standard deviation (1: isotropic)",
+    "rankme": "RankMe",
+    "alpha_req": "α-ReQ",
+    "lidar": "LiDAR, two views",
+    "saturated": "most saturated gates of a block",
+    "grad_norm/patch_embed": "gradient norm, patch embedding",
+    "grad_norm/blocks": "gradient norm, blocks",
+    "grad_norm/heads": "gradient norm, heads",
+}
+"""Vital signs that are drawn, with their titles."""
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em; color: #222; }
+h1, h2 { line-height: 1.2; } h2 { margin-top: 2em; border-bottom: 1px solid #ccc; }
+table { border-collapse: collapse; } td, th { padding: .2em .8em .2em 0; text-align: left; vertical-align: top; }
+th { font-weight: 600; } tr.alarm { color: #b00020; font-weight: 600; } img { max-width: 100%; max-height: 60em; }
+pre { background: #f5f5f5; padding: 1em; overflow-x: auto; } p.note { color: #555; }
+"""
+
+
+def write_report(record: Record, out: Path, build: Build) -> Path:
+    """Write the page to the file `out`, aside first, and return it. Raises UserError if it cannot be written."""
+    title = f"{record.folder.resolve().name}: {record.recipe.objective.name} on {record.recipe.model.name}"
+    sections: list[tuple[str, Callable[[], str]]] = [
+        ("The run", lambda: _facts(record)),
+        ("The doctor", lambda: _doctor(record)),
+        ("Learning curves", lambda: _png(curves_figure(record.metrics, record.folder.resolve().name))),
+        ("Vital signs", lambda: _vitals(record)),
+        ("Scores", lambda: _scores(record)),
+        ("What the objective sees", lambda: _objective(record, build)),
+        ("What the features see", lambda: _features(record)),
+        ("How long it remembers", lambda: _horizons(record)),
+        ("Recipe", lambda: f"<pre>{escape(record.recipe.to_yaml())}</pre>"),
+    ]
+    body = "".join(f"<h2>{escape(name)}</h2>\n{_or_why_not(make)}\n" for name, make in sections)
+    page = (
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
+        f"<style>{_STYLE}</style></head>\n<body><h1>{escape(title)}</h1>\n{body}</body></html>\n"
+    )
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        aside = out.with_name(out.name + ".aside")
+        aside.write_text(page, encoding="utf-8")
+        aside.replace(out)
+    except OSError as error:
+        raise UserError(f"the report {out} cannot be written: {error}") from None
+    return out
+
+
+def _or_why_not(make: Callable[[], str]) -> str:
+    try:
+        return make()
+    except UserError as error:
+        return f'<p class="note">Not shown: {escape(str(error))}</p>'
+
+
+# --- what the run wrote down -----------------------------------------------------------------------------------------
+
+
+def _facts(record: Record) -> str:
+    last = next(entry for entry in reversed(record.metrics) if entry["kind"] == "train")
+    launch = record.launches[-1] if record.launches else {}
+    seconds = record.summary["seconds"] if record.summary else None
+    facts = {
+        "Status": _status(record),
+        "Steps": f"{last['step']:,} of {record.total_steps:,}",
+        "Images seen": f"{last['samples']:,} ({last['epoch']:.1f} epochs)",
+        "Loss": f"{last['loss']:.4f}",
+        "Wall time": f"{seconds / 60:.1f} minutes in {len(record.launches)} launch(es)" if seconds else "not known",
+        "Device": f"{launch.get('processes', '?')} × {launch.get('device', '?')}, {record.recipe.run.precision}",
+        "Seed": str(record.recipe.run.seed),
+        "Commit": str(launch.get("commit")),
+        "Versions": ", ".join(f"{name} {version}" for name, version in launch.get("versions", {}).items()),
+        "Command": launch.get("command", "?"),
+    }
+    note = '<p class="note">metrics.jsonl ends in the middle of a line, as a killed run leaves it; that record is not '
+    return _table([], facts.items()) + (note + "shown.</p>" if record.cut else "")
+
+
+def _status(record: Record) -> str:
+    if record.summary is None:
+        return "going on, or killed before its first stop"
+    return "finished" if record.summary["finished"] else "stopped"
+
+
+def _doctor(record: Record) -> str:
+    doctor = examine(record)
+    said = "".join(f"<p><b>Step {alarm.step:,}.</b> {escape(alarm.sentence)}</p>" for alarm in doctor.alarms.values())
+    header = ["symptom", "value", "healthy", "verdict", "advice"]
+    return (said or "<p>No alarm.</p>") + _table(header, rows(doctor))
+
+
+def _vitals(record: Record) -> str:
+    entries = [entry for entry in record.metrics if entry["kind"] == "doctor"]
+    names = [name for name in VITALS if any(name in entry for entry in entries)]
+    if not names:
+        raise UserError("the run took no vital signs (monitor.doctor_every is null, or longer than the run so far)")
+    figure, axes = _figure(-(-len(names) // 3), 3, (10, 2.2 * -(-len(names) // 3)))
+    bands = {rule.value: rule for rule in RULES}
+    for axis, name in zip(axes.flat, names):
+        points = [(entry["step"], entry[name]) for entry in entries if name in entry]
+        axis.plot(*zip(*points), marker=".", linewidth=1)
+        axis.set_title(VITALS[name], fontsize="small")
+        axis.tick_params(labelsize="x-small")
+        axis.grid(alpha=0.3)
+        if name.startswith(("grad", "speed", "teacher")) and all(value > 0 for _, value in points):
+            axis.set_yscale("log")
+        if name in bands:
+            for bound in (bands[name].low, bands[name].high):
+                if math.isfinite(bound):
+                    axis.axhline(bound, color="tab:red", linestyle="--", linewidth=1)
+    for axis in list(axes.flat)[len(names) :]:
+        axis.set_axis_off()
+    return _png(figure) + '<p class="note">Over the steps. Dashed: the border of the healthy range.</p>'
+
+
+def _scores(record: Record) -> str:
+    entries = [entry for entry in record.metrics if entry["kind"] == "eval"]
+    parts = []
+    if entries:
+        names = [name for name in entries[-1] if name not in ("step", "kind")]
+        lines = [[f"{entry['step']:,}", *(f"{entry.get(name, math.nan):.2f} %" for name in names)] for entry in entries]
+        parts.append("<p>During the run:</p>" + _table(["step", *names], lines))
+    try:
+        scores = json.loads((record.folder / "scores.json").read_text())
+    except (OSError, ValueError):
+        scores = []
+    if scores:
+        names = ["network", "protocol", "value", "deviation", "readout", "train_images", "test_images"]
+        lines = [[str(row.get(name, "")) for name in names] for row in scores if isinstance(row, dict)]
+        parts.append("<p>scores.json:</p>" + _table(names, lines))
+    if not parts:
+        raise UserError("no scores: set eval.train and eval.test, or selfvil eval ... --json RUN/scores.json")
+    return "".join(parts)
+
+
+# --- what its newest weights do --------------------------------------------------------------------------------------
+
+
+def _objective(record: Record, build: Build) -> str:
+    """The newest picture of the run, or else a new one from its newest checkpoint."""
+    if saved := sorted((record.folder / "pictures").glob("step-*.png")):
+        return _img(saved[-1].read_bytes()) + f'<p class="note">{saved[-1].name}</p>'
+    checkpoint = open_checkpoint(record.folder)
+    objective = build(record.recipe, False).eval()
+    objective.load_state_dict(checkpoint.tensors("objective"))
+    (batch,) = training_images(record, IMAGES, objective.views())
+    per_epoch = checkpoint.meta["data"]["num_samples"] / record.recipe.optim.batch_size
+    picture = objective.picture(batch, Progress(checkpoint.step, record.total_steps, per_epoch, record.recipe.run.seed))
+    if picture is None:
+        raise UserError(f"the objective {record.recipe.objective.name} draws no picture")
+    return _img(png(picture)) + f'<p class="note">Step {checkpoint.step:,}.</p>'
+
+
+def _features(record: Record) -> str:
+    checkpoint = open_checkpoint(record.folder)
+    backbone = load_network(checkpoint).backbone.eval()
+    if not hasattr(backbone, "patch_embed"):
+        raise UserError(f"{record.recipe.model.name} has no patches")
+    (batch,) = training_images(record, IMAGES)
+    images = batch.views[0]
+    shift, scale = (torch.tensor(values).view(-1, 1, 1) for values in (record.recipe.data.mean, record.recipe.data.std))
+    shown = (images * scale + shift).clamp(0, 1)[:, :3].expand(-1, 3, -1, -1)
+    saliency = readout_saliency(backbone, images)
+    from matplotlib.colors import LogNorm
+
+    figure, axes = _figure(3, len(images), (1.4 * len(images), 4.4))
+    listed = zip(shown.permute(0, 2, 3, 1), pca_colours(backbone, images).permute(0, 2, 3, 1), saliency)
+    for column, (image, colours, heat) in zip(axes.T, listed):
+        column[0].imshow(image.numpy())
+        column[1].imshow(colours.numpy())
+        column[2].imshow(heat.numpy(), cmap="magma", norm=LogNorm(1e-3, 1, clip=True))
+        for axis in column:
+            axis.set_xticks([])
+            axis.set_yticks([])
+    for axis, label in zip(axes[:, 0], ("image", "features", "readout")):
+        axis.set_ylabel(label)
+    return _png(figure) + (
+        f'<p class="note">Step {checkpoint.step:,}. Features: three principal components of the patches of all '
+        "images, as red, green and blue. Readout: how far it moves when a patch's embedding does; brightest: the most "
+        "in this image, black: a thousandth of that.</p>"
+    )
+
+
+def _horizons(record: Record) -> str:
+    checkpoint = open_checkpoint(record.folder)
+    backbone = load_network(checkpoint).backbone.eval()
+    with torch.no_grad(), listening(backbone) as heard:
+        for batch in training_images(record, 128):
+            backbone(batch.views[0])
+    if not heard:
+        raise UserError(f"{record.recipe.model.name} has no forget gates")
+    figure, axes = _figure(1, 1, (8, 3.2))
+    axis = axes[0, 0]
+    for direction, marker in (("forward", "o"), ("backward", "s")):
+        blocks = {int(name[:2]): horizons(f) for name, f in heard.items() if name.endswith(direction)}
+        points = [(block, tokens) for block, heads in blocks.items() for tokens in heads.tolist()]
+        if points:
+            axis.scatter(*zip(*points), marker=marker, alpha=0.7, label=direction)
+    (num_tokens,) = {f.shape[-1] for f in heard.values()}
+    axis.axhline(num_tokens, color="tab:grey", linestyle="--", linewidth=1, label=f"the image, {num_tokens} tokens")
+    axis.set_yscale("log")
+    axis.set_xlabel("block")
+    axis.set_xticks(range(len(heard)))
+    axis.set_ylabel("tokens to 1/e")
+    axis.grid(alpha=0.3)
+    axis.yaxis.set_major_formatter("{x:g}")
+    figure.legend(loc="outside upper right", ncols=3, fontsize="small")
+    return _png(figure) + (
+        f'<p class="note">Step {checkpoint.step:,}, 128 images. A point is a head: tokens after which its memory has '
+        "fallen to 1/e, by the mean of its forget gates.</p>"
+    )
+
+
+# --- HTML ------------------------------------------------------------------------------------------------------------
+
+
+def _table(header: Sequence[str], content: Iterable[Sequence[str]]) -> str:
+    head = "".join(f"<th>{escape(name)}</th>" for name in header)
+    lines = [f"<tr>{head}</tr>"] if header else []
+    for cells in content:
+        alarm = ' class="alarm"' if any(cell.startswith("ALARM") for cell in cells) else ""
+        lines.append(f"<tr{alarm}>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>")
+    return "<table>" + "".join(lines) + "</table>"
+
+
+def _img(data: bytes) -> str:
+    return f'<img alt="" src="data:image/png;base64,{base64.b64encode(data).decode()}">'
+
+
+def _png(figure: Any) -> str:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return _img(buffer.getvalue())
+
+
+def _figure(height: int, width: int, size: tuple[float, float]) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure  # without pyplot there is no backend to choose and nothing to close
+
+    figure = Figure(figsize=size, layout="constrained")
+    return figure, figure.subplots(height, width, squeeze=False)

@@ -1,0 +1,243 @@
+"""Vital signs: numbers that move before a loss or a score shows that something is wrong. `collapse.py` judges them.
+
+Shapes: N images, V views of each, D features, B images of a batch, L tokens, h heads.
+"""
+
+import math
+import statistics
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightly.utils.debug import std_of_l2_normalized
+from torch import Tensor, nn
+
+from selfvil.evaluate.features import choose_readout
+from selfvil.models.heads import read_out
+from selfvil.objectives.base import Batch, Objective, StepOutput
+
+MOST_IMAGES = 128
+"""Images of a batch that are looked at: enough to see a collapse, at the price of a step in a hundred."""
+
+SATURATED = 7.0
+"""Pre-activation beyond which a forget gate is within 0.1 % of 0 or 1, and its gradient gone."""
+
+_SAMPLE = 4096  # weights of each tensor by which the way of all of them is measured
+
+
+# --- features --------------------------------------------------------------------------------------------------------
+
+
+def feature_vitals(features: Tensor) -> dict[str, float]:
+    """Of features (N, D): `feature_std`, `rankme` and, where there is a spectrum to speak of, `alpha_req`."""
+    x = features.detach().double().cpu()
+    values = {"feature_std": feature_std(x), "rankme": rankme(x)}
+    alpha = alpha_req(x)
+    return values if alpha is None else values | {"alpha_req": alpha}
+
+
+def feature_std(x: Tensor) -> float:
+    """Standard deviation of features (N, D) on the unit sphere, times √D: 1 if all directions occur, 0 if only one.
+
+    Chen and He, "Exploring Simple Siamese Representation Learning" (2021), figure 2.
+    """
+    return float(std_of_l2_normalized(x)) * math.sqrt(x.shape[1])
+
+
+def rankme(x: Tensor) -> float:
+    """Effective number of dimensions of features (N, D), from 1 to min(N, D).
+
+    Garrido et al., "RankMe" (2023), equation 1: the exponential of the entropy of the singular values.
+    """
+    return _effective_number(torch.linalg.svdvals(x.double()))
+
+
+def alpha_req(x: Tensor) -> float | None:
+    """Power α of the decay i^-α of the eigenvalues of the covariance of features (N, D); None with fewer than three.
+
+    Agrawal et al., "α-ReQ" (2022); near 1 is best. Fitted on log-log axes, each eigenvalue weighted by 1/i, since
+    these axes crowd the small ones.
+    """
+    eigenvalues = torch.linalg.svdvals(x.double() - x.double().mean(dim=0)).square()
+    eigenvalues = eigenvalues[: min(len(x) - 1, x.shape[1])]
+    eigenvalues = eigenvalues[eigenvalues > 1e-12 * eigenvalues.max()]
+    if len(eigenvalues) < 3:
+        return None
+    index = torch.arange(1, len(eigenvalues) + 1, dtype=torch.float64)
+    log_index, log_value, weight = index.log(), eigenvalues.log(), 1 / index
+    weight = weight / weight.sum()
+    centred = log_index - (weight * log_index).sum()
+    return -float((weight * centred * log_value).sum() / (weight * centred.square()).sum())
+
+
+def lidar(x: Tensor, delta: float = 1e-4) -> float:
+    """Effective number of dimensions in which images differ by more than their views do; x is (N, V, D), V >= 2.
+
+    Thilak et al., "LiDAR" (2023), equations 2 to 5: the exponential of the entropy of the eigenvalues of
+    Σw^-½ Σb Σw^-½, with Σb the scatter of the images' means, Σw that of views about them, plus `delta`. The same
+    eigenvalues are found among N × N products, so that no D × D matrix is ever inverted.
+    """
+    x = x.double()
+    num_images, num_views, _ = x.shape
+    means = x.mean(dim=1)
+    between = (means - means.mean(dim=0)) / math.sqrt(num_images)
+    within = (x - means[:, None]).flatten(0, 1) / math.sqrt(num_images * num_views)
+    # (Σw + δ)^-1 = (1 - Wᵀ (δ + W Wᵀ)^-1 W) / δ, by Woodbury.
+    crossed = within @ between.mT
+    inner = within @ within.mT + delta * torch.eye(len(within), dtype=x.dtype, device=x.device)
+    product = (between @ between.mT - crossed.mT @ torch.linalg.solve(inner, crossed)) / delta
+    return _effective_number(torch.linalg.eigvalsh(product).clamp_min(0))
+
+
+def _effective_number(sizes: Tensor) -> float:
+    share = sizes / sizes.sum().clamp_min(1e-300)
+    return float(torch.special.entr(share).sum().exp())
+
+
+# --- gates -----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def listening(backbone: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Within, each pass of `backbone` leaves the forget gates' pre-activations (B, h, L), one entry for each mLSTM.
+
+    Keys are block and direction, such as 03_backward, counted from 0; there are none where nothing forgets.
+    """
+    heard: dict[str, Tensor] = {}
+    layers: list[Any] = [module for module in backbone.modules() if hasattr(module, "gates")]
+
+    def overhear(name: str, gates: Any) -> Any:
+        def listener(*arguments: Any) -> Any:
+            i, f = gates(*arguments)
+            heard[name] = f.detach()
+            return i, f
+
+        return listener
+
+    for number, layer in enumerate(layers):
+        layer.gates = overhear(f"{number:02d}_{'backward' if layer.reverse else 'forward'}", layer.gates)
+    try:
+        yield heard
+    finally:
+        for layer in layers:
+            del layer.gates  # the method of its class shows again
+
+
+def horizons(f: Tensor) -> Tensor:
+    """Tokens after which a memory has fallen to 1/e, for each head (h,), by its mean decay; f is (B, h, L)."""
+    return -1 / F.logsigmoid(f.float()).mean(dim=(0, 2))
+
+
+def gate_vitals(heard: Mapping[str, Tensor]) -> dict[str, float]:
+    """`horizon/…` and `saturated/…` of each mLSTM, and the largest share of saturated gates, `saturated`.
+
+    A block's horizon is the geometric mean of its heads'.
+    """
+    values, worst = {}, 0.0
+    for name, f in heard.items():
+        values[f"horizon/{name}"] = float(horizons(f).log().mean().exp())
+        values[f"saturated/{name}"] = float((f.abs() > SATURATED).float().mean())
+        worst = max(worst, values[f"saturated/{name}"])
+    return values | {"saturated": worst} if heard else values
+
+
+# --- a run -----------------------------------------------------------------------------------------------------------
+
+
+class Vitals:
+    """Takes the vital signs of an objective in training. The loop calls, at a step that is looked at:
+
+    `before_step` before the optimizer moves the weights, with gradients still whole, and `after_step` when the teacher
+    has followed. Nothing of the run is changed: no randomness is drawn, no buffer moves.
+    """
+
+    def __init__(self, objective: Objective) -> None:
+        self.objective = objective
+        self.readout = choose_readout(objective.backbone)
+        self.teacher = (
+            objective.get_submodule(objective.networks["teacher"].removesuffix("."))
+            if "teacher" in objective.networks
+            else None
+        )
+        self._start = _sample(objective.backbone)
+        self._teachers_start = None if self.teacher is None else _sample(self.teacher)
+        self._before = self._start
+        self._typical = _typical_weight(objective.backbone)
+        self._gradients: dict[str, float] = {}
+
+    def before_step(self, gradients: bool = True) -> None:
+        """gradients: whether parameters hold theirs here, as they do unless they are divided among processes."""
+        self._before = _sample(self.objective.backbone)
+        self._gradients = gradient_norms(self.objective) if gradients else {}
+
+    @torch.no_grad()
+    def after_step(self, lr: float, batch: Batch, output: StepOutput) -> dict[str, float]:
+        """All vital signs. lr: the step's learning rate; batch and output: those of its last micro-batch."""
+        began, was_training = time.monotonic(), self.objective.training
+        self.objective.eval()
+        try:
+            values = self._gradients | self._weights(lr) | self._of_images(batch)
+            trivial = self.objective.trivial_loss(batch)
+        finally:
+            self.objective.train(was_training)
+        if trivial is not None:
+            values["explained"] = 1 - float(output.loss.detach() / trivial)
+        values["seconds"] = time.monotonic() - began
+        return {name: value for name, value in values.items() if math.isfinite(value)}
+
+    def _weights(self, lr: float) -> dict[str, float]:
+        """How fast weights move, and how the teacher follows them.
+
+        `relative_lr`: the learning rate, which is about the most that AdamW moves a weight, over the typical weight at
+        the launch. `speed`: the length of the last step over that of all weights. `teacher_lag`: distance of the
+        teacher from the student, in lengths of the last step. `teacher_follows`: the teacher's way since the launch,
+        over the student's.
+        """
+        now = _sample(self.objective.backbone)
+        step, way = float((now - self._before).norm()), float((now - self._start).norm())
+        values = {"relative_lr": lr / self._typical, "speed": step / float(self._before.norm())}
+        if self.teacher is not None and self._teachers_start is not None and step > 0:
+            teacher = _sample(self.teacher)
+            values["teacher_lag"] = float((teacher - now).norm()) / step
+            values["teacher_follows"] = float((teacher - self._teachers_start).norm()) / way
+        return values
+
+    def _of_images(self, batch: Batch) -> dict[str, float]:
+        """Features and gates of the network that would be exported, in float32: bf16's rounding would pass for rank."""
+        backbone = self.objective.exported()
+        same = [view for view in batch.views if view.shape == batch.views[0].shape][:2]
+        images = [view[: MOST_IMAGES // len(same)] for view in same]
+        with torch.autocast(images[0].device.type, enabled=False), listening(backbone) as heard:
+            features = read_out(backbone, torch.cat(images), self.readout).float()
+        if not features.isfinite().all():  # a divergence; the loop says so
+            return {}
+        views = features.unflatten(0, (len(images), -1)).transpose(0, 1)
+        values = feature_vitals(views[:, 0]) | gate_vitals(heard)
+        return values | {"lidar": lidar(views.cpu())} if len(images) > 1 else values
+
+
+def gradient_norms(objective: Objective) -> dict[str, float]:
+    """Norm of the gradient of the patch embedding, of the rest of the backbone and of all that is not backbone."""
+    groups: dict[str, list[Tensor]] = {}
+    for name, parameter in objective.named_parameters():
+        if parameter.grad is not None:
+            backbone = name.startswith("backbone.")
+            group = "patch_embed" if name.startswith("backbone.patch_embed.") else "blocks" if backbone else "heads"
+            groups.setdefault(group, []).append(parameter.grad)
+    norms = {group: torch.stack(torch._foreach_norm(grads)).norm() for group, grads in groups.items()}
+    return {f"grad_norm/{group}": float(norm) for group, norm in norms.items()}
+
+
+def _typical_weight(module: nn.Module) -> float:
+    """Root mean square of the weights of a matrix, the median over all matrices."""
+    matrices = [parameter.detach() for parameter in module.parameters() if parameter.ndim >= 2]
+    return statistics.median(float(matrix.norm()) / math.sqrt(matrix.numel()) for matrix in matrices)
+
+
+def _sample(module: nn.Module) -> Tensor:
+    """The first weights of each matrix in one row, float32; vectors are left out, since many start at 0."""
+    parts = [parameter.detach().flatten()[:_SAMPLE].float() for parameter in module.parameters() if parameter.ndim >= 2]
+    return torch.cat(parts)

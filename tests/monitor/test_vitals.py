@@ -1,0 +1,124 @@
+"""Vital signs: each measure on features made for it, and a look at a run that leaves no trace."""
+
+import math
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import runs
+from selfvil.models.layers import ViLLayer
+from selfvil.monitor.metrics import read_metrics
+from selfvil.monitor.vitals import alpha_req, feature_std, gate_vitals, horizons, lidar, listening, rankme
+from selfvil.pretrain import pretrain
+
+
+def spectrum(singular: torch.Tensor, rows: int = 400) -> torch.Tensor:
+    """Features (rows, D), centred, with these singular values (D,)."""
+    dims = len(singular)
+    x = torch.randn(rows, dims, dtype=torch.float64)
+    left, _, _ = torch.linalg.svd(x - x.mean(dim=0), full_matrices=False)
+    right, _ = torch.linalg.qr(torch.randn(dims, dims, dtype=torch.float64))
+    return left * singular @ right
+
+
+def test_rankme_counts_equal_dimensions():
+    sizes = torch.zeros(20, dtype=torch.float64)
+    sizes[:7] = 3.0
+    assert rankme(spectrum(sizes)) == pytest.approx(7)
+    assert rankme(torch.ones(50, 8)) == pytest.approx(1)
+
+
+def test_rankme_is_the_papers_formula():
+    x = torch.randn(60, 12, dtype=torch.float64)
+    share = torch.linalg.svdvals(x) / torch.linalg.svdvals(x).sum()
+    assert rankme(x) == pytest.approx(math.exp(-sum(p * math.log(p) for p in share.tolist())))
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.0, 2.5])
+def test_alpha_req_finds_the_power_law(alpha):
+    x = spectrum(torch.arange(1, 31, dtype=torch.float64) ** (-alpha / 2))
+    assert alpha_req(x) == pytest.approx(alpha, abs=1e-6)
+
+
+def test_alpha_req_of_a_point_is_none():
+    assert alpha_req(torch.ones(20, 5)) is None
+
+
+def test_feature_std_is_one_for_all_directions_and_zero_for_one():
+    assert feature_std(torch.randn(4000, 32)) == pytest.approx(1, abs=0.02)
+    assert feature_std(torch.randn(1, 32).expand(100, -1)) == pytest.approx(0, abs=1e-6)
+
+
+def test_lidar_equals_the_papers_matrices():
+    """Against Σw^-½ Σb Σw^-½ written out, with fewer and with more dimensions than rows."""
+    for dims in (5, 60):
+        x = torch.randn(12, 3, dims, dtype=torch.float64) + 4 * torch.randn(12, 1, dims, dtype=torch.float64)
+        means = x.mean(dim=1)
+        within = torch.einsum("nvd,nve->de", x - means[:, None], x - means[:, None]) / (12 * 3)
+        between = torch.cov(means.T, correction=0)
+        values, axes = torch.linalg.eigh(within + 1e-4 * torch.eye(dims, dtype=torch.float64))
+        whitener = axes @ torch.diag(values.rsqrt()) @ axes.T
+        sizes = torch.linalg.eigvalsh(whitener @ between @ whitener).clamp_min(0)
+        share = sizes / sizes.sum()
+        assert lidar(x) == pytest.approx(float(torch.special.entr(share).sum().exp()), rel=1e-5)
+
+
+def test_lidar_sees_what_tells_images_apart():
+    """Two dimensions distinguish images, the other ten only their views; RankMe would count them all."""
+    views = 1e-3 * torch.randn(200, 4, 12, dtype=torch.float64)
+    views[:, :, 2:] = torch.randn(200, 4, 10, dtype=torch.float64)
+    views[:, :, :2] += torch.randn(200, 1, 2, dtype=torch.float64)
+    assert lidar(views) == pytest.approx(2, abs=0.1)
+    assert rankme(views[:, 0]) > 8
+
+
+def test_horizon_of_a_constant_gate():
+    """A gate of σ(f) = e^(-1/50) forgets to 1/e in 50 tokens."""
+    decay = math.exp(-1 / 50)
+    f = torch.full((2, 4, 9), math.log(decay / (1 - decay)))
+    torch.testing.assert_close(horizons(f), torch.full((4,), 50.0), rtol=1e-4, atol=0)
+    values = gate_vitals({"00_forward": f, "01_backward": torch.full((2, 4, 9), 9.0)})
+    assert values["horizon/00_forward"] == pytest.approx(50, rel=1e-4)
+    assert values["saturated/00_forward"] == 0
+    assert values["saturated"] == values["saturated/01_backward"] == 1
+
+
+def test_listening_hears_every_block_and_leaves_nothing_behind():
+    backbone = timm.create_model("vil_nano_patch4_32", embed_dim=32, depth=2, num_classes=0).eval()
+    images = torch.rand(3, 3, 32, 32)
+    silent = backbone(images)
+    with listening(backbone) as heard:
+        torch.testing.assert_close(backbone(images), silent, rtol=0, atol=0)
+    assert list(heard) == ["00_forward", "01_backward", "02_forward", "03_backward"]
+    assert {tuple(f.shape) for f in heard.values()} == {(3, 4, 64)}
+    layers = [module for module in backbone.modules() if isinstance(module, ViLLayer)]
+    assert not any("gates" in vars(layer) for layer in layers)
+    # As initialised: biases 3 to 6 and no dependence on the image.
+    torch.testing.assert_close(heard["00_forward"][0, :, 0], torch.linspace(3, 6, 4))
+    with listening(nn.Linear(2, 2)) as nothing:
+        pass
+    assert nothing == {}
+
+
+@pytest.mark.parametrize("objective", ["mae", "dino"])
+def test_a_look_changes_nothing(digit_shards, tmp_path, objective):
+    """With a look at every step and with none, a run ends with the same weights, bit for bit."""
+    for name, every in (("with", 1), ("without", "null")):
+        pretrain(runs.small(objective, digit_shards, tmp_path / name, f"monitor.doctor_every={every}"))
+    runs.assert_same_state(tmp_path / "with", tmp_path / "without")
+    looks = [r for r in read_metrics(tmp_path / "with" / "metrics.jsonl") if r["kind"] == "doctor"]
+    assert [look["step"] for look in looks] == list(range(1, 13))
+    common = {"relative_lr", "speed", "feature_std", "rankme", "alpha_req", "horizon/00_forward", "saturated"}
+    common |= {"grad_norm/patch_embed", "grad_norm/blocks", "grad_norm/heads", "seconds"}
+    mine = {"mae": {"explained"}, "dino": {"lidar", "teacher_lag", "teacher_follows"}}[objective]
+    assert common | mine <= looks[-2].keys()
+    assert not any(r["kind"] == "doctor" for r in read_metrics(tmp_path / "without" / "metrics.jsonl"))
+
+
+def test_the_trivial_loss_is_that_of_the_mean_image(digit_shards, tmp_path):
+    """At the end of a run that has learned nothing MAE explains about nothing of it."""
+    pretrain(runs.small("mae", digit_shards, tmp_path / "run", "optim.base_lr=1e-12", "monitor.doctor_every=12"))
+    (look,) = (r for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if r["kind"] == "doctor")
+    assert look["explained"] < 0
