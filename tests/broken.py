@@ -22,6 +22,7 @@ _DIGITS = {
     "dino": [
         "model.in_chans=1", "data.mean=[0.305]", "data.std=[0.376]", "model.img_size=16", "model.patch_size=4",
         "objective.out_dim=256", "objective.hidden_dim=256", "objective.local_crop_size=8", "objective.local_crops=2",
+        "objective.teacher_temp=0.02", "objective.warmup_teacher_temp=0.02",  # digits are alike: 0.04 ends at ln K
         "objective.flip=false", "optim.batch_size=64",
     ],
     "mae": ["optim.batch_size=64", "optim.base_lr=8e-3"],  # the demo's rate for a step
@@ -32,6 +33,12 @@ def on_digits(objective: str, shards: Path, out: Path, *more: str) -> Doctor:
     """Train the demo's MAE or the DINO of CIFAR-10 on digits, made small, for 120 steps; and examine the run."""
     recipe = {"mae": "demo", "dino": "cifar10_dino"}[objective]
     return run(recipe, f"{shards}/digits-*.tar", out, "model.depth=2", "budget.steps=120", *_DIGITS[objective], *more)
+
+
+def on_cifar10(shared_data: Path, out: Path, *more: str) -> Doctor:
+    """Train by the DINO recipe of CIFAR-10 with a network of a third of its depth, for 120 steps; and examine the run."""
+    train = f"{shared_data}/cifar10/cifar10-train-{{000000..000001}}.tar"
+    return run("cifar10_dino", train, out, "model.depth=2", "objective.local_crops=2", "budget.steps=120", *more)
 
 
 def run(recipe: str, train: str, out: Path, *more: str) -> Doctor:

@@ -23,7 +23,7 @@ from selfvil.export import load_network, open_checkpoint
 from selfvil.models.heads import read_out
 from selfvil.monitor.collapse import RULES, Doctor
 from selfvil.monitor.metrics import read_metrics
-from selfvil.monitor.vitals import feature_vitals, gate_vitals, lidar, listening
+from selfvil.monitor.vitals import feature_vitals, gate_vitals, lidar_vitals, listening
 from selfvil.recipe import Recipe, parse
 
 LIDAR_IMAGES, LIDAR_VIEWS = 128, 8
@@ -101,8 +101,8 @@ def measure(record: Record, num_images: int = 1024) -> dict[str, float]:
         whole = training_images(record, num_images)
         features = torch.cat([read_out(backbone, batch.views[0], readout) for batch in whole])
     (views,) = training_images(record, LIDAR_IMAGES, [crop] * LIDAR_VIEWS)
-    rows = torch.stack([read_out(backbone, images, readout) for images in views.views], dim=1)
-    return feature_vitals(features) | gate_vitals(heard) | {"lidar": lidar(rows)}
+    crops = torch.stack([read_out(backbone, images, readout) for images in views.views], dim=1)
+    return feature_vitals(features) | lidar_vitals(crops) | gate_vitals(heard)
 
 
 def training_images(record: Record, count: int, views: Sequence[View] | None = None) -> Iterator[Batch]:

@@ -51,6 +51,8 @@ NO_LOW, NO_HIGH = -math.inf, math.inf
 FEWEST_PROTOTYPES = 64
 """Of fewer it means nothing that few are in use: their effective number is not judged."""
 
+SCORES = {"knn_20", "linear"}
+
 CAUSES = ("learning_rate", "no_ema", "dead_teacher")
 COLLAPSES = (*CAUSES, "flat_teacher", "constant_teacher")
 
@@ -131,7 +133,7 @@ RULES = (
         after=0.5,
         follows=CAUSES,
     ),
-    # Features and gates of the network that would be exported.
+    # Features of the network that would be exported, on up to 128 images.
     Rule(
         "constant_features",
         "feature standard deviation",
@@ -142,6 +144,89 @@ RULES = (
         "lower optim.base_lr (now {base_lr:g}), and check data.mean, data.std and the images themselves",
         "Chen and He, SimSiam (2021), figure 2: 0 is collapse; measured: TODO",
         after=0.1,
+        follows=COLLAPSES,
+    ),
+    Rule(
+        "few_dimensions",
+        "RankMe over the most it can be",
+        "rank_share",
+        0.15,
+        NO_HIGH,
+        "features have shrunk to {rankme:.1f} dimensions",
+        "lower optim.base_lr (now {base_lr:g}); with a teacher, raise objective.teacher_momentum too",
+        "Garrido et al., RankMe (2023): a lower rank scores lower; measured: TODO",
+        after=0.1,
+        follows=COLLAPSES,
+    ),
+    Rule(
+        "steep_spectrum",
+        "α-ReQ",
+        "alpha_req",
+        0.3,
+        2.5,
+        "a few directions hold nearly all the variance of the features, or none stands out (a decay of {value:.2f})",
+        "lower optim.base_lr (now {base_lr:g}) or raise optim.weight_decay (now {weight_decay:g})",
+        "Agrawal et al., α-ReQ (2022): best near 1; measured: TODO",
+        after=0.1,
+        follows=(*COLLAPSES, "few_dimensions"),
+    ),
+    Rule(
+        "views_not_images",
+        "LiDAR over the most it can be",
+        "lidar_share",
+        0.1,
+        NO_HIGH,
+        "features tell views apart rather than images ({lidar:.1f} dimensions distinguish images)",
+        "raise the lower ends of objective.global_crop_scale and local_crop_scale, or lower optim.base_lr",
+        "Thilak et al., LiDAR (2023): a lower rank scores lower; measured: TODO",
+        after=0.1,
+        follows=(*COLLAPSES, "few_dimensions"),
+    ),
+    # Gates and gradients.
+    Rule(
+        "stuck_gates",
+        "largest share of saturated forget gates",
+        "saturated",
+        NO_LOW,
+        0.5,
+        "{value:.0%} of the forget gates of a block are stuck at 0 or 1, where they cannot learn",
+        "lower optim.base_lr (now {base_lr:g}) and set optim.clip_norm (now {clip_norm})",
+        "within 0.001 of 0 or 1 the sigmoid passes under 0.1 % of a gradient; measured: TODO",
+        follows=CAUSES,
+    ),
+    Rule(
+        "no_memory",
+        "shortest memory of a block, in tokens",
+        "horizon",
+        1.0,
+        NO_HIGH,
+        "a block forgets within {value:.1f} tokens, so that it reads each patch by itself",
+        "lower optim.base_lr (now {base_lr:g}); a new run starts with memories of 20 to 400 tokens",
+        "forget-gate biases of 3 to 6, as published, are 20 to 400 tokens; measured: TODO",
+        follows=CAUSES,
+    ),
+    Rule(
+        "no_gradient",
+        "gradient of the patch embedding over that of the heads",
+        "grad_reach",
+        1e-4,
+        NO_HIGH,
+        "next to nothing of the gradient reaches the first layer ({value:.0e} of the heads')",
+        "raise model.init_values if it is set, or lower model.depth or optim.base_lr (now {base_lr:g})",
+        "measured: TODO",
+        follows=COLLAPSES,
+    ),
+    # Scores.
+    Rule(
+        "falling_score",
+        "points below the best score so far",
+        "score_drop",
+        NO_LOW,
+        5.0,
+        "k-NN or the linear probe is {value:.1f} points below its best: features get worse while the loss goes on",
+        "take the earlier checkpoint, shorten budget, or lower optim.base_lr (now {base_lr:g})",
+        "the scatter of a k-NN score on 1,000 images is about 1.5 points",
+        patience=1,
         follows=COLLAPSES,
     ),
 )
@@ -166,13 +251,13 @@ class Doctor:
         self.latest: dict[str, float] = {}
         self.alarms: dict[str, Alarm] = {}
         self._crossed: dict[str, int] = {}
+        self._best: dict[str, float] = {}
         self._takes_vitals = takes_vitals
         self._settings: dict[str, Any] = recipe.optim.model_dump() | recipe.objective.model_dump()
 
     def see(self, step: int, values: Mapping[str, float]) -> list[Alarm]:
         """Judge what was recorded after `step` steps, all of it at once; returns the alarms that are new."""
-        if "teacher_spread" in values and self._settings.get("out_dim", 0) >= FEWEST_PROTOTYPES:
-            values = {**values, "prototypes": self._settings["out_dim"] ** values["teacher_spread"]}
+        values = dict(values) | self._derived(values)
         self.latest |= values
         new = []
         for rule in RULES:
@@ -185,6 +270,16 @@ class Doctor:
                 self.alarms[rule.name] = Alarm(rule, step, value, self._sentence(rule, value))
                 new.append(self.alarms[rule.name])
         return new
+
+    def _derived(self, values: Mapping[str, float]) -> dict[str, float]:
+        """What rules read and no record holds: effective number of prototypes in use, and a score's fall."""
+        found = {}
+        if "teacher_spread" in values and self._settings.get("out_dim", 0) >= FEWEST_PROTOTYPES:
+            found["prototypes"] = self._settings["out_dim"] ** values["teacher_spread"]
+        for name in SCORES & values.keys():
+            self._best[name] = max(values[name], self._best.get(name, 0.0))
+            found["score_drop"] = max(self._best[name] - values[name], found.get("score_drop", 0.0))
+        return found
 
     def verdict(self, rule: Rule) -> str:
         """In a few words, what is to be thought of the rule's latest value."""

@@ -86,13 +86,13 @@ class MetricsWriter:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Records of a metrics.jsonl; a last line cut off by a crash is left out."""
+    """Records of a metrics.jsonl; lines that are none, such as a last one cut off by a crash, are left out."""
     records = []
     for line in path.read_text().splitlines():
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError:
-            break
+            continue
     return records
 
 

@@ -37,13 +37,15 @@ VITALS = {
     "teacher_lag": "steps the teacher is behind",
     "teacher_follows": "way of the teacher over the student's",
     "feature_std": "feature standard deviation (1: isotropic)",
-    "rankme": "RankMe",
+    "rank_share": "RankMe over the most it can be",
     "alpha_req": "α-ReQ",
-    "lidar": "LiDAR, two views",
+    "lidar_share": "LiDAR of two views, over the most",
+    "horizon": "shortest memory of a block, in tokens",
     "saturated": "most saturated gates of a block",
     "grad_norm/patch_embed": "gradient norm, patch embedding",
     "grad_norm/blocks": "gradient norm, blocks",
     "grad_norm/heads": "gradient norm, heads",
+    "grad_reach": "gradient of patches over heads",
 }
 """Vital signs that are drawn, with their titles."""
 

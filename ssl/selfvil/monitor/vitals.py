@@ -32,9 +32,10 @@ _SAMPLE = 4096  # weights of each tensor by which the way of all of them is meas
 
 
 def feature_vitals(features: Tensor) -> dict[str, float]:
-    """Of features (N, D): `feature_std`, `rankme` and, where there is a spectrum to speak of, `alpha_req`."""
+    """Of features (N, D): `feature_std`; `rankme`, and over the most it can be, `rank_share`; `alpha_req`, if any."""
     x = features.detach().double().cpu()
-    values = {"feature_std": feature_std(x), "rankme": rankme(x)}
+    rank = rankme(x)
+    values = {"feature_std": feature_std(x), "rankme": rank, "rank_share": rank / min(x.shape)}
     alpha = alpha_req(x)
     return values if alpha is None else values | {"alpha_req": alpha}
 
@@ -97,6 +98,12 @@ def _effective_number(sizes: Tensor) -> float:
     return float(torch.special.entr(share).sum().exp())
 
 
+def lidar_vitals(views: Tensor) -> dict[str, float]:
+    """`lidar` of features (N, V, D), and over the most it can be, `lidar_share`."""
+    rank = lidar(views.cpu())
+    return {"lidar": rank, "lidar_share": rank / min(len(views), views.shape[2])}
+
+
 # --- gates -----------------------------------------------------------------------------------------------------------
 
 
@@ -132,16 +139,19 @@ def horizons(f: Tensor) -> Tensor:
 
 
 def gate_vitals(heard: Mapping[str, Tensor]) -> dict[str, float]:
-    """`horizon/…` and `saturated/…` of each mLSTM, and the largest share of saturated gates, `saturated`.
+    """`horizon/…` and `saturated/…` of each mLSTM, the shortest `horizon` of all and the largest share `saturated`.
 
-    A block's horizon is the geometric mean of its heads'.
+    An mLSTM's horizon is the geometric mean of its heads'.
     """
-    values, worst = {}, 0.0
-    for name, f in heard.items():
-        values[f"horizon/{name}"] = float(horizons(f).log().mean().exp())
-        values[f"saturated/{name}"] = float((f.abs() > SATURATED).float().mean())
-        worst = max(worst, values[f"saturated/{name}"])
-    return values | {"saturated": worst} if heard else values
+    if not heard:
+        return {}
+    tokens = {name: float(horizons(f).log().mean().exp()) for name, f in heard.items()}
+    shares = {name: float((f.abs() > SATURATED).float().mean()) for name, f in heard.items()}
+    return (
+        {"horizon": min(tokens.values()), "saturated": max(shares.values())}
+        | {f"horizon/{name}": value for name, value in tokens.items()}
+        | {f"saturated/{name}": value for name, value in shares.items()}
+    )
 
 
 # --- a run -----------------------------------------------------------------------------------------------------------
@@ -216,11 +226,12 @@ class Vitals:
             return {}
         views = features.unflatten(0, (len(images), -1)).transpose(0, 1)
         values = feature_vitals(views[:, 0]) | gate_vitals(heard)
-        return values | {"lidar": lidar(views.cpu())} if len(images) > 1 else values
+        return values if len(images) == 1 else values | lidar_vitals(views)
 
 
 def gradient_norms(objective: Objective) -> dict[str, float]:
-    """Norm of the gradient of the patch embedding, of the rest of the backbone and of all that is not backbone."""
+    """Norm of the gradient of the patch embedding, of the rest of the backbone and of all that is not backbone; and
+    `grad_reach`, the first over the last."""
     groups: dict[str, list[Tensor]] = {}
     for name, parameter in objective.named_parameters():
         if parameter.grad is not None:
@@ -228,7 +239,10 @@ def gradient_norms(objective: Objective) -> dict[str, float]:
             group = "patch_embed" if name.startswith("backbone.patch_embed.") else "blocks" if backbone else "heads"
             groups.setdefault(group, []).append(parameter.grad)
     norms = {group: torch.stack(torch._foreach_norm(grads)).norm() for group, grads in groups.items()}
-    return {f"grad_norm/{group}": float(norm) for group, norm in norms.items()}
+    values = {f"grad_norm/{group}": float(norm) for group, norm in norms.items()}
+    if float(norms.get("heads", 0)) > 0 and "patch_embed" in norms:
+        values["grad_reach"] = float(norms["patch_embed"] / norms["heads"])
+    return values
 
 
 def _typical_weight(module: nn.Module) -> float:
