@@ -36,7 +36,7 @@ def on_digits(objective: str, shards: Path, out: Path, *more: str) -> Doctor:
 
 
 def on_cifar10(shared_data: Path, out: Path, *more: str) -> Doctor:
-    """Train by the DINO recipe of CIFAR-10 with a network of a third of its depth, for 120 steps; and examine the run."""
+    """Train by the DINO recipe of CIFAR-10 with a third of its depth for 120 steps; and examine the run."""
     train = f"{shared_data}/cifar10/cifar10-train-{{000000..000001}}.tar"
     return run("cifar10_dino", train, out, "model.depth=2", "objective.local_crops=2", "budget.steps=120", *more)
 

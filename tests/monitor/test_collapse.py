@@ -4,12 +4,15 @@ import json
 import string
 
 import pytest
+import timm
 
 import runs
 from selfvil.cli import main
 from selfvil.monitor.collapse import CAUSES, RULES, Doctor
 from selfvil.monitor.metrics import read_metrics
-from selfvil.recipe import load
+from selfvil.monitor.vitals import typical_weight
+from selfvil.optim import peak_lr
+from selfvil.recipe import load, packaged_recipes
 
 BY_NAME = {rule.name: rule for rule in RULES}
 
@@ -135,3 +138,14 @@ def test_a_run_that_stops_for_it_is_saved_and_says_so_by_its_status(digit_shards
     assert start() == 0  # and goes on from there, warned
     records = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [record["step"] for record in records if record["kind"] == "doctor"] == [2, 4, 6, 8, 10, 12]
+
+
+@pytest.mark.parametrize("name", [name for name in packaged_recipes() if "vil_b" not in name])
+def test_no_packaged_recipe_learns_too_fast_and_each_would_at_thirty_times_its_rate(name):
+    """vil_b, at 0.11 and 0.13 of its typical weight, is left out for its size."""
+    recipe = load(name)
+    backbone = timm.create_model(recipe.model.name, **recipe.model.create_kwargs())
+    peak = peak_lr(recipe.optim.base_lr, recipe.optim.batch_size, recipe.optim.lr_scaling) / typical_weight(backbone)
+    rule = BY_NAME["learning_rate"]
+    assert rule.healthy(1.8 * peak)
+    assert not rule.healthy(30 * peak / 1.8)

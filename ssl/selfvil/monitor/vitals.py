@@ -175,7 +175,7 @@ class Vitals:
         self._start = _sample(objective.backbone)
         self._teachers_start = None if self.teacher is None else _sample(self.teacher)
         self._before = self._start
-        self._typical = _typical_weight(objective.backbone)
+        self._typical = typical_weight(objective.backbone)
         self._gradients: dict[str, float] = {}
 
     def before_step(self, gradients: bool = True) -> None:
@@ -245,7 +245,7 @@ def gradient_norms(objective: Objective) -> dict[str, float]:
     return values
 
 
-def _typical_weight(module: nn.Module) -> float:
+def typical_weight(module: nn.Module) -> float:
     """Root mean square of the weights of a matrix, the median over all matrices."""
     matrices = [parameter.detach() for parameter in module.parameters() if parameter.ndim >= 2]
     return statistics.median(float(matrix.norm()) / math.sqrt(matrix.numel()) for matrix in matrices)
