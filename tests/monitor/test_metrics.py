@@ -43,6 +43,12 @@ def test_a_resumed_run_has_every_step_once(tmp_path):
     assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [*range(1, 9)]
 
 
+def test_a_line_that_was_cut_costs_no_other(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "kind": "train"}\n{"step": 2, "ki\x00\x00\n{"step": 3, "kind": "train"}\n{"st')
+    assert [record["step"] for record in read_metrics(path)] == [1, 3]
+
+
 def test_wandb_gets_what_the_file_gets(tmp_path, monkeypatch):
     logged = []
     run = SimpleNamespace(log=lambda values, step: logged.append((step, values)), finish=lambda: logged.append("end"))

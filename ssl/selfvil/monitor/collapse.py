@@ -104,7 +104,7 @@ RULES = (
         "measured: 0.27 to 0.77 healthy, 0.03 to 0.07 with one patch of 64 seen",
         after=0.5, follows=CAUSES,
     ),
-    # Features of the network that would be exported, on up to 128 images.
+    # Features of the network that would be exported, on up to 96 images.
     Rule(
         "constant_features", "feature standard deviation", "feature_std", 0.05, NO_HIGH,
         "all images have nearly the same features (a standard deviation of {value:.3f}; 1 is isotropic)",

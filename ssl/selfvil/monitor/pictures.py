@@ -11,7 +11,7 @@ from torch import Tensor
 from selfvil.errors import UserError
 from selfvil.monitor.metrics import read_metrics
 
-COLLAPSED = 0.05
+COLLAPSED = 0.02
 """A teacher whose entropy is within this share of 0 or of ln K says the same, or nothing, of every image."""
 
 

@@ -141,10 +141,11 @@ def _vitals(record: Record) -> str:
         points = [(entry["step"], entry[name]) for entry in entries if name in entry]
         axis.plot(*zip(*points), marker=".", linewidth=1)
         axis.set_title(VITALS[name], fontsize="small")
-        axis.tick_params(labelsize="x-small")
+        axis.tick_params(which="both", labelsize="x-small")
         axis.grid(alpha=0.3)
         if name.startswith(("grad", "speed", "teacher")) and all(value > 0 for _, value in points):
             axis.set_yscale("log")
+            _plain_numbers(axis)
         if name in bands:
             for bound in (bands[name].low, bands[name].high):
                 if math.isfinite(bound):
@@ -244,7 +245,7 @@ def _horizons(record: Record) -> str:
     axis.set_xticks(range(len(heard)))
     axis.set_ylabel("tokens to 1/e")
     axis.grid(alpha=0.3)
-    axis.yaxis.set_major_formatter("{x:g}")
+    _plain_numbers(axis)
     figure.legend(loc="outside upper right", ncols=3, fontsize="small")
     return _png(figure) + (
         f'<p class="note">Step {checkpoint.step:,}, 128 images. A point is a head: tokens after which its memory has '
@@ -272,6 +273,12 @@ def _png(figure: Any) -> str:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return _img(buffer.getvalue())
+
+
+def _plain_numbers(axis: Any) -> None:
+    """20 and 0.3 on a logarithmic axis, where matplotlib would have 2·10¹ and 3·10⁻¹."""
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter("{x:g}" if axis.get_ylim()[1] < 30 * axis.get_ylim()[0] else "")
 
 
 def _figure(height: int, width: int, size: tuple[float, float]) -> tuple[Any, Any]:

@@ -19,7 +19,7 @@ from selfvil.evaluate.features import choose_readout
 from selfvil.models.heads import read_out
 from selfvil.objectives.base import Batch, Objective, StepOutput
 
-MOST_IMAGES = 128
+MOST_IMAGES = 96
 """Images of a batch that are looked at: enough to see a collapse, at the price of a step in a hundred."""
 
 SATURATED = 7.0
