@@ -145,11 +145,12 @@ def _vitals(record: Record) -> str:
         axis.grid(alpha=0.3)
         if name.startswith(("grad", "speed", "teacher")) and all(value > 0 for _, value in points):
             axis.set_yscale("log")
-            _plain_numbers(axis)
         if name in bands:
             for bound in (bands[name].low, bands[name].high):
                 if math.isfinite(bound):
                     axis.axhline(bound, color="tab:red", linestyle="--", linewidth=1)
+        if axis.get_yscale() == "log":
+            _plain_numbers(axis)
     for axis in list(axes.flat)[len(names) :]:
         axis.set_axis_off()
     return _png(figure) + '<p class="note">Over the steps. Dashed: the border of the healthy range.</p>'
@@ -278,7 +279,7 @@ def _png(figure: Any) -> str:
 def _plain_numbers(axis: Any) -> None:
     """20 and 0.3 on a logarithmic axis, where matplotlib would have 2·10¹ and 3·10⁻¹."""
     axis.yaxis.set_major_formatter("{x:g}")
-    axis.yaxis.set_minor_formatter("{x:g}" if axis.get_ylim()[1] < 30 * axis.get_ylim()[0] else "")
+    axis.yaxis.set_minor_formatter("{x:g}" if axis.get_ylim()[1] < 10 * axis.get_ylim()[0] else "")
 
 
 def _figure(height: int, width: int, size: tuple[float, float]) -> tuple[Any, Any]:
