@@ -72,7 +72,8 @@ class Objective(nn.Module):
     """Base of all objectives. Subclasses are built as `Subclass(backbone, settings, image)`.
 
     `backbone` is the network that is trained. `networks` names each exportable backbone with its prefix in
-    `state_dict()`; `export` is the one exported unless another is asked for.
+    `state_dict()`; `export` is the one exported unless another is asked for. One that is called "teacher" is a running
+    mean of `backbone`: the doctor expects it to follow.
     """
 
     backbone: nn.Module
