@@ -93,8 +93,9 @@ def test_deepspeed_is_what_ran(folder, objective, stage):
 def test_it_computes_what_ddp_computes(folder, objective, stage, precision):
     """Losses, the gradient's norm before clipping, weights (a teacher's too), and both moments, to rounding."""
     run, ddp = folder / f"{objective}-{precision}-zero{stage}", folder / f"{objective}-{precision}-ddp"
-    torch.testing.assert_close(series(run, "loss"), series(ddp, "loss"), rtol=1e-5, atol=0)
-    torch.testing.assert_close(series(run, "grad_norm"), series(ddp, "grad_norm"), rtol=1e-5, atol=0)
+    rounding = 1e-5 if precision == "fp32" else 1e-4  # a sum in another order may round a weight to another bfloat16
+    torch.testing.assert_close(series(run, "loss"), series(ddp, "loss"), rtol=rounding, atol=0)
+    torch.testing.assert_close(series(run, "grad_norm"), series(ddp, "grad_norm"), rtol=rounding, atol=0)
     ours, theirs = state(run), state(ddp)
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():

@@ -404,7 +404,8 @@ def test_two_processes_train_as_one(digit_shards, tmp_path):
     assert [record["loss"] for record in both] == pytest.approx([record["loss"] for record in alone], rel=1e-5)
     ours, theirs = (checkpoint.newest(tmp_path / run / "checkpoints").tensors("objective") for run in ("alone", "both"))
     assert ours["center.value"].any()
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    # AdamW's first steps have the gradient's sign for their size: an entry that is rounding has a step that is, too.
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
