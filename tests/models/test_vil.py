@@ -178,7 +178,7 @@ def test_fixed_positions():
 
 def test_an_unknown_pooling_names_the_choices():
     with pytest.raises(ValueError, match=r"'bilateral_avg', 'bilateral_patch', 'avg', .*'registers', ''"):
-        small(global_pool="token")
+        small(global_pool="spiral")
 
 
 def test_classifier_can_be_exchanged():
