@@ -6,7 +6,18 @@ import torch
 
 from selfvil.errors import UserError
 from selfvil.models import VisionLSTM
-from selfvil.models.masking import encode_kept, gather_tokens, keep_from_noise, scatter_tokens, token_grid
+from selfvil.models.masking import (
+    MASKS,
+    encode_kept,
+    encode_masked,
+    gather_tokens,
+    keep_from_noise,
+    kept_ids,
+    masked_features,
+    sample_mask,
+    scatter_tokens,
+    token_grid,
+)
 
 
 def small_vil(**settings):
@@ -124,3 +135,83 @@ def test_other_architectures_are_refused():
         encode_kept(resnet, torch.randn(1, 3, 32, 32), torch.tensor([[0]]))
     with pytest.raises(UserError, match="ResNet cannot leave tokens out"):
         token_grid(resnet, (32, 32))
+
+
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize("grid", [(6, 4), (1, 24), (14, 14), (1, 2)])
+def test_masks_hide_exactly_as_many_as_asked(kind, grid):
+    num = grid[0] * grid[1]
+    noise = torch.rand(40, num)
+    for hidden in {1, num // 2, num - 1}:
+        masked = sample_mask(kind, noise, grid, hidden)
+        assert masked.dtype == torch.bool
+        assert (masked.sum(dim=1) == hidden).all()
+        keep = kept_ids(masked, num - hidden)
+        assert torch.equal(torch.ones_like(masked).scatter(1, keep, False), masked)
+        assert (keep.diff(dim=1) > 0).all()
+    each = torch.arange(40) % num
+    assert torch.equal(sample_mask(kind, noise, grid, each).sum(dim=1), each)
+
+
+def test_the_random_mask_keeps_the_least_noise():
+    noise = torch.rand(9, 24).round(decimals=1)  # with ties
+    assert torch.equal(kept_ids(sample_mask("random", noise, (6, 4), 17), 7), keep_from_noise(noise, 7))
+
+
+def test_rows_are_hidden_whole():
+    rows = sample_mask("row", torch.rand(50, 24), (6, 4), 12).view(50, 6, 4)
+    assert (rows.all(dim=2) | ~rows.any(dim=2)).all()
+    assert rows.any(dim=2).sum(dim=1).unique().tolist() == [3]
+
+
+def test_blocks_hang_together_and_fall_everywhere():
+    """A hidden patch has more hidden neighbours than in a random mask, and no place is left out."""
+    grid, noise = (14, 14), torch.rand(500, 196)
+    shares = {}
+    for kind in ("random", "block"):
+        masked = sample_mask(kind, noise, grid, 98).view(-1, *grid).float()
+        shares[kind] = float((masked[:, 1:] * masked[:, :-1]).sum() / masked[:, 1:].sum())
+        assert masked.mean(dim=0).min() > 0.02
+        assert masked.mean(dim=0).max() < 0.95
+    assert shares["random"] == pytest.approx(0.5, abs=0.02)
+    assert shares["block"] > 0.75
+
+
+@pytest.mark.parametrize("make", [small_vil, small_vit], ids=["vil", "vit"])
+def test_masked_patches_are_replaced_and_the_others_stay(make):
+    backbone, images = make(), torch.randn(IMAGES, dtype=torch.float64, requires_grad=True)
+    token = torch.randn(16, dtype=torch.float64, requires_grad=True)
+    masked = sample_mask("random", torch.rand(3, NUM_TOKENS), (6, 4), 10)
+    tokens = encode_masked(backbone, images, masked, token)
+    assert tokens.shape == (3, NUM_TOKENS, 16)
+    grads = torch.autograd.grad(tokens.square().sum(), (images, token))
+    patches = grads[0].unfold(2, 4, 4).unfold(3, 4, 4).abs().sum((1, 4, 5)).flatten(1)  # (B, N)
+    assert (patches[masked] == 0).all()
+    assert (patches[~masked] > 0).all()
+    assert grads[1].any()
+
+    # Masking with the very embedding of the patch changes nothing; and nothing stays behind in the backbone.
+    embedded = backbone.patch_embed(images).flatten(1, -2)
+    one = torch.zeros_like(masked[:1])
+    one[0, 5] = True
+    dense = backbone.forward_features(images[:1])
+    torch.testing.assert_close(masked_features(backbone, images[:1], one, embedded[0, 5]), dense)
+
+
+def test_masked_features_carry_the_class_token():
+    backbone = small_vit(reg_tokens=2)
+    features = masked_features(
+        backbone, torch.randn(IMAGES).double(), torch.zeros(3, NUM_TOKENS).bool(), torch.zeros(16)
+    )
+    assert features.shape == (3, 3 + NUM_TOKENS, 16)
+    assert backbone.forward_head(features).shape == (3, 16)
+
+
+def test_masking_needs_a_backbone_that_takes_tokens():
+    with pytest.raises(UserError, match="ConvNeXt cannot leave tokens out"):
+        encode_masked(
+            timm.create_model("convnext_atto", num_classes=0),
+            torch.randn(1, 3, 32, 32),
+            torch.zeros(1, 4),
+            torch.zeros(3),
+        )
