@@ -59,10 +59,10 @@ def test_loss_is_the_papers(normalise):
     for image in range(3):
         for patch in range(objective.num_patches):
             if patch not in keep[image].tolist():
-                target = patchify(views.views[0].float(), 4)[image, patch]
+                target = patchify(views.views[0], 4)[image, patch]
                 if normalise:
                     target = (target - target.mean()) / (target.var(unbiased=True) + 1e-6).sqrt()
-                errors.append((predicted[image, patch].float() - target).square().mean())
+                errors.append((predicted[image, patch] - target).square().mean())
     assert len(errors) == 3 * 18
     torch.testing.assert_close(found, torch.stack(errors).mean(), rtol=1e-6, atol=0)
 
@@ -103,6 +103,34 @@ def test_masks_belong_to_samples():
     assert torch.equal(together, alone)
     assert (together.diff(dim=1) > 0).all()
     assert len({tuple(row) for row in keyed_noise(3, torch.arange(50), 24).tolist()}) == 50
+
+
+@pytest.mark.parametrize("name", ["vil_nano_patch4_32", "vit_tiny_patch16_224"])
+@pytest.mark.parametrize("decoder", ["vil", "vit"])
+def test_either_decoder_predicts_every_patch(name, decoder):
+    objective = mae(name, decoder=decoder, decoder_heads=2)
+    images = batch().views[0]
+    keep, _ = objective.mask(torch.arange(3), PROGRESS, images.device)
+    predicted = objective.decode(objective.encode(images, keep), keep)
+    assert predicted.shape == (3, 24, 48)
+    # What the first kept token holds, every patch may hear of.
+    latent = objective.encode(images, keep).detach().requires_grad_()
+    gradient = torch.autograd.grad(objective.decode(latent, keep)[:, -1].sum(), latent)[0]
+    assert gradient[:, 0].any()
+
+
+@pytest.mark.parametrize("kind", ["block", "row"])
+def test_other_masks_keep_the_ratio(kind):
+    objective = mae(mask=kind)
+    keep, hidden = objective.mask(torch.arange(20), PROGRESS, torch.device("cpu"))
+    assert keep.shape == (20, 6)
+    assert hidden.sum(dim=1).unique().tolist() == [18]
+    assert not torch.equal(keep, mae().mask(torch.arange(20), PROGRESS, torch.device("cpu"))[0])
+
+
+def test_heads_must_divide_the_width():
+    with pytest.raises(UserError, match=r"objective\.decoder_heads = 5 does not divide objective\.decoder_dim = 32"):
+        mae(decoder="vit", decoder_heads=5)
 
 
 def test_masks_are_uniform():

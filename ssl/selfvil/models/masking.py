@@ -120,12 +120,12 @@ def token_grid(backbone: nn.Module, image_size: Sequence[int]) -> tuple[int, int
     return _takes_tokens(backbone).patch_embed.dynamic_feat_size((height, width))
 
 
-def encode_kept(backbone: nn.Module, images: Tensor, keep: Tensor) -> Tensor:
+def encode_kept(backbone: nn.Module, images: Tensor, keep: Tensor, with_prefix: bool = False) -> Tensor:
     """Encode only the kept patches of images (B, chans, H·P, W·P); returns their tokens (B, K, C), final norm included.
 
     Works for any backbone with `forward_tokens`, as `VisionLSTM`, and, for comparison, for timm's `VisionTransformer`,
-    whose prefix tokens (class, registers) pass through the blocks and are cut off at the end. Positions are added
-    before anything is dropped.
+    whose prefix tokens (class, registers) pass through the blocks and are cut off at the end, unless `with_prefix`
+    asks for them: (B, R + K, C). Positions are added before anything is dropped.
 
     Raises:
         UserError: any other architecture.
@@ -139,7 +139,7 @@ def encode_kept(backbone: nn.Module, images: Tensor, keep: Tensor) -> Tensor:
     x = encoder._pos_embed(encoder.patch_embed(images))
     x = encoder.norm_pre(torch.cat([x[:, :prefix], gather_tokens(x[:, prefix:], keep)], dim=1))
     x = checkpoint_seq(encoder.blocks, x) if encoder.grad_checkpointing else encoder.blocks(x)
-    return encoder.norm(x)[:, prefix:]
+    return encoder.norm(x)[:, 0 if with_prefix else prefix :]
 
 
 def encode_masked(backbone: nn.Module, images: Tensor, masked: Tensor, mask_token: Tensor) -> Tensor:

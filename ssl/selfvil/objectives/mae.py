@@ -6,20 +6,25 @@ them all, and learn from the error on the hidden ones. Two things are different 
 - the kept tokens stay in reading order (MAE shuffles them, which a transformer does not notice);
 - the backbone's convolution sees each kept token at its true place on the grid, and zeros where tokens are hidden.
 
-Shapes: B images, N = H·W patches of the grid, K kept ones, P = patch side, C channels, D width of the decoder.
+On timm's `VisionTransformer` with `decoder: vit` the loss and its gradients are those of the published code.
+
+Shapes: B images, N = H·W patches of the grid, K kept ones, R prefix tokens of a transformer, P = patch side, C
+channels, D width of the decoder.
 """
 
+from functools import partial
 from typing import Literal
 
 import torch
 from pydantic import Field
 from timm.layers import build_sincos2d_pos_embed
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from selfvil.data.views import RandomCropFlip
 from selfvil.errors import UserError
 from selfvil.models.blocks import ViLBlockPair
-from selfvil.models.masking import encode_kept, keep_from_noise, scatter_tokens, token_grid
+from selfvil.models.masking import encode_kept, kept_ids, sample_mask, scatter_tokens, token_grid
 from selfvil.objectives.base import Batch, ImageSpec, Objective, Progress, StepOutput, View, keyed_noise
 from selfvil.recipe import Section
 
@@ -30,10 +35,16 @@ class MAESettings(Section):
     name: Literal["mae"] = "mae"
     mask_ratio: float = Field(0.75, gt=0, lt=1)
     """Share of the patches that are hidden."""
+    mask: Literal["random", "block", "row"] = "random"
+    """What is hidden: single patches (the paper's), rectangles over one another, or whole rows of patches."""
+    decoder: Literal["vil", "vit"] = "vil"
+    """Blocks of the decoder: pairs of ViL blocks, or transformer layers as published."""
     decoder_dim: int = Field(512, ge=16, multiple_of=8)
     """Width of the decoder's tokens."""
     decoder_depth: int = Field(4, ge=1)
-    """Pairs of ViL blocks in the decoder (a pair costs about one transformer layer)."""
+    """Pairs of ViL blocks (a pair costs about one transformer layer) or transformer layers (8 as published)."""
+    decoder_heads: int = Field(16, ge=1)
+    """Attention heads in each transformer layer of the decoder; they divide decoder_dim."""
     normalise_targets: bool = True
     """Predict each patch with its own mean taken off and its own deviation divided out."""
     crop_scale: tuple[float, float] = (0.2, 1.0)
@@ -71,14 +82,27 @@ class MAE(Objective):
         self.decoder_embed = nn.Linear(int(backbone.embed_dim), dim)  # type: ignore[arg-type]  # a number, in timm
         self.mask_token = nn.Parameter(torch.zeros(dim))
         # Fixed positions, so that the decoder has no other way of knowing what belongs where.
-        self.register_buffer("decoder_pos", build_sincos2d_pos_embed(list(self.grid), dim), persistent=False)
-        self.decoder = nn.ModuleList(ViLBlockPair(dim) for _ in range(settings.decoder_depth))
+        self.register_buffer("decoder_pos", fixed_positions(self.grid, dim), persistent=False)
+        self.decoder = nn.ModuleList(self._decoder_block() for _ in range(settings.decoder_depth))
         self.decoder_norm = nn.LayerNorm(dim, eps=1e-6)
         self.decoder_head = nn.Linear(dim, image.patch_size**2 * image.in_chans)
         nn.init.normal_(self.mask_token, std=0.02)
         for linear in (self.decoder_embed, self.decoder_head):
             nn.init.xavier_uniform_(linear.weight)
             nn.init.zeros_(linear.bias)
+
+    def _decoder_block(self) -> nn.Module:
+        dim, heads = self.settings.decoder_dim, self.settings.decoder_heads
+        if self.settings.decoder == "vil":
+            return ViLBlockPair(dim)
+        if dim % heads:
+            raise UserError(f"objective.decoder_heads = {heads} does not divide objective.decoder_dim = {dim}")
+        block = Block(dim, heads, qkv_bias=True, norm_layer=partial(nn.LayerNorm, eps=1e-6))
+        for linear in block.modules():
+            if isinstance(linear, nn.Linear):
+                nn.init.xavier_uniform_(linear.weight)
+                nn.init.zeros_(linear.bias)
+        return block
 
     def views(self) -> list[View]:
         image, settings = self.image, self.settings
@@ -87,32 +111,36 @@ class MAE(Objective):
     def forward(self, batch: Batch, progress: Progress) -> StepOutput:
         images = batch.views[0]
         keep, hidden = self.mask(batch.positions, progress, images.device)
-        predicted = self.decode(encode_kept(self.backbone, images, keep), keep)  # (B, N, P·P·C)
-        error = (predicted.float() - self.targets(images)).square().mean(dim=-1)  # (B, N)
+        predicted = self.decode(self.encode(images, keep), keep)  # (B, N, P·P·C)
+        error = (predicted - self.targets(images)).square().mean(dim=-1)  # (B, N)
         loss = (error * hidden).sum() / hidden.sum()
         return StepOutput(loss)
 
     def mask(self, positions: Tensor, progress: Progress, device: torch.device) -> tuple[Tensor, Tensor]:
         """Ids of the kept patches (B, K), ascending, and a mask (B, N) that is 1 where a patch is hidden."""
         noise = keyed_noise(progress.seed, positions, self.num_patches, device)
-        keep = keep_from_noise(noise, self.num_keep)
-        return keep, torch.ones_like(noise).scatter_(1, keep, 0.0)
+        hidden = sample_mask(self.settings.mask, noise, self.grid, self.num_patches - self.num_keep)
+        return kept_ids(hidden, self.num_keep), hidden.to(noise.dtype)
+
+    def encode(self, images: Tensor, keep: Tensor) -> Tensor:
+        """Kept tokens (B, K, C), after the prefix tokens (B, R, C) if the decoder is a transformer, as the backbone."""
+        return encode_kept(self.backbone, images, keep, with_prefix=self.settings.decoder == "vit")
 
     def decode(self, latent: Tensor, keep: Tensor) -> Tensor:
-        """Predict every patch (B, N, P·P·C) from the kept tokens (B, K, C)."""
-        x = scatter_tokens(self.decoder_embed(latent), keep, self.mask_token, self.num_patches)
-        x = x + self.decoder_pos.to(x.dtype)
-        for pair in self.decoder:
-            x = pair(x, self.grid)
-        return self.decoder_head(self.decoder_norm(x))
+        """Predict every patch (B, N, P·P·C), float32 or better, from tokens (B, R + K, C) as `encode` gives them."""
+        x = self.decoder_embed(latent)
+        num_prefix = latent.shape[1] - keep.shape[1]
+        prefix, x = x[:, :num_prefix], x[:, num_prefix:]  # only patches have positions
+        x = scatter_tokens(x, keep, self.mask_token, self.num_patches) + self.decoder_pos.to(x.dtype)
+        x = torch.cat([prefix, x], dim=1) if num_prefix else x
+        for block in self.decoder:
+            x = block(x, self.grid) if isinstance(block, ViLBlockPair) else block(x)
+        predicted = self.decoder_head(self.decoder_norm(x))[:, num_prefix:]
+        return predicted.to(torch.promote_types(predicted.dtype, torch.float32))
 
     def targets(self, images: Tensor) -> Tensor:
-        """Pixels of each patch (B, N, P·P·C), float32, normalised within the patch if the settings say so."""
-        patches = patchify(images.float(), self.image.patch_size)
-        if not self.settings.normalise_targets:
-            return patches
-        variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
-        return (patches - mean) / (variance + 1e-6).sqrt()
+        """Pixels of each patch (B, N, P·P·C), normalised within the patch if the settings say so."""
+        return pixel_targets(images, self.image.patch_size, self.settings.normalise_targets)
 
     @torch.no_grad()
     def trivial_loss(self, batch: Batch) -> Tensor:
@@ -127,22 +155,49 @@ class MAE(Objective):
         """
         images = batch.views[0][:8].float()
         keep, hidden = self.mask(batch.positions[:8], progress, images.device)
-        predicted = self.decode(encode_kept(self.backbone, images, keep), keep).float()
-        patches = patchify(images, self.image.patch_size)
-        if self.settings.normalise_targets:
-            variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
-            predicted = predicted * (variance + 1e-6).sqrt() + mean
-        hidden = hidden.unsqueeze(-1)
-        columns = [
-            unpatchify(tokens, self.grid, self.image.patch_size)
-            for tokens in (patches, patches * (1 - hidden), patches * (1 - hidden) + predicted * hidden)
-        ]
-        mean, std = (
-            torch.tensor(values, device=images.device).view(-1, 1, 1) for values in (self.image.mean, self.image.std)
-        )
-        rows = torch.cat([column * std + mean for column in columns], dim=-1)  # (B, C, H, 3·W)
-        sheet = torch.cat(list(rows), dim=-2)[:3]
-        return sheet.expand(3, -1, -1).clamp(0, 1)
+        predicted = self.decode(self.encode(images, keep), keep).float()
+        return reconstruction(images, hidden, predicted, self.image, self.settings.normalise_targets)
+
+
+def fixed_positions(grid: tuple[int, int], dim: int) -> Tensor:
+    """Sines and cosines of column and row, (N, D), with the channels in the published order."""
+    row_sin, column_sin, row_cos, column_cos = build_sincos2d_pos_embed(list(grid), dim).chunk(4, dim=-1)
+    return torch.cat([column_sin, column_cos, row_sin, row_cos], dim=-1)
+
+
+def pixel_targets(images: Tensor, patch_size: int, normalise: bool) -> Tensor:
+    """Pixels of each patch (B, N, P·P·C), float32 or better, with mean 0 and deviation 1 in each if `normalise`."""
+    patches = patchify(images.to(torch.promote_types(images.dtype, torch.float32)), patch_size)
+    if not normalise:
+        return patches
+    variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
+    return (patches - mean) / (variance + 1e-6).sqrt()
+
+
+def reconstruction(images: Tensor, hidden: Tensor, predicted: Tensor, image: ImageSpec, normalised: bool) -> Tensor:
+    """Rows of three, as an RGB picture (3, B·H, 3·W) in [0, 1]: image, what is left of it, and the hidden filled in.
+
+    Args:
+        images: (B, C, H, W), float32.
+        hidden: (B, N), 1 where a patch is hidden.
+        predicted: (B, N, P·P·C).
+        image: the images' patches and statistics.
+        normalised: predictions are of normalised patches, and are put back on the true patch's mean and deviation.
+    """
+    grid = (images.shape[2] // image.patch_size, images.shape[3] // image.patch_size)
+    patches = patchify(images, image.patch_size)
+    if normalised:
+        variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
+        predicted = predicted * (variance + 1e-6).sqrt() + mean
+    hidden = hidden.unsqueeze(-1)
+    columns = [
+        unpatchify(tokens, grid, image.patch_size)
+        for tokens in (patches, patches * (1 - hidden), patches * (1 - hidden) + predicted * hidden)
+    ]
+    mean, std = (torch.tensor(values, device=images.device).view(-1, 1, 1) for values in (image.mean, image.std))
+    rows = torch.cat([column * std + mean for column in columns], dim=-1)  # (B, C, H, 3·W)
+    sheet = torch.cat(list(rows), dim=-2)[:3]
+    return sheet.expand(3, -1, -1).clamp(0, 1)
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:
