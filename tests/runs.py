@@ -12,13 +12,21 @@ from selfvil.recipe import Recipe, load
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
-PACKAGED = {"mae": "demo", "dino": "cifar10_dino"}
+PACKAGED = {
+    "mae": "demo",
+    "simmim": "cifar10_simmim",
+    "autoregressive": "cifar10_autoregressive",
+    "dino": "cifar10_dino",
+}
 """Objective -> the packaged recipe that is made small."""
 
+_GREY = ["model.in_chans=1", "data.mean=[0.3]", "data.std=[0.37]"]
 _SMALL = {
     "mae": ["objective.decoder_dim=32", "objective.decoder_depth=1"],
+    "simmim": [*_GREY],
+    "autoregressive": [*_GREY, "objective.decoder_dim=32", "objective.decoder_depth=1", "objective.decoder_heads=2"],
     "dino": [
-        "model.in_chans=1", "data.mean=[0.3]", "data.std=[0.37]", "objective.local_crop_size=8",
+        *_GREY, "objective.local_crop_size=8",
         "objective.local_crops=2", "objective.out_dim=64", "objective.hidden_dim=64", "objective.bottleneck_dim=16",
     ],
 }  # fmt: skip

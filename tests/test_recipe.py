@@ -146,8 +146,9 @@ DESIGN = {
 def test_designs_of_vil_reach_the_backbone():
     recipe = load("mae_vil_t", [f"model.{key}={value}" for key, value in DESIGN.items()])
     kwargs = recipe.model.create_kwargs()
-    assert {key: kwargs[key] for key in DESIGN} == {**DESIGN, "conv": None}
+    assert {key: kwargs[key] for key in DESIGN} == DESIGN
     backbone = timm.create_model(recipe.model.name, **kwargs | {"depth": 1})
+    assert [name for name, _ in backbone.named_modules() if name.endswith("conv")] == []
     assert backbone.reg_token.shape[1] == 3
     assert not set(DESIGN) & set(load("mae_vil_t").model.create_kwargs()) - {"drop_path_rate"}
 

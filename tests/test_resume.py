@@ -26,7 +26,7 @@ UNSTEADY = {
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("objective", ["mae", "dino"])
+@pytest.mark.parametrize("objective", ["mae", "simmim", "autoregressive", "dino"])
 def test_a_paused_run_goes_on_bit_for_bit(digit_shards, tmp_path, objective, workers):
     """Stopped after steps 1, 2 and 3, then after the fifth, where a checkpoint was due anyway."""
     more = [f"data.workers={workers}", "budget.steps=7", "monitor.log_every=7", *UNSTEADY[objective]]

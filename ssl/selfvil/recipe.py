@@ -50,6 +50,8 @@ class ModelSection(Section):
     """Width of a token; null keeps the named model's own."""
     depth: int | None = Field(None, ge=1)
     """Layers (for ViL: pairs of blocks); null keeps the named model's own."""
+    num_heads: int | None = Field(None, ge=1)
+    """Attention heads of a transformer, which divide embed_dim; null keeps the named model's own."""
     drop_path_rate: float = Field(0.0, ge=0, lt=1)
     """Probability of skipping a block for a sample during training (stochastic depth)."""
     drop_path_uniform: bool | None = None
@@ -120,11 +122,10 @@ class ModelSection(Section):
             "drop_path_rate": self.drop_path_rate,
         }
         optional = (
-            "embed_dim", "depth", "drop_path_uniform", "init_values", "traversal", "conv", "global_pool",
+            "embed_dim", "depth", "num_heads", "drop_path_uniform", "init_values", "traversal", "conv", "global_pool",
             "num_registers", "pos_embed",
         )  # fmt: skip
-        kwargs |= {key: value for key in optional if (value := getattr(self, key)) is not None}
-        return kwargs | ({"conv": None} if self.conv == "none" else {})
+        return kwargs | {key: value for key in optional if (value := getattr(self, key)) is not None}
 
 
 class DataSection(Section):

@@ -28,8 +28,9 @@ QKV_BLOCK = 4
 """Width of the diagonal blocks that the projections to q, k and v consist of."""
 MERGED_BLOCK = 32
 """Most width of the blocks that are really multiplied: fewer products with zeros in them beat many tiny ones."""
-CONVS = ("2d", "causal1d", None)
-"""Before q and k: 3 × 3 on the grid (version 2), 4 tokens back along the sequence (version 1), or none."""
+CONVS = ("2d", "causal1d", "none", None)
+"""Before q and k: 3 × 3 on the grid (version 2), 4 tokens back along the sequence (version 1), or none, which is a word
+too, because timm.create_model hands no None on."""
 
 
 class ResidualLayerNorm(nn.Module):

@@ -7,6 +7,8 @@ from selfvil.errors import UserError
 
 OBJECTIVES = {
     "mae": ("selfvil.objectives.mae", "MAE", "MAESettings"),
+    "simmim": ("selfvil.objectives.simmim", "SimMIM", "SimMIMSettings"),
+    "autoregressive": ("selfvil.objectives.autoregressive", "Autoregressive", "AutoregressiveSettings"),
     "dino": ("selfvil.objectives.dino", "DINO", "DINOSettings"),
 }
 

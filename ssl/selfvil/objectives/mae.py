@@ -13,7 +13,7 @@ channels, D width of the decoder.
 """
 
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -97,7 +97,8 @@ class MAE(Objective):
             return ViLBlockPair(dim)
         if dim % heads:
             raise UserError(f"objective.decoder_heads = {heads} does not divide objective.decoder_dim = {dim}")
-        block = Block(dim, heads, qkv_bias=True, norm_layer=partial(nn.LayerNorm, eps=1e-6))
+        norm: Any = partial(nn.LayerNorm, eps=1e-6)  # timm asks for a class, and needs no more than this
+        block = Block(dim, heads, qkv_bias=True, norm_layer=norm)
         for linear in block.modules():
             if isinstance(linear, nn.Linear):
                 nn.init.xavier_uniform_(linear.weight)
