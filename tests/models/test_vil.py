@@ -133,7 +133,7 @@ def test_extra_tokens_must_fit_the_pooling():
     ("settings", "message"),
     [
         ({"traversal": "spiral"}, "choose one of: alternating, unidirectional"),
-        ({"conv": "3d"}, "choose one of: '2d', 'causal1d', None"),
+        ({"conv": "3d"}, "choose one of: '2d', 'causal1d', 'none', None"),
         ({"depth": 1.25}, "multiple of 0.5, got 1.25"),
         ({"pos_embed": "rope"}, "choose one of: learn, sincos"),
     ],
