@@ -1,4 +1,4 @@
-"""Products of the mLSTM over blocks of rows: time grows with N², memory with N.
+"""Products of the mLSTM over blocks of rows: time grows with N², memory with N, but for bfloat16's scores.
 
 A block of rows touches no column that none of its rows sees, so about half of the N × N scores is never computed. The
 backward pass computes scores and decay anew from the inputs rather than keep them. What the symbols mean, and where
@@ -23,12 +23,15 @@ def products(
     q: Tensor, k: Tensor, v: Tensor, a: Tensor, row_max: Tensor, limit: Tensor, reverse: bool
 ) -> tuple[Tensor, Tensor]:
     """h (B·H, N, D), and the row sums of C (B·H, N)."""
+    full = q.dtype == a.dtype
     h, row_sum, root = torch.empty_like(v), torch.empty_like(a), math.sqrt(q.shape[-1])
+    whole = None if full else q @ k.mT
     for rows, cols, square in _blocks(q.shape[1], reverse):
-        weights = times(q[:, rows] @ k[:, cols].mT, decay(a[:, cols], row_max[:, rows], square, reverse))
+        scores = q[:, rows] @ k[:, cols].mT if whole is None else whole[:, rows, cols]
+        weights = decay(a[:, cols], row_max[:, rows], square, reverse).mul_(scores)
         row_sum[:, rows] = weights.sum(-1) / root
         row_scale = 1 / (root * denominator(row_sum[:, rows], limit[:, rows]).unsqueeze(-1))
-        if v.dtype == a.dtype:
+        if full:
             h[:, rows] = (weights @ v[:, cols]).mul_(row_scale)
         else:  # rounded once, when all is in it
             h[:, rows] = weights.mul_(row_scale).to(v.dtype) @ v[:, cols]
@@ -40,34 +43,47 @@ def gradients(
     reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k and v from that of h; r = h · dh, and column sums of C ∘ dC, (B·H, N)."""
-    full = q.dtype == a.dtype
     row_scale = 1 / (math.sqrt(q.shape[-1]) * den).unsqueeze(-1)
-    dq, r, da = torch.empty_like(q), (h * dh).sum(-1, dtype=a.dtype), torch.zeros_like(a)
-    if full:
-        scaled_q, scaled_dh, scaled_dn = q * row_scale, dh * row_scale, -(sign * r).unsqueeze(-1) * row_scale
-    blocks = _blocks(q.shape[1], reverse)
-    for index, (rows, cols, square) in enumerate(blocks):
+    if q.dtype != a.dtype:
+        return _rounded_gradients(q, k, v, dh, sign, a, row_max, row_scale, reverse)
+    dq, r = torch.empty_like(q), (h * dh).sum(-1)
+    scaled_q, scaled_dh, scaled_dn = q * row_scale, dh * row_scale, -(sign * r).unsqueeze(-1) * row_scale
+    for index, (rows, cols, square) in enumerate(_blocks(q.shape[1], reverse)):
         kept = decay(a[:, cols], row_max[:, rows], square, reverse)
-        if full:
-            weights = (scaled_q[:, rows] @ k[:, cols].mT).mul_(kept)
-            d_scores = torch.baddbmm(scaled_dn[:, rows], scaled_dh[:, rows], v[:, cols].mT).mul_(kept)
-        else:  # sums before rounding, and rounded once, when all is in it
-            kept *= row_scale[:, rows]
-            weights, d_weights = q[:, rows] @ k[:, cols].mT * kept, dh[:, rows] @ v[:, cols].mT
-            both = weights * d_weights
-            r[:, rows] = both.sum(-1)
-            dn = -(sign[:, rows] * r[:, rows]).unsqueeze(-1)
-            da[:, cols] += both.sum(-2) + (weights.mT @ dn).squeeze(-1)
-            weights, d_scores = weights.to(q.dtype), (d_weights + dn).mul_(kept).to(q.dtype)
+        weights = (scaled_q[:, rows] @ k[:, cols].mT).mul_(kept)
+        d_scores = torch.baddbmm(scaled_dn[:, rows], scaled_dh[:, rows], v[:, cols].mT).mul_(kept)
         dq[:, rows] = d_scores @ k[:, cols]
         if index == 0:  # this block sees all columns
             dk, dv = d_scores.mT @ q[:, rows], weights.mT @ dh[:, rows]
-            if len(blocks) > 1:  # sums of many products, in float32
-                dk, dv = dk.to(a.dtype), dv.to(a.dtype)
         else:
-            _add_product(dk[:, cols], d_scores.mT, q[:, rows])
-            _add_product(dv[:, cols], weights.mT, dh[:, rows])
-    return dq, dk, dv, r, (k * dk).sum(-1) if full else da
+            dk[:, cols].baddbmm_(d_scores.mT, q[:, rows])
+            dv[:, cols].baddbmm_(weights.mT, dh[:, rows])
+    return dq, dk, dv, r, (k * dk).sum(-1)
+
+
+def _rounded_gradients(
+    q: Tensor, k: Tensor, v: Tensor, dh: Tensor, sign: Tensor, a: Tensor, row_max: Tensor, row_scale: Tensor,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The same where q is less precise than a: sums run before rounding, and values are rounded once, at the end.
+
+    Only what lies between the products goes by blocks of rows: low-precision products are so fast that whole ones, of
+    N × N entries of 2 bytes, cost less than to copy slices of their inputs, which oneDNN would do, and than to add up
+    parts of dk and dv in float32.
+    """
+    r, da = torch.empty_like(a), torch.zeros_like(a)
+    weights, d_scores = q @ k.mT, dh @ v.mT  # so far without decay and scale, and for hidden columns too
+    for rows, cols, square in _blocks(q.shape[1], reverse):
+        kept = decay(a[:, cols], row_max[:, rows], square, reverse).mul_(row_scale[:, rows])
+        block, d_block = kept * weights[:, rows, cols], d_scores[:, rows, cols].to(a.dtype)
+        weights[:, rows, cols] = block
+        r[:, rows] = torch.linalg.vecdot(block, d_block)
+        d_block -= (sign[:, rows] * r[:, rows]).unsqueeze(-1)
+        da[:, cols] += block.mul_(d_block).sum(-2)
+        d_scores[:, rows, cols] = kept.mul_(d_block)
+        hidden = slice(0, cols.start) if reverse else slice(cols.stop, None)
+        weights[:, rows, hidden], d_scores[:, rows, hidden] = 0, 0
+    return d_scores @ k, d_scores.mT @ q, weights.mT @ dh, r, da
 
 
 def decay(a: Tensor, row_max: Tensor, square: slice, reverse: bool) -> Tensor:
@@ -96,14 +112,6 @@ def times(product: Tensor, factor: Tensor) -> Tensor:
 def plus(product: Tensor, summand: Tensor) -> Tensor:
     """product + summand in the dtype of `summand`, the more precise one; in place where it can be."""
     return product.add_(summand) if product.dtype == summand.dtype else product + summand
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right, in one go unless `total` is the more precise, as it is for bfloat16 products."""
-    if total.dtype == left.dtype:
-        total.baddbmm_(left, right)
-    else:
-        total += left @ right
 
 
 def _blocks(num_tokens: int, reverse: bool) -> list[tuple[slice, slice, slice]]:
