@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from timm.models import group_parameters
+from torch._dynamo.testing import CompileCounter
 
 from selfvil.models import VisionLSTM
 from selfvil.models.positions import resample_positions
@@ -50,7 +51,7 @@ def test_any_grid_will_do(image):
 
 
 def test_an_image_that_patches_do_not_divide_is_refused():
-    with pytest.raises(AssertionError, match="divisible by patch size"):
+    with pytest.raises(ValueError, match="no grid of 4x4 patches: both sides must be multiples"):
         small()(torch.randn(1, 3, 30, 32))
 
 
@@ -354,6 +355,17 @@ def test_exports_to_a_graph():
 
 
 @pytest.mark.slow
+def test_compiled_sizes_do_not_each_compile_anew():
+    """One graph for the first size and one for all others, until the mLSTM changes its form."""
+    counter = CompileCounter()
+    model = VisionLSTM(img_size=64, patch_size=16, embed_dim=32, depth=1, num_classes=5)
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    for size in [(64, 64), (96, 96), (128, 128), (96, 192), (224, 160), (64, 64)]:
+        images = torch.randn(2, 3, *size)
+        torch.testing.assert_close(compiled(images), model(images))
+    assert counter.frame_count == 2
+
+
 def test_compiles_whole():
     model, images = small(depth=1), torch.randn(2, 3, 32, 32)
     compiled = torch.compile(model, fullgraph=True)

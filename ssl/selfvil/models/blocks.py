@@ -41,6 +41,7 @@ TRAVERSALS = {
 }
 
 
+@register_notrace_module
 class OverlappingPatchEmbed(PatchEmbed):
     """timm's patch embedding with a stride, in pixels, that may be less than the patch; None takes the patch.
 
@@ -52,6 +53,16 @@ class OverlappingPatchEmbed(PatchEmbed):
         self.overlap = stride is not None
         if stride is not None:
             self.proj.stride = (stride, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (B, C, H, W) to tokens (B, H', W', dim). Raises ValueError if sides are not whole patches."""
+        # timm's own has the sizes in its assertions' messages, for which torch.compile would compile each size anew.
+        if x.shape[-2] % self.patch_size[0] or x.shape[-1] % self.patch_size[1]:
+            raise ValueError(
+                f"an image of {x.shape[-2]}x{x.shape[-1]} pixels is no grid of {self.patch_size[0]}x"
+                f"{self.patch_size[1]} patches: both sides must be multiples of the patch's"
+            )
+        return self.norm(self.proj(x).permute(0, 2, 3, 1))
 
     def set_input_size(self, img_size=None, patch_size=None) -> None:
         stride = self.proj.stride
