@@ -17,6 +17,7 @@ PACKAGED = {
     "simmim": "cifar10_simmim",
     "autoregressive": "cifar10_autoregressive",
     "dino": "cifar10_dino",
+    "lejepa": "cifar10_lejepa",
 }
 """Objective -> the packaged recipe that is made small."""
 
@@ -28,6 +29,10 @@ _SMALL = {
     "dino": [
         *_GREY, "objective.local_crop_size=8",
         "objective.local_crops=2", "objective.out_dim=64", "objective.hidden_dim=64", "objective.bottleneck_dim=16",
+    ],
+    "lejepa": [
+        *_GREY, "objective.local_crop_size=8", "objective.local_crops=2", "objective.out_dim=16",
+        "objective.hidden_dim=64", "objective.sigreg_directions=64",
     ],
 }  # fmt: skip
 

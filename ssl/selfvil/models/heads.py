@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from timm.layers import Format, PatchEmbed
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.distributed import nn as distributed_nn
 
 from selfvil.errors import UserError
 from selfvil.models.pooling import avg, bilateral_concat, middle_patch
@@ -144,3 +145,45 @@ class ProjectionHead(nn.Module):
         x = F.normalize(self.mlp(x).float(), dim=-1)
         prototypes = F.normalize(self.last_layer.float(), dim=-1) * self.last_layer_length
         return F.linear(x, prototypes)
+
+
+class BatchNorm(nn.Module):
+    """Batch norm (Ioffe & Szegedy, 2015) over the batches of all processes together, by the batch's own statistics.
+
+    Without running ones: a head that is thrown away after pretraining has no use for them. torch's SyncBatchNorm works
+    on GPUs alone. Processes must have batches of equal size.
+    """
+
+    def __init__(self, dim: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.weight, self.bias, self.eps = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.zeros(dim)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, D) to (B, D), float32 or better."""
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        centred = x - mean_of_processes(x.mean(dim=0))
+        variance = mean_of_processes(centred.square().mean(dim=0))
+        return centred * (variance + self.eps).rsqrt() * self.weight + self.bias
+
+
+def mean_of_processes(x: Tensor) -> Tensor:
+    """The mean of what all processes call this with; gradients flow back to each of them."""
+    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
+        return x
+    return distributed_nn.all_reduce(x) / distributed.get_world_size()
+
+
+class MLPHead(nn.Module):
+    """A perceptron of three linear layers with batch norm and ReLU between them: the projector of LeJEPA and others."""
+
+    def __init__(self, in_dim: int, out_dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(in_dim, hidden_dim, bias=False), BatchNorm(hidden_dim), nn.ReLU(),
+            nn.Linear(hidden_dim, hidden_dim, bias=False), BatchNorm(hidden_dim), nn.ReLU(),
+            nn.Linear(hidden_dim, out_dim),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Vectors (B, D) to vectors (B, K), in the dtype it computes in."""
+        return self.mlp(x)

@@ -10,6 +10,7 @@ OBJECTIVES = {
     "simmim": ("selfvil.objectives.simmim", "SimMIM", "SimMIMSettings"),
     "autoregressive": ("selfvil.objectives.autoregressive", "Autoregressive", "AutoregressiveSettings"),
     "dino": ("selfvil.objectives.dino", "DINO", "DINOSettings"),
+    "lejepa": ("selfvil.objectives.lejepa", "LeJEPA", "LeJEPASettings"),
 }
 
 

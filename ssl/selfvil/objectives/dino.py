@@ -12,7 +12,7 @@ import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain, groupby
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -104,11 +104,7 @@ class DINO(Objective):
     def __init__(self, backbone: nn.Module, settings: DINOSettings, image: ImageSpec) -> None:
         super().__init__()
         self.settings, self.image = settings, image
-        if settings.local_crops and any(side < 1 or side % image.patch_size for side in settings.local_crop_size):
-            raise UserError(
-                f"objective.local_crop_size = {list(settings.local_crop_size)} is not divisible by "
-                f"model.patch_size = {image.patch_size}: both sides must be multiples of it"
-            )
+        refuse_cut_patches(settings, image)
         take_any_size(backbone)
         self.readout, width = choose_readout(backbone, settings.readout)
         self.backbone = backbone
@@ -123,18 +119,7 @@ class DINO(Objective):
         self.center = Center(settings.out_dim, settings.center_momentum)
 
     def views(self) -> list[View]:
-        def crop(size: Any, scale: tuple[float, float], blur: float, solarise: float = 0.0) -> View:
-            blur = blur if self.settings.blur else 0.0
-            return DINOCrop(
-                size, scale, self.image.mean, self.image.std, blur=blur, solarise=solarise, flip=self.settings.flip
-            )
-
-        large, small = self.settings.global_crop_scale, self.settings.local_crop_scale
-        return [
-            crop(self.image.size, large, blur=1.0),
-            crop(self.image.size, large, blur=0.1, solarise=0.2),
-            *(crop(self.settings.local_crop_size, small, blur=0.5) for _ in range(self.settings.local_crops)),
-        ]
+        return multi_crop(self.settings, self.image)
 
     def forward(self, batch: Batch, progress: Progress) -> StepOutput:
         temperature = self.teacher_temp(progress)
@@ -151,10 +136,8 @@ class DINO(Objective):
         return StepOutput(loss, logs)
 
     def logits(self, backbone: nn.Module, head: nn.Module, crops: Sequence[Tensor]) -> Tensor:
-        """Crops, each (B, C, H, W), to their logits (V, B, K); neighbours of one size share a pass of the backbone."""
-        same_size = (torch.cat(list(group)) for _, group in groupby(crops, key=lambda crop: crop.shape))
-        features = torch.cat([read_out(backbone, images, self.readout) for images in same_size])
-        return head(features).unflatten(0, (len(crops), -1))
+        """Crops, each (B, C, H, W), to their logits (V, B, K)."""
+        return head(read_crops(backbone, crops, self.readout)).unflatten(0, (len(crops), -1))
 
     @torch.no_grad()
     def after_step(self, progress: Progress) -> None:
@@ -188,18 +171,74 @@ class DINO(Objective):
 
     @torch.no_grad()
     def picture(self, batch: Batch, progress: Progress) -> Tensor:
-        """One row for each of up to 8 images: its crops, all at the same scale, large ones first."""
-        height, width = (max(view.shape[axis] for view in batch.views) + 2 for axis in (-2, -1))
-        mean, std = (
-            torch.tensor(values, device=batch.views[0].device).view(-1, 1, 1)
-            for values in (self.image.mean, self.image.std)
+        return sheet_of_crops(batch, self.image)
+
+
+# --- crops -----------------------------------------------------------------------------------------------------------
+
+
+class CropSettings(Protocol):
+    """What the settings of an objective say of its crops; see `DINOSettings`."""
+
+    @property
+    def global_crop_scale(self) -> tuple[float, float]: ...
+    @property
+    def local_crop_scale(self) -> tuple[float, float]: ...
+    @property
+    def local_crops(self) -> int: ...
+    @property
+    def local_crop_size(self) -> tuple[int, int]: ...
+    @property
+    def blur(self) -> bool: ...
+    @property
+    def flip(self) -> bool: ...
+
+
+def refuse_cut_patches(settings: CropSettings, image: ImageSpec) -> None:
+    """Raises UserError where small crops are not whole patches."""
+    if settings.local_crops and any(side < 1 or side % image.patch_size for side in settings.local_crop_size):
+        raise UserError(
+            f"objective.local_crop_size = {list(settings.local_crop_size)} is not divisible by "
+            f"model.patch_size = {image.patch_size}: both sides must be multiples of it"
         )
-        columns = []
-        for view in batch.views:
-            crops = (view[:8].float() * std + mean).clamp(0, 1)
-            columns.append(F.pad(crops, (0, width - view.shape[-1], 0, height - view.shape[-2]), value=1.0))
-        sheet = torch.cat(list(torch.cat(columns, dim=-1)), dim=-2)[:3]
-        return sheet.expand(3, -1, -1)
+
+
+def multi_crop(settings: CropSettings, image: ImageSpec) -> list[View]:
+    """Two large and some small crops, as published."""
+
+    def crop(size: Any, scale: tuple[float, float], blur: float, solarise: float = 0.0) -> View:
+        blur = blur if settings.blur else 0.0
+        return DINOCrop(size, scale, image.mean, image.std, blur=blur, solarise=solarise, flip=settings.flip)
+
+    large, small = settings.global_crop_scale, settings.local_crop_scale
+    return [
+        crop(image.size, large, blur=1.0),
+        crop(image.size, large, blur=0.1, solarise=0.2),
+        *(crop(settings.local_crop_size, small, blur=0.5) for _ in range(settings.local_crops)),
+    ]
+
+
+def read_crops(backbone: nn.Module, crops: Sequence[Tensor], readout: str) -> Tensor:
+    """Crops, each (B, C, H, W), to features (V·B, D); neighbours of one size share a pass of the backbone."""
+    same_size = (torch.cat(list(group)) for _, group in groupby(crops, key=lambda crop: crop.shape))
+    return torch.cat([read_out(backbone, images, readout) for images in same_size])
+
+
+def sheet_of_crops(batch: Batch, image: ImageSpec) -> Tensor:
+    """A picture (3, H, W) of one row for each of up to 8 images: its crops, all at the same scale, large ones first."""
+    height, width = (max(view.shape[axis] for view in batch.views) + 2 for axis in (-2, -1))
+    mean, std = (
+        torch.tensor(values, device=batch.views[0].device).view(-1, 1, 1) for values in (image.mean, image.std)
+    )
+    columns = []
+    for view in batch.views:
+        crops = (view[:8].float() * std + mean).clamp(0, 1)
+        columns.append(F.pad(crops, (0, width - view.shape[-1], 0, height - view.shape[-2]), value=1.0))
+    sheet = torch.cat(list(torch.cat(columns, dim=-1)), dim=-2)[:3]
+    return sheet.expand(3, -1, -1)
+
+
+# --- teacher and centre ----------------------------------------------------------------------------------------------
 
 
 class StaysFloat32(nn.Module):

@@ -1,0 +1,103 @@
+"""LeJEPA: crops of an image are projected to one point, and the points of all images to an isotropic Gaussian.
+
+Balestriero and LeCun, "LeJEPA: Provable and Scalable Self-Supervised Learning Without the Heuristics" (2025,
+arXiv 2511.08544). Crops are drawn towards the mean of an image's large ones. That all images might fall on one point is
+kept off by SIGReg: along random directions, the characteristic function of the projections is compared with that of a
+standard normal variable. There is no teacher, no centre, no temperature. Both terms are lightly's.
+
+Shapes: B images, V crops of each (the first two are large), K dimensions of a projection.
+"""
+
+from typing import Literal
+
+import torch
+from lightly.loss import LeJEPALoss
+from pydantic import Field
+from torch import Tensor, nn
+
+from selfvil.models.heads import MLPHead, choose_readout, take_any_size
+from selfvil.objectives.base import Batch, ImageSpec, Objective, Progress, StepOutput, View
+from selfvil.objectives.dino import Scale, multi_crop, read_crops, refuse_cut_patches, sheet_of_crops
+from selfvil.recipe import Section, Size
+
+
+class LeJEPASettings(Section):
+    """Settings of LeJEPA; the defaults are those of the published code, with crops as DINO disturbs them.
+
+    SIGReg sees the micro-batches of all processes together, and grows with their size: with optim.accumulate above 1 it
+    sees smaller batches, which is not the same run.
+    """
+
+    name: Literal["lejepa"] = "lejepa"
+    readout: Literal["bilateral_concat", "mean", "first", "last", "cls"] | None = None
+    """Tokens that the head sees: first and last side by side, the mean of all, one of them, or a ViT's class token.
+    null takes bilateral_concat for ViL and cls for ViT."""
+    out_dim: int = Field(64, ge=1)
+    """Width K of the projections that are made Gaussian."""
+    hidden_dim: int = Field(2048, ge=1)
+    """Width of the projector's two hidden layers."""
+    sigreg_weight: float = Field(0.05, gt=0, lt=1)
+    """Share of SIGReg in the loss; the rest is the distance between crops. The paper tries 0.01 to 0.1."""
+    sigreg_directions: int = Field(1024, ge=1)
+    """Random directions, new at every step, along which projections are compared with a Gaussian."""
+    global_crop_scale: Scale = (0.3, 1.0)
+    """Range of the share of an image's area that a large crop covers; its size is model.img_size."""
+    local_crop_scale: Scale = (0.05, 0.3)
+    """Range of the share of an image's area that a small crop covers."""
+    local_crops: int = Field(6, ge=1, le=64)
+    """Small crops of each image."""
+    local_crop_size: Size = (96, 96)
+    """Height and width of a small crop, in pixels; both divisible by model.patch_size."""
+    blur: bool = True
+    """Blur some crops by up to 2 pixels, as published for 224-pixel images; too much for images of 32."""
+    flip: bool = True
+    """Flip half of the crops left to right; false where a mirror image means something else, as with digits."""
+
+
+class LeJEPA(Objective):
+    """LeJEPA around `backbone`: a `VisionLSTM`, or timm's `VisionTransformer` for comparison.
+
+    Raises:
+        UserError: small crops are not whole patches, the backbone cannot take crops of several sizes, or it has no
+            token for the readout.
+    """
+
+    def __init__(self, backbone: nn.Module, settings: LeJEPASettings, image: ImageSpec) -> None:
+        super().__init__()
+        self.settings, self.image = settings, image
+        refuse_cut_patches(settings, image)
+        take_any_size(backbone)
+        self.readout, width = choose_readout(backbone, settings.readout)
+        self.backbone = backbone
+        self.head = MLPHead(width, settings.out_dim, settings.hidden_dim)
+        self.loss = LeJEPALoss(
+            settings.sigreg_weight, gather_distributed=True, sigreg_num_vectors=settings.sigreg_directions
+        )
+
+    def views(self) -> list[View]:
+        return multi_crop(self.settings, self.image)
+
+    def forward(self, batch: Batch, progress: Progress) -> StepOutput:
+        projections = self.project(batch.views)
+        with (
+            # cos and sin of what bf16 has rounded, and in bf16 lightly could not even count a batch of 257
+            torch.autocast(projections.device.type, enabled=False),
+            # lightly draws directions from the global generator, at a point that dropped paths have moved; a step has
+            # its own, the same on all processes, and dropped paths do not depend on them
+            torch.random.fork_rng(devices=[projections.device] if projections.is_cuda else []),
+        ):
+            torch.manual_seed(progress.seed * 1_000_003 + progress.step)
+            loss = self.loss(global_proj=projections[:2], local_proj=projections[2:])
+        distance = (projections.detach() - projections[:2].detach().mean(dim=0)).square().mean()
+        share = self.settings.sigreg_weight
+        logs = {"distance": distance, "sigreg": (loss.detach() - (1 - share) * distance) / share}
+        return StepOutput(loss, logs)
+
+    def project(self, crops: list[Tensor]) -> Tensor:
+        """Crops, each (B, C, H, W), to projections (V, B, K), float32 or better."""
+        projections = self.head(read_crops(self.backbone, crops, self.readout)).unflatten(0, (len(crops), -1))
+        return projections.to(torch.promote_types(projections.dtype, torch.float32))
+
+    @torch.no_grad()
+    def picture(self, batch: Batch, progress: Progress) -> Tensor:
+        return sheet_of_crops(batch, self.image)
