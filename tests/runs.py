@@ -5,7 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import timm
 import torch
+from safetensors.torch import save_file
 
 from selfvil import checkpoint
 from selfvil.recipe import Recipe, load
@@ -18,6 +20,7 @@ PACKAGED = {
     "autoregressive": "cifar10_autoregressive",
     "dino": "cifar10_dino",
     "lejepa": "cifar10_lejepa",
+    "distill": "cifar10_distill",
 }
 """Objective -> the packaged recipe that is made small."""
 
@@ -34,19 +37,31 @@ _SMALL = {
         *_GREY, "objective.local_crop_size=8", "objective.local_crops=2", "objective.out_dim=16",
         "objective.hidden_dim=64", "objective.sigreg_directions=64",
     ],
+    "distill": [*_GREY, "objective.teacher=test_vit", "objective.teacher_img_size=48"],
 }  # fmt: skip
 
 
 def overrides(objective: str, shards: Path, out: Path, *more: str) -> list[str]:
     """Of the packaged recipe: 12 steps of 40 of the 200 digits, 30,000 parameters, one thread, no doctor."""
+    teacher = [f"objective.teacher_weights={random_teacher(shards)}"] if objective == "distill" else []
     return [
         f"data.train={shards}/digits-*.tar", f"run.out={out}", "data.workers=0", "run.precision=fp32", "run.threads=1",
         "model.img_size=16", "model.patch_size=4", "model.embed_dim=32", "model.depth=1",
-        *_SMALL[objective],
+        *_SMALL[objective], *teacher,
         "optim.batch_size=40", "budget.epochs=null", "budget.samples=null", "budget.steps=12",
         "monitor.log_every=4", "monitor.tensorboard=false", "monitor.pictures_every=null", "monitor.doctor_every=null",
         "run.checkpoint_every=5", *more,
     ]  # fmt: skip
+
+
+def random_teacher(folder: Path, name: str = "test_vit") -> Path:
+    """Weights of a timm model, as the seed draws them, in a file; nothing is downloaded."""
+    path = folder / f"{name}.safetensors"
+    if not path.exists():
+        with torch.random.fork_rng():
+            torch.manual_seed(5)
+            save_file(timm.create_model(name).state_dict(), path)
+    return path
 
 
 def small(objective: str, shards: Path, out: Path, *more: str) -> Recipe:

@@ -24,12 +24,13 @@ UNSTEADY = {
     "simmim": ["model.drop_path_rate=0.2"],
     "autoregressive": ["model.drop_path_rate=0.2"],
     "dino": ["model.drop_path_rate=0.2", "optim.accumulate=2", "objective.freeze_last_layer_epochs=0.4"],
+    "distill": ["model.drop_path_rate=0.2", "optim.accumulate=2"],
     "lejepa": ["model.drop_path_rate=0.2", "optim.accumulate=2"],
 }
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("objective", ["mae", "simmim", "autoregressive", "dino", "lejepa"])
+@pytest.mark.parametrize("objective", ["mae", "simmim", "autoregressive", "dino", "lejepa", "distill"])
 def test_a_paused_run_goes_on_bit_for_bit(digit_shards, tmp_path, objective, workers):
     """Stopped after steps 1, 2 and 3, then after the fifth, where a checkpoint was due anyway."""
     more = [f"data.workers={workers}", "budget.steps=7", "monitor.log_every=7", *UNSTEADY[objective]]

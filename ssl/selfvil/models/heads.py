@@ -76,18 +76,38 @@ def read_out(backbone: nn.Module, images: Tensor, readout: str) -> Tensor:
     Raises UserError for a model without token features.
     """
     features = backbone.forward_features(images)  # type: ignore[operator]  # every timm model has it
+    return READOUTS[readout](*take_apart(backbone, features))
+
+
+def take_apart(backbone: nn.Module, features: Tensor) -> tuple[Tensor, Tensor]:
+    """What `forward_features` of a timm model gives, to prefix tokens (B, P, C) and patches (B, N, C).
+
+    Raises UserError for what are no tokens.
+    """
     if features.ndim == 4:
         channels_last = getattr(backbone, "output_fmt", "NCHW") == "NHWC"
         patches = features.flatten(1, 2) if channels_last else features.flatten(2).mT
-        prefix = patches[:, :0]
-    elif features.ndim == 3:
+        return patches[:, :0], patches
+    if features.ndim == 3:
         prefix, patches = features.tensor_split([getattr(backbone, "num_prefix_tokens", 0)], dim=1)
-    else:
-        raise UserError(
-            f"{type(backbone).__name__} gives features of shape {list(features.shape)}; expected tokens "
-            f"(B, N, C) or a map (B, H, W, C) or (B, C, H, W)."
-        )
-    return READOUTS[readout](prefix, patches)
+        return prefix, patches
+    raise UserError(
+        f"{type(backbone).__name__} gives features of shape {list(features.shape)}; expected tokens "
+        f"(B, N, C) or a map (B, H, W, C) or (B, C, H, W)."
+    )
+
+
+def patch_grid(backbone: nn.Module, features: Tensor, images: Tensor) -> tuple[int, int] | None:
+    """Rows and columns of the patches in what `forward_features` gives for `images`; None if they have no grid."""
+    if features.ndim == 4:
+        axis = 1 if getattr(backbone, "output_fmt", "NCHW") == "NHWC" else 2
+        return features.shape[axis], features.shape[axis + 1]
+    embed: Any = getattr(backbone, "patch_embed", None)
+    if features.ndim != 3 or not hasattr(embed, "dynamic_feat_size"):
+        return None
+    height, width = embed.dynamic_feat_size(images.shape[-2:])
+    patches = features.shape[1] - getattr(backbone, "num_prefix_tokens", 0)
+    return (height, width) if height * width == patches else None
 
 
 def take_any_size(backbone: nn.Module) -> None:

@@ -11,6 +11,7 @@ OBJECTIVES = {
     "autoregressive": ("selfvil.objectives.autoregressive", "Autoregressive", "AutoregressiveSettings"),
     "dino": ("selfvil.objectives.dino", "DINO", "DINOSettings"),
     "lejepa": ("selfvil.objectives.lejepa", "LeJEPA", "LeJEPASettings"),
+    "distill": ("selfvil.objectives.distill", "Distill", "DistillSettings"),
 }
 
 

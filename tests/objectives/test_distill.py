@@ -1,0 +1,272 @@
+"""Distillation: a teacher that nothing changes, saves or exports, and features compared on one grid."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import runs
+from selfvil import checkpoint
+from selfvil.errors import UserError
+from selfvil.export import export, load_export
+from selfvil.monitor.metrics import read_metrics
+from selfvil.objectives.base import ImageSpec, Progress
+from selfvil.objectives.distill import Distill, DistillSettings, feature_loss, onto_grid
+from selfvil.pretrain import build_objective, pretrain
+from selfvil.recipe import Recipe
+
+PROGRESS = Progress(step=0, total_steps=10, steps_per_epoch=5, seed=3)
+STUDENTS = ["vil_nano_patch4_32", "vit_tiny_patch16_224"]
+TEACHERS = ["test_vit", "test_convnext"]
+SPEC = ImageSpec((16, 24), 4, 3, (0.5, 0.4, 0.3), (0.2, 0.2, 0.25))
+
+
+@dataclass
+class Views:
+    views: list[Tensor]
+    positions: Tensor
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> Path:
+    """A folder with the weights of random teachers."""
+    folder = tmp_path_factory.mktemp("weights")
+    for name in TEACHERS:
+        runs.random_teacher(folder, name)
+    return folder
+
+
+def student(name: str = STUDENTS[0]) -> nn.Module:
+    heads = {"num_heads": 2} if name.startswith("vit") else {}
+    return timm.create_model(name, embed_dim=32, depth=2, img_size=(16, 24), patch_size=4, num_classes=0, **heads)
+
+
+def distill(weights: Path, name: str = STUDENTS[0], teacher: str = "test_vit", spec: ImageSpec = SPEC, **settings):
+    torch.manual_seed(0)
+    file = str(weights / f"{teacher}.safetensors")
+    settings = {"teacher": teacher, "teacher_weights": file, "teacher_img_size": (32, 48)} | settings
+    return Distill(student(name), DistillSettings(**settings), spec)
+
+
+def batch(count: int = 3) -> Views:
+    images = torch.randn(count, 3, 16, 24, generator=torch.Generator().manual_seed(1))
+    return Views([images], torch.arange(count))
+
+
+# --- loss ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+@pytest.mark.parametrize("teacher", TEACHERS)
+@pytest.mark.parametrize("kind", ["cosine", "smooth_l1"])
+def test_loss_is_that_of_both_features(weights, name, teacher, kind):
+    """Written out, from what timm's own teacher gives for the images as it is used to them."""
+    objective, images = distill(weights, name, teacher, loss=kind, patch_weight=0.5), batch().views[0]
+    kwargs = {"dynamic_img_size": True} if teacher == "test_vit" else {}
+    reference = timm.create_model(teacher, **kwargs).eval()
+    reference.load_state_dict(load_file(weights / f"{teacher}.safetensors"))
+    mean, std = (torch.tensor(reference.pretrained_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
+    large = F.interpolate(images, (32, 48), mode="bicubic", antialias=True)
+    pixels = large * torch.tensor(SPEC.std).view(3, 1, 1) + torch.tensor(SPEC.mean).view(3, 1, 1)
+    with torch.no_grad():
+        wanted = reference.forward_features((pixels - mean) / std)
+    if teacher == "test_vit":  # 2 x 3 patches of 16 pixels after a class token
+        image, patches = wanted[:, 0], wanted[:, 1:].unflatten(1, (2, 3)).permute(0, 3, 1, 2)
+    else:
+        image, patches = wanted.mean(dim=(2, 3)), wanted
+    patches = F.interpolate(patches, (4, 6), mode="bilinear").flatten(2).mT
+    found = objective.backbone.forward_features(images)
+    tokens = found.flatten(1, 2) if name.startswith("vil") else found[:, 1:]
+    pooled = torch.cat([tokens[:, 0], tokens[:, -1]], dim=1) if name.startswith("vil") else found[:, 0]
+    pairs = [(objective.readout_head(pooled), image), (objective.patch_head(tokens), patches)]
+    if kind == "cosine":
+        losses = [1 - (a * b).sum(-1) / a.norm(dim=-1) / b.norm(dim=-1) for a, b in pairs]
+    else:
+        variances = [wanted.var(-1, correction=0, keepdim=True) for _, wanted in pairs]
+        errors = [(a - (b - b.mean(-1, True)) / (v + 1e-5).sqrt()).abs() for (a, b), v in zip(pairs, variances)]
+        losses = [torch.where(e < 2, e.square() / 4, e - 1) for e in errors]
+    output = objective(batch(), PROGRESS)
+    torch.testing.assert_close(output.logs["readout_loss"], losses[0].mean(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(output.logs["patch_loss"], 0.5 * losses[1].mean(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(output.loss, losses[0].mean() + 0.5 * losses[1].mean(), rtol=1e-4, atol=1e-6)
+
+
+def test_features_move_between_grids():
+    patches = torch.randn(2, 3, 4, 6)
+    assert torch.equal(onto_grid(patches, (4, 6)), patches.flatten(2).mT)
+    torch.testing.assert_close(onto_grid(torch.full((1, 3, 5, 7), 2.0), (4, 6)), torch.full((1, 24, 3), 2.0))
+    rows = torch.arange(8.0).view(1, 1, 8, 1).expand(1, 1, 8, 8)
+    coarse = onto_grid(rows, (4, 4)).view(4, 4)
+    assert torch.equal(coarse, coarse[:, :1].expand(4, 4))
+    assert (coarse[1:, 0] - coarse[:-1, 0]).tolist() == pytest.approx([2, 2, 2], abs=0.3)
+
+
+@pytest.mark.parametrize("kind", ["cosine", "smooth_l1"])
+def test_the_scale_of_a_teacher_does_not_matter(kind):
+    found, wanted = torch.randn(2, 5, 8), torch.randn(2, 5, 8)
+    torch.testing.assert_close(feature_loss(found, 9 * wanted, kind), feature_loss(found, wanted, kind))
+    assert feature_loss(found.bfloat16(), wanted.bfloat16(), kind).dtype == torch.float32
+
+
+def test_a_grey_image_is_shown_in_all_channels(weights):
+    objective = distill_grey(weights)
+    grey = torch.tensor([0.0, 128.0, 255.0]).view(3, 1, 1, 1).expand(3, 1, 32, 48) / 255
+    shown = objective.teacher.present((grey - 0.3) / 0.37)
+    mean, std = (
+        torch.tensor(objective.teacher.backbone.pretrained_cfg[key]).view(1, 3, 1, 1) for key in ("mean", "std")
+    )
+    torch.testing.assert_close(shown, ((grey - mean) / std).expand(3, 3, 32, 48))
+
+
+def distill_grey(weights: Path) -> Distill:
+    backbone = timm.create_model(STUDENTS[0], embed_dim=32, depth=1, img_size=(16, 24), num_classes=0, in_chans=1)
+    file = str(weights / "test_convnext.safetensors")
+    settings = DistillSettings(teacher="test_convnext", teacher_weights=file, teacher_img_size=(32, 48))
+    return Distill(backbone, settings, ImageSpec((16, 24), 4, 1, (0.3,), (0.37,)))
+
+
+# --- the teacher -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_every_parameter_learns_and_the_teacher_is_none(weights, name):
+    objective = distill(weights, name).train()
+    before = {key: value.clone() for key, value in objective.teacher.state_dict().items()}
+    torch.optim.SGD(objective.parameters(), 0.1).zero_grad()
+    objective(batch(), PROGRESS).loss.backward()
+    assert not [n for n, p in objective.named_parameters() if p.grad is None or not p.grad.any()]
+    assert {n.split(".")[0] for n in objective.state_dict()} == {"backbone", "readout_head", "patch_head"}
+    assert not any(p.requires_grad or p.grad is not None for p in objective.teacher.parameters())
+    assert not any(module.training for module in objective.teacher.modules())
+    assert all(torch.equal(value, before[key]) for key, value in objective.teacher.state_dict().items())
+    assert objective.networks == {"student": "backbone."}
+
+
+def test_the_teacher_moves_with_the_student_and_stays_float32(weights):
+    objective = distill(weights).bfloat16()
+    assert all(p.dtype == torch.bfloat16 for p in objective.parameters())
+    assert all(p.dtype == torch.float32 for p in objective.teacher.parameters())
+    objective.to("meta")
+    assert all(tensor.is_meta for tensor in objective.teacher.state_dict().values())
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_one_of_the_two_losses_is_enough(weights, name):
+    images = distill(weights, name, patch_weight=0)
+    patches = distill(weights, name, readout_weight=0)
+    assert images(batch(), PROGRESS).logs.keys() == {"readout_loss"}
+    assert patches(batch(), PROGRESS).logs.keys() == {"patch_loss"}
+    assert not hasattr(images, "patch_head")
+    assert not hasattr(patches, "readout_head")
+
+
+def test_an_exported_run_teaches_itself_without_error(digit_shards, tmp_path):
+    """The teacher is the very network that was exported: a copy of it with heads that change nothing has no loss."""
+    pretrain(runs.small("mae", digit_shards, tmp_path / "old", "budget.steps=2"))
+    folder = export(tmp_path / "old", tmp_path / "export")
+    network = load_export(folder)
+    spec = ImageSpec((16, 16), 4, 1, network.normalisation.mean, network.normalisation.std)
+    objective = Distill(network.backbone, DistillSettings(teacher=str(folder)), spec)
+    for head in (objective.readout_head, objective.patch_head):
+        nn.init.eye_(head.weight)
+        nn.init.zeros_(head.bias)
+    images = torch.stack(
+        [
+            objective.views()[0](Image.fromarray(np.random.default_rng(i).integers(0, 256, (16, 16), np.uint8)))
+            for i in range(4)
+        ]
+    )
+    assert objective(Views([images], torch.arange(4)), PROGRESS).loss < 1e-5
+    with torch.no_grad():
+        for parameter in objective.backbone.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    assert objective(Views([images], torch.arange(4)), PROGRESS).loss > 0.01
+
+
+# --- real runs -------------------------------------------------------------------------------------------------------
+
+
+def small(shards: Path, out: Path, *more: str) -> Recipe:
+    return runs.small("distill", shards, out, *more)
+
+
+def test_a_run_comes_nearer_to_its_teacher(digit_shards, tmp_path):
+    recipe = small(digit_shards, tmp_path / "run", "budget.steps=40", "monitor.log_every=5", "optim.base_lr=0.01")
+    assert pretrain(recipe).finished
+    records = [r for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if r["kind"] == "train"]
+    for term in ("readout_loss", "patch_loss"):
+        assert records[-1][term] < 0.5 * records[0][term]
+    saved = checkpoint.newest(tmp_path / "run" / "checkpoints")
+    assert saved is not None
+    names = saved.tensors("objective").keys() | saved.tensors("optimizer").keys()
+    assert not [name for name in names if "teacher" in name]
+    exported = load_export(export(tmp_path / "run", tmp_path / "export")).backbone
+    assert exported.state_dict().keys() == build_objective(recipe).backbone.state_dict().keys()
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("objective.teacher=nowhere", r"objective\.teacher = nowhere is neither the folder of an export .* nor a"),
+        ("objective.teacher=hf-hub:timm/test_vit", r"objective\.teacher = hf-hub:timm/test_vit is neither"),
+        ("objective.teacher_weights=null", r"objective\.teacher_weights = None is no safetensors file on this machine"),
+        ("objective.teacher_weights=a.pth", r"objective\.teacher_weights = a\.pth is no safetensors file"),
+        ("objective.teacher=test_vit2", r"are no weights of test_vit2: "),
+        ("objective.teacher=vit_tiny_patch16_224", r"are no weights of vit_tiny_patch16_224: .*Missing key"),
+        ("objective.teacher_img_size=50", r"test_vit cannot take images of 50x50 pixels .* set objective\.teacher_img"),
+        ("objective.teacher_readout=bilateral", r"objective\.teacher_readout = 'bilateral': input should be"),
+        ("objective.readout=cls", r"objective\.readout = 'cls' is not possible with VisionLSTM"),
+        ("objective.patch_weight=0", "readout_weight and patch_weight are both 0"),
+    ],
+)
+def test_a_users_mistake_is_one_sentence(digit_shards, tmp_path, override, expected):
+    more = ["objective.readout_weight=0"] if override == "objective.patch_weight=0" else []
+    with pytest.raises(UserError, match=expected):
+        pretrain(small(digit_shards, tmp_path / "run", override, *more))
+    assert not (tmp_path / "run").exists()
+
+
+def test_weights_that_fit_in_part_are_refused(weights, tmp_path):
+    """timm would load what there is, and teach from random layers."""
+    part = {k: v for k, v in load_file(weights / "test_vit.safetensors").items() if not k.startswith("blocks.3.")}
+    save_file(part, tmp_path / "test_vit.safetensors")
+    with pytest.raises(UserError, match=r"are no weights of test_vit: .*Missing key\(s\) .*blocks\.3\."):
+        distill(tmp_path)
+
+
+def test_a_damaged_export_or_two_sources_are_refused(digit_shards, tmp_path):
+    pretrain(runs.small("mae", digit_shards, tmp_path / "old", "budget.steps=1"))
+    folder = export(tmp_path / "old", tmp_path / "export")
+    with pytest.raises(UserError, match="is an export with weights: leave teacher_weights out"):
+        pretrain(small(digit_shards, tmp_path / "run", f"objective.teacher={folder}"))
+    damaged = Path(shutil.copytree(folder, tmp_path / "damaged"))
+    data = bytearray((damaged / "model.safetensors").read_bytes())
+    data[-3] ^= 1
+    (damaged / "model.safetensors").write_bytes(data)
+    with pytest.raises(UserError, match=r"model\.safetensors is damaged"):
+        pretrain(
+            small(digit_shards, tmp_path / "run", f"objective.teacher={damaged}", "objective.teacher_weights=null")
+        )
+    with pytest.raises(UserError, match=r"takes images of 1 channels, and model\.in_chans is 4"):
+        Distill(
+            timm.create_model(STUDENTS[0], img_size=16, in_chans=4, num_classes=0),
+            DistillSettings(teacher=str(folder)), ImageSpec((16, 16), 4, 4, (0.5,) * 4, (0.5,) * 4),
+        )  # fmt: skip
+
+
+def test_patches_are_asked_only_of_a_teacher_that_has_a_grid(tmp_path):
+    runs.random_teacher(tmp_path, "levit_128s")
+    size = {"teacher_img_size": (224, 224)}
+    with pytest.raises(UserError, match=r"objective\.patch_weight = 1\.0 asks for a teacher with a grid of patches"):
+        distill(tmp_path, teacher="levit_128s", **size)
+    with pytest.raises(UserError, match=r"objective\.teacher_readout = 'cls' is not possible with Levit"):
+        distill(tmp_path, teacher="levit_128s", teacher_readout="cls", **size)
+    assert distill(tmp_path, teacher="levit_128s", patch_weight=0, **size)(batch(), PROGRESS).loss > 0
