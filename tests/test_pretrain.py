@@ -10,7 +10,7 @@ import runs
 from selfvil import checkpoint
 from selfvil.errors import UserError
 from selfvil.monitor.metrics import read_metrics
-from selfvil.pretrain import pretrain
+from selfvil.pretrain import build_objective, pretrain
 from selfvil.recipe import Recipe, load
 
 
@@ -81,6 +81,33 @@ def test_the_rate_is_stable_and_then_decays(digit_shards, tmp_path):
     )  # fmt: skip
     rates = [r["lr"] for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if r["kind"] == "train"]
     assert rates == pytest.approx([1e-3, 1e-3, 1e-3 * (1 - (2 / 6) ** 0.5), 1e-3 * (1 - (5 / 6) ** 0.5)])
+
+
+def test_a_constant_rate_of_the_square_root_rule(digit_shards, tmp_path):
+    rates = ["optim.schedule=constant", "optim.warmup=0.5", "optim.base_lr=1e-3", "optim.lr_scaling=sqrt"]
+    pretrain(small(digit_shards, tmp_path / "run", *rates, "monitor.log_every=1", "budget.steps=6"))
+    found = [r["lr"] for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if r["kind"] == "train"]
+    peak = 1e-3 * (40 / 256) ** 0.5
+    assert found == pytest.approx([0, peak / 2, peak, peak, peak, peak])
+
+
+def test_layers_and_the_patch_embedding_have_rates_of_their_own(digit_shards, tmp_path):
+    """AdamW's first step is its learning rate, whatever the gradient: 0.5 a layer, twice that at the patches."""
+    more = ["model.depth=2", "optim.warmup=0", "optim.weight_decay=0", "optim.base_lr=1e-3", "optim.lr_scaling=none"]
+    more += ["optim.layer_decay=0.5", "optim.patch_embed_lr=2", "budget.steps=1"]
+    recipe = small(digit_shards, tmp_path / "run", *more)
+    start = build_objective(recipe).state_dict()
+    pretrain(recipe)
+    end = runs.state(tmp_path / "run")
+    expected = {
+        "backbone.patch_embed.proj.weight": 0.5,
+        "backbone.blocks.0.first.layer.proj_up.weight": 0.5,
+        "backbone.blocks.1.first.layer.proj_up.weight": 1,
+        "decoder_embed.weight": 1,
+    }
+    for name, share in expected.items():
+        moved = (end[f"objective/{name}"] - start[name]).abs().median().item()
+        assert moved == pytest.approx(1e-3 * share, rel=0.01), name
 
 
 def test_two_processes_train_as_one(digit_shards, tmp_path):

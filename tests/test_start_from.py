@@ -1,14 +1,19 @@
 """A new run that begins with the weights of an old one: all of them, or the backbone alone; never a mixture."""
 
+import os
 import shutil
 
 import pytest
+import timm
 import torch
+from safetensors.torch import save_file
 
 import runs
+from published_files import as_in_published_file
 from selfvil import checkpoint
 from selfvil.errors import UserError
 from selfvil.export import export, load_export
+from selfvil.models.positions import resample_positions
 from selfvil.pretrain import build_objective, pretrain
 
 
@@ -90,3 +95,95 @@ def test_a_run_goes_on_though_its_start_is_gone(old, digit_shards, tmp_path):
     shutil.rmtree(tmp_path / "start")
     pretrain(runs.small(name, digit_shards, paused, *more))
     runs.assert_same_state(straight, paused)
+
+
+# --- files of weights ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def supervised(tmp_path):
+    """A network with a classifier, and a published file of one like it: .th, other names, another grid."""
+    network = timm.create_model(
+        "vil_nano_patch4_32", embed_dim=32, depth=1, img_size=32, patch_size=4, in_chans=1, num_classes=7, fc_norm=True
+    )
+    in_file = as_in_published_file(network.state_dict())
+    torch.save({"state_dict": in_file}, tmp_path / "vil.th")
+    return in_file, tmp_path / "vil.th"
+
+
+GREY = ["model.in_chans=1", "data.mean=[0.3]", "data.std=[0.37]", "model.start_heads=new"]
+
+
+@pytest.mark.parametrize("name", ["mae", "dino", "lejepa"])
+def test_published_supervised_weights_are_a_start(digit_shards, tmp_path, supervised, name):
+    """Student and teacher begin with them, resampled to the images' grid; the classifier and its norm are left out."""
+    in_file, file = supervised
+    recipe = runs.small(name, digit_shards, tmp_path / "new", f"model.start_from={file}", *GREY)
+    objective = build_objective(recipe)
+    for prefix in objective.networks.values():
+        backbone = objective.get_submodule(prefix.removesuffix("."))
+        weights = backbone.state_dict()
+        assert torch.equal(
+            weights["blocks.0.second.layer.q_proj.weight"], in_file["xlstm.blocks.1.xlstm.q_proj.weight"]
+        )
+        assert torch.equal(weights["norm.bias"], in_file["xlstm.post_blocks_norm.bias"])
+        assert torch.equal(weights["pos_embed"], resample_positions(in_file["pos_embed.embed"], (4, 4)))
+        assert not [key for key in weights if key.startswith(("head.", "fc_norm."))]
+
+
+def test_heads_go_first_on_published_weights(digit_shards, tmp_path, supervised):
+    """A whole run: the backbone keeps what it began with while new heads learn, and then learns itself."""
+    _, file = supervised
+    more = [f"model.start_from={file}", *GREY, "optim.heads_first=0.5", "optim.warmup=0", "budget.steps=4"]
+    more += ["run.checkpoint_every=1", "run.keep_checkpoints=4"]
+    recipe = runs.small("mae", digit_shards, tmp_path / "run", *more)
+    start = build_objective(recipe).state_dict()
+    pretrain(recipe)
+    half, end = (
+        checkpoint.load(tmp_path / "run" / "checkpoints" / f"step-{step:08d}").tensors("objective") for step in (2, 4)
+    )
+    backbone = {key for key in start if key.startswith("backbone.")}
+    assert all(torch.equal(half[key], start[key]) for key in backbone)
+    assert any(not torch.equal(half[key], start[key]) for key in start.keys() - backbone)
+    assert any(not torch.equal(end[key], start[key]) for key in backbone)
+
+
+def test_a_vits_safetensors_file_is_a_start(digit_shards, tmp_path):
+    vit = timm.create_model("vit_tiny_patch16_224", embed_dim=32, depth=1, num_heads=2, img_size=16, patch_size=4)
+    save_file(vit.state_dict(), tmp_path / "vit.safetensors")
+    more = ["model.name=vit_tiny_patch16_224", "model.num_heads=2", "model.start_heads=new"]
+    more += ["model.in_chans=3", "data.mean=[0.3,0.3,0.3]", "data.std=[0.37,0.37,0.37]"]
+    file = f"model.start_from={tmp_path / 'vit.safetensors'}"
+    found = build_objective(runs.small("lejepa", digit_shards, tmp_path / "new", file, *more)).backbone.state_dict()
+    assert found.keys() == {key for key in vit.state_dict() if not key.startswith("head.")}
+    assert all(torch.equal(value, vit.state_dict()[key]) for key, value in found.items())
+
+
+class Harmful:
+    def __reduce__(self):
+        return os.mkdir, ("harm",)
+
+
+def test_files_that_cannot_serve_are_refused(digit_shards, tmp_path, supervised, monkeypatch):
+    _, file = supervised
+
+    def start(source, *more):
+        build_objective(runs.small("mae", digit_shards, tmp_path / "new", f"model.start_from={source}", *GREY, *more))
+
+    with pytest.raises(UserError, match=r"without the heads of an objective: set model\.start_heads=new"):
+        start(file, "model.start_heads=load")
+    with pytest.raises(UserError, match=r"another architecture than the recipe's: .* the first is blocks\.1\."):
+        start(file, "model.depth=2")
+    with pytest.raises(UserError, match=r"another architecture than the recipe's: .* has shape \[32, 1, 4, 4\], exp"):
+        start(file, "model.patch_size=8")
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": Harmful()}, tmp_path / "harmful.th")
+    with pytest.raises(UserError, match=r"harmful\.th is no file of weights that can be read safely"):
+        start(tmp_path / "harmful.th")
+    assert not (tmp_path / "harm").exists()
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"vil\.th is no file of weights that can be read safely"):
+        start(file)
+    torch.save([1, 2], tmp_path / "list.th")
+    with pytest.raises(UserError, match=r"list\.th is no file of weights that can be read safely"):
+        start(tmp_path / "list.th")

@@ -22,12 +22,14 @@ from typing import Any, NamedTuple
 import timm
 import torch
 from safetensors.torch import load_file, save_file
+from timm.models import load_state_dict
 from torch import Tensor, nn
 
 from selfvil import checkpoint
 from selfvil.checkpoint import Checkpoint
 from selfvil.errors import UserError
 from selfvil.models import VisionLSTM
+from selfvil.models.published import checkpoint_filter_fn
 from selfvil.version import __version__
 
 FORMAT = 1
@@ -165,15 +167,36 @@ def load_export(folder: str | Path, *, pretrained: bool = True, **overrides: Any
 
 
 def start_backbone(backbone: nn.Module, source: str | Path) -> None:
-    """Give `backbone` the pretrained weights of an export, a run or a checkpoint, of the network it would export.
+    """Give `backbone` pretrained weights, without a classifier.
+
+    source: an export, a run or a checkpoint, of the network it would export; or a single file: a published one of
+    Vision-LSTM (.th), or a safetensors file of the same timm model.
 
     Raises UserError if the source is none of these, damaged, or of another architecture; nothing is changed then.
     """
-    is_export = (Path(source) / "config.json").is_file()
-    found = load_export(source) if is_export else load_network(open_checkpoint(source))
-    weights = found.backbone.state_dict()
+    if Path(source).is_file():
+        weights = _read_file(backbone, Path(source))
+    elif (Path(source) / "config.json").is_file():
+        weights = load_export(source).backbone.state_dict()
+    else:
+        weights = load_network(open_checkpoint(source)).backbone.state_dict()
     _fit(backbone, weights, f"model.start_from = {source} is of another architecture than the recipe's")
     backbone.load_state_dict(weights)
+
+
+def _read_file(backbone: nn.Module, file: Path) -> dict[str, Tensor]:
+    """Weights of a single file under the names of `backbone`, its classifier left out, positions on its grid."""
+    try:
+        # As timm reads the same files for pretrained=True: tensors and plain values, or it refuses (weights_only).
+        weights: dict[str, Any] = dict(load_state_dict(str(file), use_ema=False, weights_only=True))
+        if isinstance(backbone, VisionLSTM):
+            return checkpoint_filter_fn(weights, backbone)
+    except Exception as error:  # torch, pickle and safetensors have each their own
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"model.start_from = {file} is no file of weights that can be read safely: {reason}") from None
+    classifier = getattr(backbone, "pretrained_cfg", {}).get("classifier", "head")
+    heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
+    return {name: value for name, value in weights.items() if not name.startswith(tuple(f"{head}." for head in heads))}
 
 
 def start_objective(objective: nn.Module, source: str | Path) -> None:
@@ -182,6 +205,11 @@ def start_objective(objective: nn.Module, source: str | Path) -> None:
     Raises UserError if the source is none of these, lacks the heads, or was made by other settings.
     """
     folder = Path(source)
+    if folder.is_file():
+        raise UserError(
+            f"model.start_from = {source} holds a backbone without the heads of an objective: set "
+            f"model.start_heads=new to begin with new ones (optim.heads_first lets the backbone wait for them)"
+        )
     if (folder / "config.json").is_file():
         load_export(folder)  # checks the weights
         ours, heads = _read_config(folder)["selfvil"], folder / HEADS

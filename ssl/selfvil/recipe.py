@@ -85,7 +85,8 @@ class ModelSection(Section):
     pos_embed: Literal["learn", "sincos"] | None = None
     """ViL: learned or fixed sine-cosine positions; null keeps the named model's own (learn)."""
     start_from: str | None = None
-    """Weights to begin a new run with: an export, a run or a checkpoint of the same architecture; null draws them."""
+    """Weights to begin a new run with, of the same architecture: an export, a run, a checkpoint; or a published file of
+    Vision-LSTM (.th), or a safetensors file of the timm model, which need start_heads: new. null draws them."""
     start_heads: Literal["load", "new"] = "load"
     """With start_from: take heads and teacher from it too, or the backbone alone and new heads."""
 

@@ -10,6 +10,7 @@ import timm
 import torch
 from safetensors.torch import load_file
 
+from published_files import as_in_published_file
 from selfvil.models.positions import resample_positions
 from selfvil.models.published import checkpoint_filter_fn
 from selfvil.models.vision_lstm import VisionLSTM
@@ -226,18 +227,7 @@ def test_finer_positions_are_interpolated_as_published(published):
 def test_the_published_files_load():
     """The files name things otherwise than the published modules do, count single blocks, and wrap it all."""
     model = VisionLSTM(img_size=16, patch_size=4, num_classes=3, embed_dim=8, depth=2, fc_norm=True)
-    in_file = {}
-    for name, value in model.state_dict().items():
-        name = re.sub(
-            r"^blocks\.(\d+)\.(first|second)\.", lambda m: f"xlstm.blocks.{2 * int(m[1]) + (m[2] == 'second')}.", name
-        )
-        name = re.sub(r"\.norm\.(?=weight|bias)", ".xlstm_norm.", name)
-        name = re.sub(r"\.layer\.(igate|fgate|outnorm)", r".layer.mlstm_cell.\1", name)
-        name = name.replace(".layer.", ".xlstm.").replace(".conv.", ".conv1d.").replace(".skip", ".learnable_skip")
-        name = re.sub("^norm", "xlstm.post_blocks_norm", name)
-        name = re.sub("^head", "head.1", name)
-        name = re.sub("^fc_norm", "head.0", name)
-        in_file["pos_embed.embed" if name == "pos_embed" else name] = torch.randn_like(value)
+    in_file = as_in_published_file(model.state_dict())
     assert "xlstm.blocks.3.xlstm.mlstm_cell.igate.weight" in in_file
 
     model.load_state_dict(checkpoint_filter_fn({"state_dict": in_file}, model))
