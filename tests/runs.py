@@ -19,19 +19,27 @@ PACKAGED = {
     "simmim": "cifar10_simmim",
     "autoregressive": "cifar10_autoregressive",
     "dino": "cifar10_dino",
+    "ibot": "cifar10_ibot",
+    "dinov2": "dinov2_vil_b",
     "lejepa": "cifar10_lejepa",
     "distill": "cifar10_distill",
 }
 """Objective -> the packaged recipe that is made small."""
 
 _GREY = ["model.in_chans=1", "data.mean=[0.3]", "data.std=[0.37]"]
+_FEW_CROPS = [
+    "objective.local_crop_size=8", "objective.local_crops=2",
+    "objective.out_dim=64", "objective.hidden_dim=64", "objective.bottleneck_dim=16",
+]  # fmt: skip
 _SMALL = {
     "mae": ["objective.decoder_dim=32", "objective.decoder_depth=1"],
     "simmim": [*_GREY],
     "autoregressive": [*_GREY, "objective.decoder_dim=32", "objective.decoder_depth=1", "objective.decoder_heads=2"],
-    "dino": [
-        *_GREY, "objective.local_crop_size=8",
-        "objective.local_crops=2", "objective.out_dim=64", "objective.hidden_dim=64", "objective.bottleneck_dim=16",
+    "dino": [*_GREY, *_FEW_CROPS],
+    "ibot": [*_GREY, *_FEW_CROPS],
+    "dinov2": [
+        *_GREY, *_FEW_CROPS, "model.name=vil_nano_patch4_32", "model.init_values=null", "optim.accumulate=1",
+        "optim.base_lr=0.004",
     ],
     "lejepa": [
         *_GREY, "objective.local_crop_size=8", "objective.local_crops=2", "objective.out_dim=16",

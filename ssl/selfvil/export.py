@@ -166,6 +166,15 @@ def load_export(folder: str | Path, *, pretrained: bool = True, **overrides: Any
     return Network(backbone, normalisation, samples_seen if pretrained else 0)
 
 
+def load_pretrained(source: str | Path) -> Network:
+    """The pretrained backbone of an export, a run or a checkpoint: of the two latter, the network it would export.
+
+    Raises UserError if the source is none of these, or damaged.
+    """
+    is_export = (Path(source) / "config.json").is_file()
+    return load_export(source) if is_export else load_network(open_checkpoint(source))
+
+
 def start_backbone(backbone: nn.Module, source: str | Path) -> None:
     """Give `backbone` pretrained weights, without a classifier.
 
@@ -174,12 +183,8 @@ def start_backbone(backbone: nn.Module, source: str | Path) -> None:
 
     Raises UserError if the source is none of these, damaged, or of another architecture; nothing is changed then.
     """
-    if Path(source).is_file():
-        weights = _read_file(backbone, Path(source))
-    elif (Path(source) / "config.json").is_file():
-        weights = load_export(source).backbone.state_dict()
-    else:
-        weights = load_network(open_checkpoint(source)).backbone.state_dict()
+    is_file = Path(source).is_file()
+    weights = _read_file(backbone, Path(source)) if is_file else load_pretrained(source).backbone.state_dict()
     _fit(backbone, weights, f"model.start_from = {source} is of another architecture than the recipe's")
     backbone.load_state_dict(weights)
 

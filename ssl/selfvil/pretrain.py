@@ -88,6 +88,7 @@ def pretrain(recipe: Recipe) -> Summary:
 
     objective = build_objective(recipe, start=resumed is None).to(accelerator.device)
     micro_batch, channels = recipe.optim.batch_size // per_step, recipe.model.in_chans
+    objective.check_batch(micro_batch * world_size)
     autocast = runtime.autocast(accelerator.device, recipe.run.precision)
     parts = accelerator.num_processes if divided else 1
     need_memory(objective, micro_batch, channels, accelerator.device, autocast, parts)

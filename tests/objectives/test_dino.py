@@ -226,9 +226,9 @@ def test_the_teacher_starts_as_the_student_and_follows_it():
 
 def test_the_teacher_copies_buffers():
     backbone, head = nn.BatchNorm1d(3), nn.Linear(3, 2)
-    teacher = Teacher(backbone, head)
+    teacher = Teacher(backbone=backbone, head=head)
     backbone(torch.randn(8, 3))
-    teacher.follow(backbone, head, 0.9)
+    teacher.follow(nn.ModuleDict({"backbone": backbone, "head": head}), 0.9)
     assert torch.equal(teacher.backbone.running_mean, backbone.running_mean)
     assert teacher.backbone.num_batches_tracked == 1
 
@@ -330,16 +330,25 @@ def test_the_centre_moves_once_a_step_by_training_alone():
 
 
 def test_all_processes_share_one_centre(monkeypatch):
-    """The other process is played by an all_reduce that adds its mean."""
-    ours, theirs = torch.randn(2, 3, 5), torch.randn(2, 3, 5)
-    other = theirs.mean(dim=(0, 1))
+    """The other process, which has seen more, is played by an all_reduce that adds its sum and its count."""
+    ours, theirs = torch.randn(2, 3, 5), torch.randn(2, 4, 5)
+    other = torch.cat([theirs.sum(dim=(0, 1)), torch.tensor([8.0])])
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: tensor.add_(other))
     center = Center(5, momentum=0.9)
     center.add(ours)
     center.update()
-    torch.testing.assert_close(center.value, 0.1 * torch.cat([ours, theirs]).mean(dim=(0, 1)))
+    torch.testing.assert_close(center.value, 0.1 * torch.cat([ours, theirs], dim=1).mean(dim=(0, 1)))
+
+
+def test_a_step_without_logits_leaves_the_centre():
+    center = Center(5, momentum=0.9)
+    center.add(torch.randn(3, 5))
+    center.update()
+    before = center.value.clone()
+    center.add(torch.zeros(0, 5))
+    center.update()
+    assert torch.equal(center.value, before)
 
 
 # --- views and pictures ----------------------------------------------------------------------------------------------

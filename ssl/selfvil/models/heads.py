@@ -76,13 +76,13 @@ def read_out(backbone: nn.Module, images: Tensor, readout: str) -> Tensor:
     Raises UserError for a model without token features.
     """
     features = backbone.forward_features(images)  # type: ignore[operator]  # every timm model has it
-    return READOUTS[readout](*take_apart(backbone, features))
+    return READOUTS[readout](*split_tokens(backbone, features))
 
 
-def take_apart(backbone: nn.Module, features: Tensor) -> tuple[Tensor, Tensor]:
-    """What `forward_features` of a timm model gives, to prefix tokens (B, P, C) and patches (B, N, C).
+def split_tokens(backbone: nn.Module, features: Tensor) -> tuple[Tensor, Tensor]:
+    """What `forward_features` gives to prefix tokens (B, P, C), of which there may be none, and patches (B, N, C).
 
-    Raises UserError for what are no tokens.
+    Raises UserError for features of any other shape than timm's tokens and maps.
     """
     if features.ndim == 4:
         channels_last = getattr(backbone, "output_fmt", "NCHW") == "NHWC"

@@ -10,6 +10,8 @@ OBJECTIVES = {
     "simmim": ("selfvil.objectives.simmim", "SimMIM", "SimMIMSettings"),
     "autoregressive": ("selfvil.objectives.autoregressive", "Autoregressive", "AutoregressiveSettings"),
     "dino": ("selfvil.objectives.dino", "DINO", "DINOSettings"),
+    "ibot": ("selfvil.objectives.ibot", "IBOT", "IBOTSettings"),
+    "dinov2": ("selfvil.objectives.dinov2", "DINOv2", "DINOv2Settings"),
     "lejepa": ("selfvil.objectives.lejepa", "LeJEPA", "LeJEPASettings"),
     "distill": ("selfvil.objectives.distill", "Distill", "DistillSettings"),
 }

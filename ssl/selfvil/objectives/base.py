@@ -84,6 +84,9 @@ class Objective(nn.Module):
         """The views of one sample, in the order in which `forward` finds them in `batch.views`."""
         raise NotImplementedError
 
+    def check_batch(self, images: int) -> None:
+        """Raise UserError if a micro-batch of `images`, all processes counted, is too small for this objective."""
+
     def forward(self, batch: Batch, progress: Progress) -> StepOutput:
         """Loss of one micro-batch. Randomness must come from `keyed_noise` or torch's global generator, which the
         loop seeds anew for every step."""

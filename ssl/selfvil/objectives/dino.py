@@ -11,33 +11,20 @@ Shapes: B images, V crops of each (the first two are large), K prototypes.
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
-from itertools import chain, groupby
-from typing import Annotated, Any, Literal, Protocol
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, distributed, nn
 
-from selfvil.data.views import DINOCrop
-from selfvil.errors import UserError
-from selfvil.models.heads import ProjectionHead, choose_readout, read_out, take_any_size
+from selfvil.models.heads import ProjectionHead, choose_readout, take_any_size
 from selfvil.objectives.base import Batch, ImageSpec, Objective, Progress, StepOutput, View
+from selfvil.objectives.crops import CropSettings, multi_crop, read_crops, refuse_cut_patches, sheet_of_crops
 from selfvil.optim import cosine
-from selfvil.recipe import Section, Size
 
 
-def _ascending_share(scale: tuple[float, float]) -> tuple[float, float]:
-    if not 0 < scale[0] <= scale[1] <= 1:
-        raise ValueError(f"{list(scale)} is not a range of shares: expected two ascending numbers above 0 and up to 1")
-    return scale
-
-
-Scale = Annotated[tuple[float, float], AfterValidator(_ascending_share)]
-"""Range of the share of an image's area that a random crop covers."""
-
-
-class DINOSettings(Section):
+class DINOSettings(CropSettings):
     """Settings of DINO; the defaults are those of the published code. An epoch is a pass over the training images."""
 
     name: Literal["dino"] = "dino"
@@ -66,18 +53,6 @@ class DINOSettings(Section):
     """Share of itself that the teacher keeps at the first step; rises to 1 at the end, as a half cosine."""
     center_momentum: float = Field(0.9, ge=0, lt=1)
     """Share of itself that the centre of the teacher's outputs keeps at every step."""
-    global_crop_scale: Scale = (0.4, 1.0)
-    """Range of the share of an image's area that a large crop covers; its size is model.img_size."""
-    local_crop_scale: Scale = (0.05, 0.4)
-    """Range of the share of an image's area that a small crop covers."""
-    local_crops: int = Field(8, ge=0, le=64)
-    """Small crops of each image."""
-    local_crop_size: Size = (96, 96)
-    """Height and width of a small crop, in pixels; both divisible by model.patch_size."""
-    blur: bool = True
-    """Blur some crops by up to 2 pixels, as published for 224-pixel images; too much for images of 32."""
-    flip: bool = True
-    """Flip half of the crops left to right; false where a mirror image means something else, as with digits."""
 
     @model_validator(mode="after")
     def _teacher_is_sharper(self) -> "DINOSettings":
@@ -108,15 +83,19 @@ class DINO(Objective):
         take_any_size(backbone)
         self.readout, width = choose_readout(backbone, settings.readout)
         self.backbone = backbone
-        self.head = ProjectionHead(
-            width,
-            settings.out_dim,
-            hidden_dim=settings.hidden_dim,
-            bottleneck_dim=settings.bottleneck_dim,
-            norm_last_layer=settings.norm_last_layer,
-        )
-        self.teacher = Teacher(self.backbone, self.head)
+        self.head = self.new_head(width)
+        self.teacher = Teacher(backbone=self.backbone, head=self.head)
         self.center = Center(settings.out_dim, settings.center_momentum)
+
+    def new_head(self, width: int) -> ProjectionHead:
+        """A head for vectors of that width, as the settings have it."""
+        return ProjectionHead(
+            width,
+            self.settings.out_dim,
+            hidden_dim=self.settings.hidden_dim,
+            bottleneck_dim=self.settings.bottleneck_dim,
+            norm_last_layer=self.settings.norm_last_layer,
+        )
 
     def views(self) -> list[View]:
         return multi_crop(self.settings, self.image)
@@ -126,23 +105,21 @@ class DINO(Objective):
         student = self.logits(self.backbone, self.head, batch.views).float()  # (V, B, K)
         with torch.no_grad(), self._teachers_precision(student.device):
             teacher = self.logits(self.teacher.backbone, self.teacher.head, batch.views[:2]).float()  # (2, B, K)
-        targets = F.softmax((teacher - self.center.value) / temperature, dim=-1)
+        targets = self.center.softmax(teacher, temperature)
         answers = F.log_softmax(student / self.settings.student_temp, dim=-1)
         loss = cross_entropy_of_pairs(answers, targets)
         if self.training:  # a mere look at some images must leave no trace
             self.center.add(teacher)
-        state = {"teacher_temp": temperature, "teacher_momentum": self.teacher_momentum(progress)}
-        logs = health(loss, answers, targets) | {name: loss.new_full((), value) for name, value in state.items()}
-        return StepOutput(loss, logs)
+        return StepOutput(loss, health(loss, answers, targets) | self.rates(progress, loss))
 
     def logits(self, backbone: nn.Module, head: nn.Module, crops: Sequence[Tensor]) -> Tensor:
         """Crops, each (B, C, H, W), to their logits (V, B, K)."""
-        return head(read_crops(backbone, crops, self.readout)).unflatten(0, (len(crops), -1))
+        return head(torch.cat(read_crops(backbone, crops, self.readout))).unflatten(0, (len(crops), -1))
 
     @torch.no_grad()
     def after_step(self, progress: Progress) -> None:
         self.center.update()
-        self.teacher.follow(self.backbone, self.head, self.teacher_momentum(progress))
+        self.teacher.follow(self, self.teacher_momentum(progress))
 
     # Schedules, as published: temperature by whole epochs, momentum by steps.
 
@@ -155,6 +132,11 @@ class DINO(Objective):
     def teacher_momentum(self, progress: Progress) -> float:
         """Share of itself that the teacher keeps after this step."""
         return cosine(progress.step, progress.total_steps, self.settings.teacher_momentum, 1.0)
+
+    def rates(self, progress: Progress, like: Tensor) -> dict[str, Tensor]:
+        """What the schedules say at this step, for the logs, as scalars like `like`."""
+        values = {"teacher_temp": self.teacher_temp(progress), "teacher_momentum": self.teacher_momentum(progress)}
+        return {name: like.new_full((), value) for name, value in values.items()}
 
     def tags(self) -> dict[str, str]:
         return {"head.last_layer": "last_layer", "head.last_layer_length": "last_layer"}
@@ -171,71 +153,7 @@ class DINO(Objective):
 
     @torch.no_grad()
     def picture(self, batch: Batch, progress: Progress) -> Tensor:
-        return sheet_of_crops(batch, self.image)
-
-
-# --- crops -----------------------------------------------------------------------------------------------------------
-
-
-class CropSettings(Protocol):
-    """What the settings of an objective say of its crops; see `DINOSettings`."""
-
-    @property
-    def global_crop_scale(self) -> tuple[float, float]: ...
-    @property
-    def local_crop_scale(self) -> tuple[float, float]: ...
-    @property
-    def local_crops(self) -> int: ...
-    @property
-    def local_crop_size(self) -> tuple[int, int]: ...
-    @property
-    def blur(self) -> bool: ...
-    @property
-    def flip(self) -> bool: ...
-
-
-def refuse_cut_patches(settings: CropSettings, image: ImageSpec) -> None:
-    """Raises UserError where small crops are not whole patches."""
-    if settings.local_crops and any(side < 1 or side % image.patch_size for side in settings.local_crop_size):
-        raise UserError(
-            f"objective.local_crop_size = {list(settings.local_crop_size)} is not divisible by "
-            f"model.patch_size = {image.patch_size}: both sides must be multiples of it"
-        )
-
-
-def multi_crop(settings: CropSettings, image: ImageSpec) -> list[View]:
-    """Two large and some small crops, as published."""
-
-    def crop(size: Any, scale: tuple[float, float], blur: float, solarise: float = 0.0) -> View:
-        blur = blur if settings.blur else 0.0
-        return DINOCrop(size, scale, image.mean, image.std, blur=blur, solarise=solarise, flip=settings.flip)
-
-    large, small = settings.global_crop_scale, settings.local_crop_scale
-    return [
-        crop(image.size, large, blur=1.0),
-        crop(image.size, large, blur=0.1, solarise=0.2),
-        *(crop(settings.local_crop_size, small, blur=0.5) for _ in range(settings.local_crops)),
-    ]
-
-
-def read_crops(backbone: nn.Module, crops: Sequence[Tensor], readout: str) -> Tensor:
-    """Crops, each (B, C, H, W), to features (V·B, D); neighbours of one size share a pass of the backbone."""
-    same_size = (torch.cat(list(group)) for _, group in groupby(crops, key=lambda crop: crop.shape))
-    return torch.cat([read_out(backbone, images, readout) for images in same_size])
-
-
-def sheet_of_crops(batch: Batch, image: ImageSpec) -> Tensor:
-    """A picture (3, H, W) of one row for each of up to 8 images: its crops, all at the same scale, large ones first."""
-    height, width = (max(view.shape[axis] for view in batch.views) + 2 for axis in (-2, -1))
-    mean, std = (
-        torch.tensor(values, device=batch.views[0].device).view(-1, 1, 1) for values in (image.mean, image.std)
-    )
-    columns = []
-    for view in batch.views:
-        crops = (view[:8].float() * std + mean).clamp(0, 1)
-        columns.append(F.pad(crops, (0, width - view.shape[-1], 0, height - view.shape[-2]), value=1.0))
-    sheet = torch.cat(list(torch.cat(columns, dim=-1)), dim=-2)[:3]
-    return sheet.expand(3, -1, -1)
+        return sheet_of_crops(batch.views, self.image)
 
 
 # --- teacher and centre ----------------------------------------------------------------------------------------------
@@ -250,32 +168,38 @@ class StaysFloat32(nn.Module):
 
 
 class Teacher(StaysFloat32):
-    """A copy of the student that is never trained: it follows as a running mean of the student's parameters.
+    """Copies of some of a student's networks that are never trained: a running mean of the student's parameters.
 
-    It stays in evaluation mode, so that it neither drops paths nor depends on who shares its batch.
+    They keep the names that they have in the student, and stay in evaluation mode, so that they neither drop paths nor
+    depend on who shares their batch.
     """
 
-    def __init__(self, backbone: nn.Module, head: nn.Module) -> None:
+    backbone: nn.Module
+    head: nn.Module
+
+    def __init__(self, **networks: nn.Module) -> None:
         super().__init__()
-        self.backbone, self.head = copy.deepcopy(backbone), copy.deepcopy(head)
+        for name, network in networks.items():
+            self.add_module(name, copy.deepcopy(network))
         self.requires_grad_(False).train(False)
 
     def train(self, mode: bool = True) -> "Teacher":
         return super().train(False)
 
     @torch.no_grad()
-    def follow(self, backbone: nn.Module, head: nn.Module, momentum: float) -> None:
+    def follow(self, student: nn.Module, momentum: float) -> None:
         """teacher <- momentum * teacher + (1 - momentum) * student, in float32; buffers are copied."""
-        students = [parameter.float() for parameter in chain(backbone.parameters(), head.parameters())]
+        students = [student.get_parameter(name).float() for name, _ in self.named_parameters()]
         torch._foreach_lerp_(list(self.parameters()), students, 1 - momentum)
-        for mine, students_buffer in zip(self.buffers(), chain(backbone.buffers(), head.buffers())):
-            mine.copy_(students_buffer)
+        for name, mine in self.named_buffers():
+            mine.copy_(student.get_buffer(name))
 
 
 class Center(StaysFloat32):
     """Running mean of the teacher's logits, over whole global batches.
 
-    Every micro-batch of every process enters a step's mean once, so the centre does not depend on how a batch is split.
+    Every row of logits of every micro-batch and process weighs the same in a step's mean, so the centre does not depend
+    on how a batch is split.
     """
 
     value: Tensor
@@ -291,9 +215,13 @@ class Center(StaysFloat32):
         self._sum: Tensor | None = None
         self._count = 0
 
+    def softmax(self, logits: Tensor, temperature: float) -> Tensor:
+        """Answers (..., K) of a teacher whose logits (..., K) are centred and sharpened."""
+        return F.softmax((logits - self.value) / temperature, dim=-1)
+
     @torch.no_grad()
     def add(self, logits: Tensor) -> None:
-        """Take note of a micro-batch's teacher logits (..., K)."""
+        """Take note of a micro-batch's teacher logits (..., K); there may be none in it."""
         total = logits.float().flatten(0, -2).sum(dim=0)
         self._sum = total if self._sum is None else self._sum + total
         self._count += logits.shape[:-1].numel()
@@ -303,11 +231,11 @@ class Center(StaysFloat32):
         """Move the centre towards the mean of all that was added since the last update, on all processes."""
         if self._sum is None:
             return
-        mean = self._sum / self._count
+        total = torch.cat([self._sum, self._sum.new_tensor([self._count])])  # counts may differ between processes
         if distributed.is_available() and distributed.is_initialized():
-            distributed.all_reduce(mean)
-            mean /= distributed.get_world_size()
-        self.value.mul_(self.momentum).add_(mean, alpha=1 - self.momentum)
+            distributed.all_reduce(total)
+        mean, seen = total[:-1] / total[-1].clamp_min(1), total[-1] > 0
+        self.value.lerp_(mean, (1 - self.momentum) * seen)
         self._start()
 
 

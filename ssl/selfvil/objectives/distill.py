@@ -25,9 +25,10 @@ from torch import Tensor, nn
 from selfvil.data.views import RandomCropFlip
 from selfvil.errors import UserError
 from selfvil.export import Normalisation, load_export
-from selfvil.models.heads import READOUTS, choose_readout, patch_grid, take_any_size, take_apart, usable_readouts
+from selfvil.models.heads import READOUTS, choose_readout, patch_grid, split_tokens, take_any_size, usable_readouts
 from selfvil.objectives.base import Batch, ImageSpec, Objective, Progress, StepOutput, View
-from selfvil.objectives.dino import Scale, StaysFloat32
+from selfvil.objectives.crops import Scale
+from selfvil.objectives.dino import StaysFloat32
 from selfvil.recipe import Section, Size
 
 
@@ -95,7 +96,7 @@ class Distill(Objective):
                     f"objective.patch_weight = {settings.patch_weight} asks for a student with a grid of patches, "
                     f"which {type(backbone).__name__} has not: set it to 0"
                 )
-            patches = take_apart(backbone, features)[1]
+            patches = split_tokens(backbone, features)[1]
             self.patch_head = nn.Linear(patches.shape[-1], targets[1].shape[1])
 
     @property
@@ -114,7 +115,7 @@ class Distill(Objective):
         images, settings = batch.views[0], self.settings
         wanted, wanted_map = self.teacher(images)
         features: Tensor = self.backbone.forward_features(images)  # type: ignore[operator]
-        prefix, patches = take_apart(self.backbone, features)
+        prefix, patches = split_tokens(self.backbone, features)
         losses: dict[str, Tensor] = {}
         if settings.readout_weight:
             found = self.readout_head(READOUTS[self.readout](prefix, patches))
@@ -170,7 +171,7 @@ class FrozenTeacher(StaysFloat32):
                 f"objective.teacher_readout = {readout!r} is not possible with {type(self.backbone).__name__}; "
                 f"choose one of: {', '.join(usable)}"
             )
-        take_apart(self.backbone, features)  # refuses what are no tokens
+        split_tokens(self.backbone, features)  # refuses what are no tokens
         self.readout, _ = choose_readout(self.backbone, readout)
 
     def train(self, mode: bool = True) -> "FrozenTeacher":
@@ -190,7 +191,7 @@ class FrozenTeacher(StaysFloat32):
         """Images (B, chans, H, W) to features of the image (B, D) and, on its grid, of the patches (B, C, H, W)."""
         presented = self.present(images)
         features: Tensor = self.backbone.forward_features(presented)  # type: ignore[operator]
-        prefix, patches = take_apart(self.backbone, features)
+        prefix, patches = split_tokens(self.backbone, features)
         grid = patch_grid(self.backbone, features, presented)
         patch_map = None if grid is None else patches.mT.unflatten(2, grid)
         return READOUTS[self.readout](prefix, patches), patch_map

@@ -17,11 +17,17 @@ from torch import Tensor, nn
 
 from selfvil.models.heads import MLPHead, choose_readout, take_any_size
 from selfvil.objectives.base import Batch, ImageSpec, Objective, Progress, StepOutput, View
-from selfvil.objectives.dino import Scale, multi_crop, read_crops, refuse_cut_patches, sheet_of_crops
-from selfvil.recipe import Section, Size
+from selfvil.objectives.crops import (
+    CropSettings,
+    Scale,
+    multi_crop,
+    read_crops,
+    refuse_cut_patches,
+    sheet_of_crops,
+)
 
 
-class LeJEPASettings(Section):
+class LeJEPASettings(CropSettings):
     """Settings of LeJEPA; the defaults are those of the published code, with crops as DINO disturbs them.
 
     SIGReg sees the micro-batches of all processes together, and grows with their size: with optim.accumulate above 1 it
@@ -46,12 +52,6 @@ class LeJEPASettings(Section):
     """Range of the share of an image's area that a small crop covers."""
     local_crops: int = Field(6, ge=1, le=64)
     """Small crops of each image."""
-    local_crop_size: Size = (96, 96)
-    """Height and width of a small crop, in pixels; both divisible by model.patch_size."""
-    blur: bool = True
-    """Blur some crops by up to 2 pixels, as published for 224-pixel images; too much for images of 32."""
-    flip: bool = True
-    """Flip half of the crops left to right; false where a mirror image means something else, as with digits."""
 
 
 class LeJEPA(Objective):
@@ -95,9 +95,11 @@ class LeJEPA(Objective):
 
     def project(self, crops: list[Tensor]) -> Tensor:
         """Crops, each (B, C, H, W), to projections (V, B, K), float32 or better."""
-        projections = self.head(read_crops(self.backbone, crops, self.readout)).unflatten(0, (len(crops), -1))
+        projections = self.head(torch.cat(read_crops(self.backbone, crops, self.readout))).unflatten(
+            0, (len(crops), -1)
+        )
         return projections.to(torch.promote_types(projections.dtype, torch.float32))
 
     @torch.no_grad()
     def picture(self, batch: Batch, progress: Progress) -> Tensor:
-        return sheet_of_crops(batch, self.image)
+        return sheet_of_crops(batch.views, self.image)

@@ -1,0 +1,94 @@
+"""Large and small crops of an image: what DINO and its relatives compare.
+
+Caron et al., "Unsupervised Learning of Visual Features by Contrasting Cluster Assignments" (2020), section 3.4. The
+first two of an image's crops are large.
+
+Shapes: B images, V crops of each, C channels of an image, D features of a crop.
+"""
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Annotated, Any
+
+import torch
+import torch.nn.functional as F
+from pydantic import AfterValidator, Field
+from torch import Tensor, nn
+
+from selfvil.data.views import DINOCrop
+from selfvil.errors import UserError
+from selfvil.models.heads import read_out
+from selfvil.objectives.base import ImageSpec, View
+from selfvil.recipe import Section, Size
+
+
+def _ascending_share(scale: tuple[float, float]) -> tuple[float, float]:
+    if not 0 < scale[0] <= scale[1] <= 1:
+        raise ValueError(f"{list(scale)} is not a range of shares: expected two ascending numbers above 0 and up to 1")
+    return scale
+
+
+Scale = Annotated[tuple[float, float], AfterValidator(_ascending_share)]
+"""Range of the share of an image's area that a random crop covers."""
+
+
+class CropSettings(Section):
+    """Settings of the crops; the defaults are DINO's."""
+
+    global_crop_scale: Scale = (0.4, 1.0)
+    """Range of the share of an image's area that a large crop covers; its size is model.img_size."""
+    local_crop_scale: Scale = (0.05, 0.4)
+    """Range of the share of an image's area that a small crop covers."""
+    local_crops: int = Field(8, ge=0, le=64)
+    """Small crops of each image."""
+    local_crop_size: Size = (96, 96)
+    """Height and width of a small crop, in pixels; both divisible by model.patch_size."""
+    blur: bool = True
+    """Blur some crops by up to 2 pixels, as published for 224-pixel images; too much for images of 32."""
+    flip: bool = True
+    """Flip half of the crops left to right; false where a mirror image means something else, as with digits."""
+
+
+def refuse_cut_patches(settings: CropSettings, image: ImageSpec) -> None:
+    """Raises UserError where small crops are not whole patches."""
+    if settings.local_crops and any(side < 1 or side % image.patch_size for side in settings.local_crop_size):
+        raise UserError(
+            f"objective.local_crop_size = {list(settings.local_crop_size)} is not divisible by "
+            f"model.patch_size = {image.patch_size}: both sides must be multiples of it"
+        )
+
+
+def multi_crop(settings: CropSettings, image: ImageSpec) -> list[View]:
+    """Two large and some small crops, disturbed as in DINO."""
+
+    def crop(size: Any, scale: tuple[float, float], blur: float, solarise: float = 0.0) -> View:
+        blur = blur if settings.blur else 0.0
+        return DINOCrop(size, scale, image.mean, image.std, blur=blur, solarise=solarise, flip=settings.flip)
+
+    large, small = settings.global_crop_scale, settings.local_crop_scale
+    return [
+        crop(image.size, large, blur=1.0),
+        crop(image.size, large, blur=0.1, solarise=0.2),
+        *(crop(settings.local_crop_size, small, blur=0.5) for _ in range(settings.local_crops)),
+    ]
+
+
+def read_crops(backbone: nn.Module, crops: Sequence[Tensor], readout: str) -> list[Tensor]:
+    """Crops, each (B, C, H, W), to features (n·B, D): neighbours of one size share a pass and an entry."""
+    same_size = (torch.cat(list(group)) for _, group in groupby(crops, key=lambda crop: crop.shape))
+    return [read_out(backbone, images, readout) for images in same_size]
+
+
+def sheet_of_crops(crops: Sequence[Tensor], image: ImageSpec) -> Tensor:
+    """A picture (3, H, W) in [0, 1] of one row for each of up to 8 images: its crops, all at the same scale.
+
+    crops: each (B, C, H, W).
+    """
+    height, width = (max(crop.shape[axis] for crop in crops) + 2 for axis in (-2, -1))
+    mean, std = (torch.tensor(values, device=crops[0].device).view(-1, 1, 1) for values in (image.mean, image.std))
+    columns = []
+    for crop in crops:
+        shown = (crop[:8].float() * std + mean).clamp(0, 1)
+        columns.append(F.pad(shown, (0, width - shown.shape[-1], 0, height - shown.shape[-2]), value=1.0))
+    sheet = torch.cat(list(torch.cat(columns, dim=-1)), dim=-2)[:3]
+    return sheet.expand(3, -1, -1)

@@ -1,0 +1,277 @@
+"""DINOv2: KoLeo and Gram anchoring as published, over all processes as over one, and what they hold on to."""
+
+import math
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from lightly.loss import KoLeoLoss
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import runs
+from selfvil import checkpoint
+from selfvil.errors import UserError
+from selfvil.export import export
+from selfvil.models.heads import split_tokens
+from selfvil.models.masking import masked_features
+from selfvil.monitor.metrics import read_metrics
+from selfvil.objectives.base import ImageSpec, Progress
+from selfvil.objectives.dino import Center
+from selfvil.objectives.dinov2 import DINOv2, DINOv2Settings, gram_distance
+from selfvil.objectives.sinkhorn import sinkhorn_knopp
+from selfvil.pretrain import build_objective, pretrain
+
+VALUES = Path(__file__).with_name("published_dinov2.safetensors")
+PROGRESS = Progress(step=0, total_steps=10, steps_per_epoch=5, seed=3)
+MODELS = ["vil_nano_patch4_32", "vit_tiny_patch16_224"]
+
+
+@dataclass
+class Views:
+    views: list[Tensor]
+    positions: Tensor
+
+
+def dinov2(name: str = MODELS[0], **settings) -> DINOv2:
+    torch.manual_seed(0)
+    kwargs = {"embed_dim": 32, "depth": 2, "img_size": (16, 24), "patch_size": 4, "num_classes": 0}
+    backbone = timm.create_model(name, **kwargs | ({"num_heads": 2} if name.startswith("vit") else {}))
+    settings = {"out_dim": 24, "hidden_dim": 16, "bottleneck_dim": 8, "local_crops": 1, "local_crop_size": 8} | settings
+    return DINOv2(backbone, DINOv2Settings(**settings), ImageSpec((16, 24), 4, 3, (0.5, 0.4, 0.3), (0.2,) * 3))
+
+
+def batch(count: int = 4) -> Views:
+    generator = torch.Generator().manual_seed(1)
+    views = [torch.randn(count, 3, *size, generator=generator) for size in ((16, 24), (16, 24), (8, 8))]
+    return Views(views, torch.arange(count))
+
+
+# --- the published code ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def values() -> dict[str, Tensor]:
+    """What test_ibot.py compares with the published code itself."""
+    return load_file(VALUES)
+
+
+def test_koleo_is_the_published_one(values):
+    vectors = values["koleo/vectors"].clone().requires_grad_()
+    loss = KoLeoLoss()(vectors)
+    loss.backward()
+    torch.testing.assert_close(loss, values["koleo/loss"], rtol=1e-5, atol=0)
+    torch.testing.assert_close(vectors.grad, values["koleo/gradient"], rtol=1e-4, atol=1e-6)
+
+
+def test_gram_distance_is_the_published_one(values):
+    patches = values["gram/patches"].clone().requires_grad_()
+    loss = gram_distance(patches, values["gram/anchor"])
+    loss.backward()
+    torch.testing.assert_close(loss, values["gram/loss"], rtol=1e-5, atol=0)
+    torch.testing.assert_close(patches.grad, values["gram/gradient"], rtol=1e-4, atol=1e-7)
+
+
+def test_gram_distance_is_the_papers():
+    """Pair by pair; and features that are turned or stretched are as good as before."""
+    patches, anchor = torch.randn(2, 3, 4), torch.randn(2, 3, 5)
+    terms = [
+        (F.cosine_similarity(patches[b, i], patches[b, j], 0) - F.cosine_similarity(anchor[b, i], anchor[b, j], 0)) ** 2
+        for b in range(2) for i in range(3) for j in range(3)
+    ]  # fmt: skip
+    torch.testing.assert_close(gram_distance(patches, anchor), torch.stack(terms).mean())
+    turned = patches @ torch.linalg.qr(torch.randn(4, 4)).Q * 3
+    assert gram_distance(turned, patches) < 1e-12
+
+
+# --- all processes as one --------------------------------------------------------------------------------------------
+
+
+def test_two_processes_balance_and_spread_as_one(tmp_path):
+    """Two gloo processes with as many vectors, and with numbers of patches that differ, one of them none."""
+    sizes = {"uneven": (5, 2), "empty": (0, 3), "vectors": (4, 4)}
+    parts = {name: [torch.rand(count, 6) * 2 - 1 for count in counts] for name, counts in sizes.items()}
+    save_file({f"{name}-{rank}": x[rank] for name, x in parts.items() for rank in (0, 1)}, tmp_path / "tensors")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    script = [str(Path(__file__).with_name("two_processes.py")), str(tmp_path / "tensors"), str(tmp_path / "out")]
+    done = subprocess.run([*torchrun, *script], env=runs.environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    found = [load_file(tmp_path / f"out-{rank}.safetensors") for rank in (0, 1)]
+
+    joined = {name: torch.cat(x) for name, x in parts.items()}
+    for name in ("uneven", "empty"):
+        torch.testing.assert_close(torch.cat([each[name] for each in found]), sinkhorn_knopp(joined[name], 0.05))
+        assert not torch.allclose(sinkhorn_knopp(parts[name][1], 0.05), found[1][name], rtol=0.1) or name == "empty"
+    center = Center(6, 0.9)
+    center.add(torch.cat([joined["uneven"], joined["empty"]]))
+    center.update()
+    vectors = joined["vectors"].requires_grad_()
+    loss = KoLeoLoss()(vectors)
+    loss.backward()
+    for each in found:
+        torch.testing.assert_close(each["center"], center.value)
+        torch.testing.assert_close(each["loss"], loss.detach())
+    torch.testing.assert_close(torch.cat([each["gradient"] for each in found]), vectors.grad)
+
+
+@pytest.mark.parametrize("centring", ["softmax", "sinkhorn"])
+def test_two_processes_train_as_one(digit_shards, tmp_path, centring):
+    more = ["monitor.log_every=1", "budget.steps=4", f"objective.centring={centring}", "objective.gram_weight=1",
+            "objective.gram_start=0.5"]  # fmt: skip
+    pretrain(runs.small("dinov2", digit_shards, tmp_path / "alone", *more))
+    launched = runs.launch("dinov2", *runs.overrides("dinov2", digit_shards, tmp_path / "both", *more), processes=2)
+    assert launched.returncode == 0, launched.stderr
+    alone, both = (read_metrics(tmp_path / run / "metrics.jsonl") for run in ("alone", "both"))
+    for key in ("loss", "patch_loss", "koleo"):
+        assert [record[key] for record in both] == pytest.approx([record[key] for record in alone], rel=1e-3)
+    ours, theirs = (checkpoint.newest(tmp_path / run / "checkpoints").tensors("objective") for run in ("alone", "both"))
+    # AdamW's first steps have the gradient's sign for their size: an entry that is rounding has a step that is, too.
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
+# --- the objective ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_loss_is_the_sum_of_its_parts(name):
+    objective, views = dinov2(name, koleo_weight=0.3, gram_weight=2.0, gram_start=0.1), batch()
+    for parameter in objective.gram.parameters():
+        parameter.mul_(1.5)
+    output = objective(views, Progress(step=1, total_steps=10, steps_per_epoch=5, seed=3))
+    large = torch.cat(views.views[:2])
+    masked = objective.mask(views.positions, PROGRESS)
+    features = masked_features(objective.backbone, large, masked, objective.mask_token)
+    vectors, patches = objective.read(objective.backbone, features)
+    koleo = torch.tensor(0.0)
+    for crop in vectors.chunk(2):
+        distances = torch.cdist(*[F.normalize(crop, dim=-1)] * 2) + 10 * torch.eye(4)
+        koleo = koleo - distances.min(dim=1).values.log().mean()
+    anchor = split_tokens(objective.gram.backbone, objective.gram.backbone.forward_features(large))[1]
+    torch.testing.assert_close(output.logs["koleo"], koleo.detach(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(output.logs["gram"], gram_distance(patches, anchor).detach(), rtol=1e-4, atol=1e-7)
+    logs = output.logs
+    parts = logs["image_loss"] + logs["patch_loss"] + 0.3 * logs["koleo"] + 2 * logs["gram"]
+    torch.testing.assert_close(output.loss.detach(), parts)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_parameter_of_the_student_learns_and_none_of_the_others(name):
+    objective = dinov2(name, gram_weight=1.0, gram_start=0.01)
+    objective(batch(), Progress(step=1, total_steps=10, steps_per_epoch=5, seed=3)).loss.backward()
+    trained = {name for name, p in objective.named_parameters() if p.grad is not None and p.grad.any()}
+    assert trained == {name for name, _ in objective.named_parameters() if not name.startswith(("teacher.", "gram."))}
+
+
+def test_koleo_spreads_images_out():
+    vectors = (torch.ones(6, 4) + 0.01 * torch.randn(6, 4)).requires_grad_()
+    optimizer, before = torch.optim.SGD([vectors], lr=0.1), F.normalize(vectors.detach(), dim=-1)
+    for _ in range(50):
+        optimizer.zero_grad()
+        KoLeoLoss()(vectors).backward()
+        optimizer.step()
+    after = F.normalize(vectors.detach(), dim=-1)
+    assert torch.pdist(after).mean() > 10 * torch.pdist(before).mean()
+
+
+def test_images_that_are_the_same_do_no_harm():
+    objective, views = dinov2(), batch()
+    views.views = [view[:1].expand_as(view) for view in views.views]
+    output = objective(views, PROGRESS)
+    output.loss.backward()
+    assert output.loss.isfinite()
+    assert all(p.grad.isfinite().all() for p in objective.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_bf16_autocast_is_close_to_fp32(name):
+    settings = {"gram_weight": 1.0, "gram_start": 0.01}
+    progress = Progress(step=1, total_steps=10, steps_per_epoch=5, seed=3)
+    expected = dinov2(name, **settings)(batch(), progress).loss
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = dinov2(name, **settings)(batch(), progress)
+    output.loss.backward()
+    assert output.loss.dtype == torch.float32
+    torch.testing.assert_close(output.loss, expected, rtol=0.05, atol=0)
+    assert dinov2(name, **settings).bfloat16().gram.backbone.patch_embed.proj.weight.dtype == torch.float32
+
+
+# --- Gram anchoring --------------------------------------------------------------------------------------------------
+
+
+def test_the_teacher_is_copied_once_and_held_on_to_from_then_on():
+    objective = dinov2(gram_weight=1.0, gram_start=0.25, teacher_momentum=0.5)
+    first = math.ceil(0.25 * 10)
+    for step in range(5):
+        progress = Progress(step=step, total_steps=10, steps_per_epoch=5, seed=3)
+        assert ("gram" in objective(batch(), progress).logs) == (step >= first)
+        with torch.no_grad():
+            for parameter in objective.backbone.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        objective.after_step(progress)
+        if step == first - 1:
+            then = {name: value.clone() for name, value in objective.teacher.backbone.state_dict().items()}
+    held = objective.gram.backbone.state_dict()
+    assert all(torch.equal(held[name], value) for name, value in then.items())
+    assert not torch.equal(held["patch_embed.proj.weight"], objective.teacher.backbone.patch_embed.proj.weight)
+
+
+def test_a_finished_run_can_be_held_on_to(digit_shards, tmp_path):
+    """A run, and an export of it; of another width; and a run that was stopped goes on with the same one."""
+    pretrain(runs.small("ibot", digit_shards, tmp_path / "old", "budget.steps=2", "model.embed_dim=48"))
+    export(tmp_path / "old", tmp_path / "exported")
+    teacher = checkpoint.newest(tmp_path / "old" / "checkpoints").tensors("objective")
+    for source in ("old", "exported"):
+        more = ["objective.gram_weight=1", f"objective.gram_from={tmp_path / source}", "budget.steps=3"]
+        objective = build_objective(runs.small("dinov2", digit_shards, tmp_path / source, *more))
+        held = objective.gram.backbone.state_dict()
+        assert all(torch.equal(value, teacher[f"teacher.backbone.{name}"]) for name, value in held.items())
+    assert pretrain(runs.small("dinov2", digit_shards, tmp_path / "new", *more)).finished
+    saved = checkpoint.newest(tmp_path / "new" / "checkpoints").tensors("objective")
+    assert all(torch.equal(saved[f"gram.backbone.{name}"], value) for name, value in held.items())
+
+
+# --- a real run, and mistakes ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("centring", ["softmax", "sinkhorn"])
+def test_a_run_learns_without_collapse(digit_shards, tmp_path, centring):
+    more = ["budget.steps=40", "optim.base_lr=0.0125", "monitor.log_every=5", "objective.hidden_dim=256",
+            "objective.bottleneck_dim=64", f"objective.centring={centring}"]  # fmt: skip
+    assert pretrain(runs.small("dinov2", digit_shards, tmp_path / "run", *more)).finished
+    records = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert records[-1]["kl"] < 0.7 * records[0]["kl"]
+    assert records[-1]["patch_loss"] < records[0]["patch_loss"]
+    assert all(record["teacher_spread"] > record["teacher_entropy"] + 0.1 for record in records)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["objective.gram_weight=1"], "gram_weight = 1.0 has nothing trained to hold on to: set gram_from"),
+        (["objective.gram_weight=1", "objective.gram_from=nowhere"], "objective.gram_from: There is no folder nowhere"),
+        (["optim.batch_size=1"], "one of a single image has none: raise optim.batch_size"),
+        (["objective.koleo_weight=0", "optim.batch_size=4", "objective.centring=sinkhorn"], "one of 4 images on all"),
+        (["objective.koleo_weight=-1"], "objective.koleo_weight = -1"),
+    ],
+)
+def test_a_users_mistake_is_one_sentence(digit_shards, tmp_path, overrides, expected):
+    with pytest.raises(UserError) as caught:
+        pretrain(runs.small("dinov2", digit_shards, tmp_path / "run", *overrides))
+    assert expected in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_network_of_another_grid_or_normalisation_is_refused(digit_shards, tmp_path):
+    old = ["budget.steps=1", "model.patch_size=8", "data.mean=[0.5]"]
+    pretrain(runs.small("ibot", digit_shards, tmp_path / "old", *old))
+    more = ["objective.gram_weight=1", f"objective.gram_from={tmp_path / 'old'}"]
+    with pytest.raises(UserError, match=r"old sees 2x2 patches where the recipe's model sees 4x4"):
+        build_objective(runs.small("dinov2", digit_shards, tmp_path / "run", *more))
+    more += ["model.patch_size=8"]
+    with pytest.raises(UserError, match=r"old was trained on images of mean \[0\.5\] .* set data\.mean"):
+        build_objective(runs.small("dinov2", digit_shards, tmp_path / "run", *more))
