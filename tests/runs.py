@@ -38,8 +38,8 @@ _SMALL = {
     "dino": [*_GREY, *_FEW_CROPS],
     "ibot": [*_GREY, *_FEW_CROPS],
     "dinov2": [
-        *_GREY, *_FEW_CROPS, "model.name=vil_nano_patch4_32", "model.init_values=null", "optim.accumulate=1",
-        "optim.base_lr=0.004",
+        *_GREY, *_FEW_CROPS, "model.name=vil_nano_patch4_32", "model.init_values=null", "model.drop_path_rate=0",
+        "optim.accumulate=1",
     ],
     "lejepa": [
         *_GREY, "objective.local_crop_size=8", "objective.local_crops=2", "objective.out_dim=16",

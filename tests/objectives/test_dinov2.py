@@ -240,13 +240,18 @@ def test_a_finished_run_can_be_held_on_to(digit_shards, tmp_path):
 
 @pytest.mark.parametrize("centring", ["softmax", "sinkhorn"])
 def test_a_run_learns_without_collapse(digit_shards, tmp_path, centring):
-    more = ["budget.steps=40", "optim.base_lr=0.0125", "monitor.log_every=5", "objective.hidden_dim=256",
-            "objective.bottleneck_dim=64", f"objective.centring={centring}"]  # fmt: skip
+    """Student and teacher come to agree; balanced, the teacher uses all prototypes, and yet each image its own."""
+    more = ["budget.steps=40", "optim.base_lr=0.005", "monitor.log_every=5", "objective.hidden_dim=256",
+            "objective.bottleneck_dim=64", "objective.teacher_momentum=0.996", f"objective.centring={centring}",
+            "monitor.pictures_every=40"]  # fmt: skip
     assert pretrain(runs.small("dinov2", digit_shards, tmp_path / "run", *more)).finished
     records = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert records[-1]["kl"] < 0.7 * records[0]["kl"]
     assert records[-1]["patch_loss"] < records[0]["patch_loss"]
+    assert records[-1]["koleo"] < records[0]["koleo"]
     assert all(record["teacher_spread"] > record["teacher_entropy"] + 0.1 for record in records)
+    assert all((record["teacher_spread"] > 0.995) == (centring == "sinkhorn") for record in records)
+    assert (tmp_path / "run" / "pictures" / "step-00000040.png").stat().st_size > 0
 
 
 @pytest.mark.parametrize(
