@@ -13,9 +13,11 @@ from selfvil.pretrain import build_objective, pretrain
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("objective", ["mae", "dino"])
+@pytest.mark.parametrize("objective", ["mae", "dino", "ibot", "dinov2"])
 def test_two_images_foretell_nine(digit_shards, tmp_path, objective):
-    subject = build_objective(runs.small(objective, digit_shards, tmp_path / "run"))
+    # Images whose masks differ need different amounts: here all crops hide as many patches.
+    even = ["objective.mask_share=1", "objective.mask_ratios=[0.5, 0.5]"] if objective in ("ibot", "dinov2") else []
+    subject = build_objective(runs.small(objective, digit_shards, tmp_path / "run", *even))
     before = {key: value.clone() for key, value in subject.state_dict().items()}
     draws = torch.default_generator.get_state()
     one, two, nine = (memory.saved_bytes(subject, count, 1, CPU) for count in (1, 2, 9))
@@ -43,6 +45,19 @@ def test_what_cannot_fit_is_refused(digit_shards, tmp_path, monkeypatch):
     memory.need_memory(subject, 4, 1, CPU, nullcontext())
     with pytest.raises(UserError, match=r"1,000 images with 4 crops of each needs at least .* 0\.1 GiB are free"):
         memory.need_memory(subject, 1000, 1, CPU, nullcontext())
+
+
+@pytest.mark.parametrize("objective", ["dino", "ibot", "dinov2"])
+def test_more_prototypes_than_memory_are_refused(digit_shards, tmp_path, monkeypatch, objective):
+    """Before they are made, where they are too many for that; else before the first step."""
+    with pytest.raises(
+        UserError, match=r"objective\.out_dim = 100000000000 prototypes of 16 numbers take 11,920\.9 GiB"
+    ):
+        pretrain(runs.small(objective, digit_shards, tmp_path / "run", "objective.out_dim=100000000000"))
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 2**22)
+    with pytest.raises(UserError, match=r"gradients and moments of .* take a smaller model, or fewer prototypes"):
+        pretrain(runs.small(objective, digit_shards, tmp_path / "run", "objective.out_dim=100000"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_state_divided_among_processes_leaves_room(digit_shards, tmp_path, monkeypatch):

@@ -44,8 +44,15 @@ def need_memory(
     with autocast:
         one, two = (saved_bytes(objective, count, channels, device) for count in (1, 2))
     trained = sum(p.numel() * p.element_size() for p in objective.parameters() if p.requires_grad)
-    needed = one + (two - one) * (batch_size - 1) + _GRADIENT_AND_MOMENTS * trained // parts
+    of_weights = _GRADIENT_AND_MOMENTS * trained // parts
+    needed = one + (two - one) * (batch_size - 1) + of_weights
     free = free_bytes(device)
+    if of_weights > free:
+        raise UserError(
+            f"gradients and moments of {trained / 2**30:,.1f} GiB of trained weights need {of_weights / 2**30:,.1f} GiB, "
+            f"and {free / 2**30:,.1f} GiB are free for a process on {device}: take a smaller model, or fewer prototypes "
+            f"(objective.out_dim) if the objective has them"
+        )
     if needed > free:
         raise UserError(
             f"a micro-batch of {batch_size:,} images with {len(objective.views())} crops of each needs at least "

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import psutil
 import torch
 import torch.nn.functional as F
 from timm.layers import Format, PatchEmbed
@@ -134,6 +135,8 @@ class ProjectionHead(nn.Module):
     With `norm_last_layer` all prototypes have length 1; without, lengths are learned: better and less stable, the
     authors say. The normalisation is written out because torch's old `weight_norm`, on which lightly's head rests,
     does not let itself be deep-copied into a teacher.
+
+    Raises UserError for prototypes that the machine's memory cannot hold twice, for the student and for a teacher.
     """
 
     def __init__(
@@ -146,6 +149,12 @@ class ProjectionHead(nn.Module):
         norm_last_layer: bool = True,
     ) -> None:
         super().__init__()
+        needed, free = 2 * 4 * out_dim * bottleneck_dim, psutil.virtual_memory().available
+        if needed > free:
+            raise UserError(
+                f"objective.out_dim = {out_dim} prototypes of {bottleneck_dim} numbers take {needed / 2**30:,.1f} GiB "
+                f"in student and teacher, and {free / 2**30:,.1f} GiB are free: lower out_dim or bottleneck_dim"
+            )
         self.mlp = nn.Sequential(
             nn.Linear(in_dim, hidden_dim), nn.GELU(),
             nn.Linear(hidden_dim, hidden_dim), nn.GELU(),
