@@ -1,7 +1,8 @@
 """Several runs in the same processes, since starting them takes longer than a run: `torchrun` starts this file.
 
 Beside its own files, each run leaves for each process what `recorded` writes, and under DeepSpeed `held-RANK.json`: how
-many values of optimizer state this process held.
+many values of optimizer state this process held, and `divided-RANK.json`: the parameters that were not there whole.
+"whole" in a case is `selfvil.zero.WHOLE`, made small enough for ZeRO-3 to divide a small network.
 """
 
 import json
@@ -16,7 +17,7 @@ from unittest.mock import patch
 from accelerate.state import AcceleratorState, GradientState
 
 from runs import REPOSITORY, environment
-from selfvil import pretrain
+from selfvil import pretrain, zero
 from selfvil.recipe import Recipe, load
 from selfvil.zero import Zero
 
@@ -40,7 +41,8 @@ def main() -> None:
         GradientState._reset_state()
         os.environ["ACCELERATE_DEEPSPEED_ZERO_STAGE"] = str(case.get("zero"))
         recipe = load(case["recipe"], case["arguments"])
-        with recorded(recipe), patch.object(pretrain, "Zero", watched(recipe)):
+        whole = patch.object(zero, "WHOLE", case.get("whole", zero.WHOLE))
+        with recorded(recipe), whole, patch.object(pretrain, "Zero", watched(recipe)):
             pretrain.pretrain(recipe)
 
 
@@ -68,6 +70,8 @@ def watched(recipe: Recipe) -> type[Zero]:
             states = (value for state in self.optimizer.state.values() for value in state.values())
             held = sum(value.numel() for value in states if value.ndim)
             Path(recipe.run.out, f"held-{os.environ['RANK']}.json").write_text(str(held))
+            divided = [name for name, parameter in self.engine.module.named_parameters() if not parameter.numel()]
+            Path(recipe.run.out, f"divided-{os.environ['RANK']}.json").write_text(json.dumps(divided))
             return super().optimizer_tensors()
 
     return Watched

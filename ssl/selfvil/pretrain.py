@@ -37,7 +37,7 @@ from selfvil.monitor.vitals import Vitals
 from selfvil.objectives import objective_class
 from selfvil.objectives.base import ImageSpec, Objective, Progress
 from selfvil.recipe import Recipe, differences, parse
-from selfvil.zero import Zero, apply_recipe
+from selfvil.zero import Zero, apply_recipe, numel
 
 log = logging.getLogger("selfvil")
 
@@ -232,10 +232,11 @@ def pretrain(recipe: Recipe) -> Summary:
                     collapsed = recipe.monitor.on_collapse == "stop"  # the next step asks every process
                 if save_due or stopping:
                     moments = zero.optimizer_tensors() if zero else optim.optimizer_tensors(optimizer)
-                    if is_main:
-                        tensors = {"objective": objective.state_dict(), "optimizer": moments}
-                        meta = _meta(recipe, shards, objective, step, seconds_before + time.monotonic() - began)
-                        checkpoint.save(out / "checkpoints", step, tensors, meta, recipe.run.keep_checkpoints)
+                    with zero.whole() if zero else nullcontext():
+                        if is_main:
+                            tensors = {"objective": objective.state_dict(), "optimizer": moments}
+                            meta = _meta(recipe, shards, objective, step, seconds_before + time.monotonic() - began)
+                            checkpoint.save(out / "checkpoints", step, tensors, meta, recipe.run.keep_checkpoints)
                     accelerator.wait_for_everyone()
                     saved_at = step
                 if stopping and not ended:
@@ -316,11 +317,17 @@ def _learning_rate(recipe: Recipe, step: int, total: int) -> float:
 
 def _configure_deepspeed(recipe: Recipe, accelerator: Accelerator) -> None:
     """Let DeepSpeed's settings say what the recipe says. Raises UserError if they ask for what is not tested."""
+    asked = {
+        "monitor.doctor_every": recipe.monitor.doctor_every,
+        "monitor.pictures_every": recipe.monitor.pictures_every,
+        "eval.train and eval.test": recipe.eval.train,
+    }
+    looks = [key for key, value in asked.items() if value is not None]
     gave_way = apply_recipe(
         accelerator.deepspeed_plugin.deepspeed_config, batch_size=recipe.optim.batch_size,
         accumulate=recipe.optim.accumulate, world_size=accelerator.num_processes, clip_norm=recipe.optim.clip_norm,
         bf16=recipe.run.precision == "bf16",
-        has_teacher="teacher" in objective_class(recipe.objective.name).networks,
+        has_teacher="teacher" in objective_class(recipe.objective.name).networks, looks=looks,
     )  # fmt: skip
     accelerator.gradient_accumulation_steps = recipe.optim.accumulate
     for sentence in gave_way if accelerator.is_main_process else []:
@@ -435,8 +442,8 @@ def _greet(
     line: ProgressLine, recipe: Recipe, accelerator: Accelerator, objective: Objective, shards: Shards,
     first_step: int, total_steps: int,
 ) -> None:  # fmt: skip
-    trainable = sum(parameter.numel() for parameter in objective.parameters() if parameter.requires_grad)
-    backbone = sum(parameter.numel() for parameter in objective.backbone.parameters())
+    trainable = sum(numel(parameter) for parameter in objective.parameters() if parameter.requires_grad)
+    backbone = sum(numel(parameter) for parameter in objective.backbone.parameters())
     line.say(
         f"{recipe.objective.name} on {recipe.model.name}: {backbone / 1e6:.2f} M parameters in the backbone, "
         f"{trainable / 1e6:.2f} M trained\n"

@@ -1,8 +1,10 @@
-"""DeepSpeed's ZeRO-1 and ZeRO-2: the run of DDP, its optimizer state divided among the processes.
+"""DeepSpeed's ZeRO-1, -2 and -3: the run of DDP, its optimizer state divided among the processes.
 
 Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models" (2020). DeepSpeed lays the
 parameters of a group end to end in one flat vector and gives each process an equal part of it, which need not begin
 or end where a parameter does. That process alone holds the part's AdamW state and, after backward, its gradients.
+ZeRO-3 divides each large parameter by itself, and puts it together for as long as a layer needs it: for an objective
+without a teacher, which could not follow what is not there.
 
 Two things are ours, so that loss, clipping, schedules and teacher are those of DDP to rounding:
 
@@ -13,6 +15,8 @@ Two things are ours, so that loss, clipping, schedules and teacher are those of 
 A checkpoint holds whole tensors by parameter's name, as without DeepSpeed: any number of processes may go on from it.
 """
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -32,23 +36,32 @@ _ZERO_SETTINGS = {
     "reduce_bucket_size", "allgather_partitions", "allgather_bucket_size", "stage3_gather_16bit_weights_on_model_save",
 }  # fmt: skip
 
+WHOLE = 1_000_000
+"""Under ZeRO-3, numbers in a parameter up to which every process keeps it whole. Above are the matrices of linear
+layers; those one module reads from another (positions, gates, convolutions), which DeepSpeed does not foresee, lie below."""
+
 
 def apply_recipe(
     settings: dict[str, Any], *, batch_size: int, accumulate: int, world_size: int, clip_norm: float | None, bf16: bool,
-    has_teacher: bool,
+    has_teacher: bool, looks: Sequence[str] = (),
 ) -> list[str]:  # fmt: skip
     """Write what the recipe says into DeepSpeed's settings, in place; return a sentence for each that gave way.
+
+    looks: keys of the recipe by which the main process alone would run the networks, which under ZeRO-3 none can.
 
     Raises:
         UserError: the settings ask for something that is not tested, or that cannot be right.
     """
     zero = settings["zero_optimization"]
     stage = zero.get("stage", 0)
-    if stage == 3:
+    if stage == 3 and has_teacher:
         raise UserError(
             "ZeRO-3 divides the weights, so a teacher that follows them would silently miss its updates: use ZeRO-2"
-            if has_teacher
-            else "ZeRO-3 is not tested yet: use ZeRO-2"
+        )
+    if stage == 3 and looks:
+        raise UserError(
+            f"ZeRO-3 divides the weights, so no process can look at the networks by itself: set {' and '.join(looks)} "
+            f"to null, or use ZeRO-2"
         )
     unknown = [key for key in settings if key not in _SETTINGS]
     unknown += [f"zero_optimization.{key}" for key, value in zero.items() if key not in _ZERO_SETTINGS or _set(value)]
@@ -73,6 +86,9 @@ def apply_recipe(
     off = {"enabled": False}
     # No module is safe for lower precision in the sense of DeepSpeed: that would add up its gradients in bf16.
     autocast = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []} if bf16 else off
+    if stage == 3:
+        zero["stage3_param_persistence_threshold"] = WHOLE
+        zero["memory_efficient_linear"] = False  # its own backward rounds otherwise than autocast's
     settings.update(ours | {"gradient_clipping": 0.0, "bf16": off, "fp16": off, "torch_autocast": autocast})
     return gave_way
 
@@ -80,6 +96,11 @@ def apply_recipe(
 def _set(value: Any) -> bool:
     """Whether a value of zero_optimization asks for offloading, or to be guessed from a language model's width."""
     return value == "auto" or (isinstance(value, dict) and value.get("device", "none") not in (None, "none"))
+
+
+def numel(parameter: Any) -> int:
+    """Numbers in a parameter, which ZeRO-3 leaves empty where it is divided."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 class Zero:
@@ -94,10 +115,27 @@ class Zero:
         self.stage = int(engine.zero_optimization_stage())
         # Name, parameter, and the flat vector of this process in which a part of it may lie; the same order everywhere.
         self._trained: list[tuple[str, Any, Tensor]] = [
-            (name, engine.module.get_parameter(name), group["params"][index if self.stage == 0 else 0])
+            (name, parameter := engine.module.get_parameter(name), self._flat(parameter, group, index))
             for group in optimizer.param_groups
             for index, name in enumerate(group["names"])
         ]
+
+    def _flat(self, parameter: Any, group: dict[str, Any], index: int) -> Tensor:
+        if self.stage == 3:
+            zero3 = parameter._z3_optimizer
+            return zero3.fp32_partitioned_groups_flat[zero3.grad_position[zero3.get_param_id(parameter)][0]]
+        return group["params"][index if self.stage == 0 else 0]
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Within, every process holds all weights whole, to be read; all must enter it. Below ZeRO-3 they are."""
+        if self.stage < 3:
+            yield
+            return
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(list(self.engine.module.parameters())):
+            yield
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """Add a micro-batch's gradients; after the last one of a step they are those of all processes."""
@@ -134,11 +172,12 @@ class Zero:
             for key, value in self.optimizer.state[flat].items():
                 whole = value
                 if value.ndim:
-                    whole = torch.zeros(parameter.numel(), dtype=value.dtype, device=value.device)
+                    shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 leaves an empty one behind
+                    whole = torch.zeros(shape.numel(), dtype=value.dtype, device=value.device)
                     for here, there in self._part(parameter):
                         whole[there] = value[here]
                     distributed.all_reduce(whole)
-                    whole = whole.view(parameter.shape)
+                    whole = whole.view(shape)
                 if distributed.get_rank() == 0:
                     tensors[f"{name}{optim.NAME_SEPARATOR}{key}"] = whole.cpu()
         return tensors
@@ -163,15 +202,25 @@ class Zero:
     # DeepSpeed hangs the place of a parameter in this process's flat vector on the parameter, as `_hp_mapping`: None if
     # no part of it lies there. Its own safe_get_full_... read it too, but send whole tensors around, one by one.
 
-    @staticmethod
-    def _gradient(parameter: Any) -> Tensor | None:
+    # Under ZeRO-3 a parameter's equal parts, the last one padded, lie at `grad_position` of a flat vector.
+
+    def _gradient(self, parameter: Any) -> Tensor | None:
+        if self.stage == 3:
+            part = self._part(parameter)
+            gradient = parameter._z3_optimizer.get_local_fp32_grad_for_param(parameter)
+            return gradient.flatten()[: part[0][1].stop - part[0][1].start] if part else None
         if parameter._hp_mapping is None:
             return None
         return parameter._hp_mapping.get_lp_grad_fragment(parameter._index_in_param_group)
 
-    @staticmethod
-    def _part(parameter: Any) -> list[tuple[slice, slice]]:
+    def _part(self, parameter: Any) -> list[tuple[slice, slice]]:
         """Where in the flat vector, and where in the flattened parameter, their common part lies; none, or one."""
+        if self.stage == 3:
+            zero3 = parameter._z3_optimizer
+            _, offset, size = zero3.grad_position[zero3.get_param_id(parameter)]
+            start = distributed.get_rank() * size
+            count = min(size, parameter.ds_numel - start)
+            return [(slice(offset, offset + count), slice(start, start + count))] if count > 0 else []
         if parameter._hp_mapping is None:
             return []
         here, there = parameter._hp_mapping.hp_fragment_address, parameter._hp_mapping.lp_fragment_address
