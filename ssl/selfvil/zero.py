@@ -38,7 +38,7 @@ _ZERO_SETTINGS = {
 
 WHOLE = 1_000_000
 """Under ZeRO-3, numbers in a parameter up to which every process keeps it whole. Above are the matrices of linear
-layers; those one module reads from another (positions, gates, convolutions), which DeepSpeed does not foresee, lie below."""
+layers; what one module reads from another (positions, gates, convolutions), unforeseen by DeepSpeed, is below."""
 
 
 def apply_recipe(
