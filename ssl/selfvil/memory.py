@@ -49,9 +49,9 @@ def need_memory(
     free = free_bytes(device)
     if of_weights > free:
         raise UserError(
-            f"gradients and moments of {trained / 2**30:,.1f} GiB of trained weights need {of_weights / 2**30:,.1f} GiB, "
-            f"and {free / 2**30:,.1f} GiB are free for a process on {device}: take a smaller model, or fewer prototypes "
-            f"(objective.out_dim) if the objective has them"
+            f"gradients and moments of {trained / 2**30:,.1f} GiB of trained weights need "
+            f"{of_weights / 2**30:,.1f} GiB, and {free / 2**30:,.1f} GiB are free for a process on {device}: take a "
+            "smaller model, or fewer prototypes (objective.out_dim) if the objective has them"
         )
     if needed > free:
         raise UserError(

@@ -1,0 +1,134 @@
+"""Objectives, and settings of them, with one equal budget on small images: k-NN, linear probe, few labels.
+
+    python benchmarks/bakeoff.py --data ../shared/data/cifar10 --out runs/bakeoff --minutes 12
+    python benchmarks/bakeoff.py --data ../shared/data/cifar10 --out runs/bakeoff --minutes 12 --rows mae simmim
+
+A row is a packaged recipe with a few keys changed. It runs on one core, for as many images as that core does in the
+given minutes; the rate is measured once, at the start, so that the budget is a number of images, and another row or a
+busy machine cannot change it. Then the network is scored: k-NN and linear probe on all labels, and fine-tuned on 1 % of
+them. Everything is kept under --out: a command that was stopped goes on where it stopped, and finished rows are only
+printed. Rows in one process run one after the other; for more cores start one process for each with its own --rows.
+"""
+
+import argparse
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from selfvil.monitor.metrics import read_metrics
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+# 808,064 parameters, beside 802,560 of the ViL.
+VIT = ["model.name=vit_tiny_patch16_224", "model.embed_dim=128", "model.depth=4", "model.num_heads=4"]
+MAE, DINO = ("cifar10_mae", []), ("cifar10_dino", ["optim.base_lr=8e-3"])
+IBOT, LEJEPA = ("cifar10_ibot", ["optim.base_lr=8e-3"]), ("cifar10_lejepa", [])
+
+ROWS: dict[str, tuple[str, list[str]]] = {
+    "mae": MAE,
+    "simmim": ("cifar10_simmim", []),
+    "autoregressive": ("cifar10_autoregressive", []),
+    "dino": DINO,
+    "ibot": IBOT,
+    "lejepa": LEJEPA,
+    "mae-vit": (MAE[0], [*VIT, "objective.decoder=vit", "objective.decoder_heads=4"]),
+    "dino-vit": (DINO[0], [*DINO[1], *VIT]),
+    # Ablations.
+    "mae-ratio-0.5": (MAE[0], ["objective.mask_ratio=0.5"]),
+    "mae-ratio-0.6": (MAE[0], ["objective.mask_ratio=0.6"]),
+    "mae-gap-aware": (MAE[0], ["objective.gap_aware=true"]),
+    "mae-conv-sequence": (MAE[0], ["model.conv=causal1d"]),
+    "mae-conv-none": (MAE[0], ["model.conv=none"]),
+    "mae-decoder-vit": (MAE[0], ["objective.decoder=vit", "objective.decoder_heads=4"]),
+    "mae-layerscale-1e-5": (MAE[0], ["model.init_values=1e-5"]),
+    "mae-layerscale-0.1": (MAE[0], ["model.init_values=0.1"]),
+    "dino-readout-mean": (DINO[0], [*DINO[1], "objective.readout=mean"]),
+}
+"""Name of a row -> a packaged recipe, and what is changed in it."""
+
+ONE_CORE = ["run.threads=1", "data.workers=0", "monitor.pictures_every=null", "monitor.doctor_every=null"]
+FINETUNE = ["--labels-per-class", "10", "--epochs", "100", "--batch-size", "50", "--base-lr", "8e-3",
+            "--layer-decay", "0.9", "--min-crop", "0.5", "--drop-path", "0"]  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder of the CIFAR-10 shards")
+    parser.add_argument("--out", type=Path, required=True, help="folder for runs and scores")
+    parser.add_argument("--minutes", type=float, required=True, help="budget of a row, on one core")
+    parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rates-only", action="store_true", help="measure how fast each row is, and no more")
+    parser.add_argument("--print-only", action="store_true", help="print the rows that are finished, and no more")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    if not args.print_only:
+        for name in args.rows:
+            samples = budget(args, name)
+            if not args.rates_only:
+                train(args, name, f"budget.samples={samples}", args.out / name)
+                score(args, name)
+    print_table(args)
+
+
+def budget(args: argparse.Namespace, name: str) -> int:
+    """Images that the row trains on."""
+    file = args.out / f"{name}-rate.json"
+    if not file.exists():
+        train(args, name, "budget.steps=30", args.out / f"{name}-rate", "monitor.log_every=5")
+        rates = [record["images_per_second"] for record in read_metrics(args.out / f"{name}-rate" / "metrics.jsonl")]
+        file.write_text(
+            json.dumps({"images_per_second": statistics.median(rates[1:])})
+        )  # the first has the start in it
+    return round(json.loads(file.read_text())["images_per_second"] * 60 * args.minutes)
+
+
+def train(args: argparse.Namespace, name: str, length: str, out: Path, *more: str) -> None:
+    recipe, changes = ROWS[name]
+    shards = f"data.train={args.data}/cifar10-train-{{000000..000001}}.tar"
+    run("launch/pretrain.py", recipe, shards, *ONE_CORE, *changes, f"run.seed={args.seed}", f"run.out={out}", length,
+        "budget.epochs=null", *(["budget.samples=null"] if "steps" in length else []), *more)  # fmt: skip
+
+
+def score(args: argparse.Namespace, name: str) -> None:
+    labelled = ["--train", f"{args.data}/cifar10-train-{{000000..000001}}.tar",
+                "--test", f"{args.data}/cifar10-test-{{000000..000001}}.tar",
+                "--workers", "0", "--precision", "bf16"]  # fmt: skip
+    baselines = ["--baselines"] if name == "mae" else []
+    commands = {"all-0": ["all"], "finetune": ["finetune", *FINETUNE, "--readout", readout(name)]}
+    commands |= {f"linear-{seed}": ["linear", "--seed", str(seed)] for seed in (1, 2)}
+    for kind, command in commands.items():
+        file = args.out / f"{name}-{kind}.json"
+        if not file.exists():
+            cli, more = [*command[:1], str(args.out / name), *command[1:]], baselines if "-" in kind else []
+            run(str(Path(sys.executable).with_name("selfvil")), "eval", *cli, *labelled, *more, "--json", str(file))
+
+
+def readout(name: str) -> str:
+    return "cls" if "vit" in name and "decoder" not in name else "bilateral_concat"
+
+
+def run(*arguments: str) -> None:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    print("$ python", *arguments, flush=True)
+    subprocess.run([sys.executable, *arguments], cwd=REPOSITORY, env=environment, check=True)
+
+
+def print_table(args: argparse.Namespace) -> None:
+    for name in args.rows:
+        rows: list[dict[str, Any]] = []
+        for file in sorted(args.out.glob(f"{name}-*.json")):
+            if re.fullmatch(rf"{name}-(all-0|finetune|linear-\d).json", file.name):
+                found = json.loads(file.read_text())
+                rows += [{"file": file.stem} | row for row in (found if isinstance(found, list) else found["rows"])]
+        for row in rows:
+            print(json.dumps(row))
+
+
+if __name__ == "__main__":
+    main()
