@@ -17,7 +17,7 @@ from selfvil.models.positions import resample_positions
 from selfvil.pretrain import build_objective, pretrain
 
 
-@pytest.fixture(scope="module", params=["mae", "dino"])
+@pytest.fixture(scope="module", params=["mae", "dino", "ibot"])
 def old(request, digit_shards, tmp_path_factory):
     """An objective's name, a run of it, an export of it with heads, and one without."""
     folder = tmp_path_factory.mktemp("old")
@@ -68,7 +68,7 @@ def test_another_architecture_or_objective_is_refused(old, digit_shards, tmp_pat
         started(old, digit_shards, tmp_path, "bare", "model.depth=2", "model.start_heads=new")
     with pytest.raises(UserError, match=r"nowhere"):
         started(old, digit_shards, tmp_path, "nowhere")
-    other = {"mae": "dino", "dino": "mae"}[old[0]]
+    other = {"mae": "dino", "dino": "mae", "ibot": "dino"}[old[0]]
     with pytest.raises(UserError, match="another objective"):
         build_objective(runs.small(other, digit_shards, tmp_path / "new", f"model.start_from={old[1] / 'whole'}"))
 

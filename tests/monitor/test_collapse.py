@@ -37,7 +37,7 @@ def test_every_rule_says_where_its_range_comes_from():
         assert set(rule.follows) <= BY_NAME.keys() - {rule.name}
 
 
-@pytest.mark.parametrize("objective", ["mae", "dino"])
+@pytest.mark.parametrize("objective", ["mae", "dino", "dinov2"])
 def test_every_sentence_can_be_said_of_every_objective(objective):
     """Settings that an objective lacks read as such, and those that it has as they are."""
     for rule in RULES:

@@ -57,7 +57,8 @@ class DINOv2Settings(IBOTSettings):
     """Weight of Gram anchoring; 0 leaves it out."""
     gram_from: str | None = None
     """Network whose similarities of patches are held on to: an export, a run or a checkpoint whose patches lie on the
-    same grid, of any width; null takes the run's own teacher as it is at gram_start."""
+    same grid, of any width, which must stay where it is until the run ends; null takes the run's own teacher as it is
+    at gram_start."""
     gram_start: float = Field(0.0, ge=0, lt=1)
     """Share of the budget after which they are held on to."""
 
