@@ -30,10 +30,16 @@ needs_deepspeed = pytest.mark.skipif(bool(MISSING), reason=f"{' and '.join(MISSI
 TELLING = {
     "mae": ["optim.accumulate=2", "model.drop_path_rate=0.2"],
     "dino": ["optim.accumulate=2", "optim.clip_norm=0.3", "objective.freeze_last_layer_epochs=0.4"],
+    "dinov2": [
+        "optim.accumulate=2",
+        "objective.centring=sinkhorn",
+        "objective.gram_weight=1",
+        "objective.gram_start=0.3",
+    ],
     "lejepa": ["optim.accumulate=2", "optim.clip_norm=0.3"],
 }
 PAUSED = ["monitor.log_every=3", "budget.pause_minutes=1e-6"]  # several processes stop where they log
-ZERO = [("mae", 1), ("mae", 2), ("dino", 1), ("dino", 2), ("mae", 3), ("lejepa", 3)]
+ZERO = [("mae", 1), ("mae", 2), ("dino", 1), ("dino", 2), ("dinov2", 2), ("mae", 3), ("lejepa", 3)]
 
 
 def settings(objective: str, precision: str = "fp32") -> list[str]:

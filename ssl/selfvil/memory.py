@@ -2,7 +2,8 @@
 
 What training keeps for the backward pass grows with the images of a micro-batch and the crops of each. It is measured,
 not modelled: the objective runs on one image and on two, and what autograd saves is counted. The rest of a step
-(temporary tensors, fragmentation) is left out, so a refusal is certain and a pass is not.
+(temporary tensors, fragmentation) is left out, so a refusal is certain and a pass is not; where an objective masks each
+image in its own way, up to what the masks of two images tell of the others'.
 """
 
 import os
