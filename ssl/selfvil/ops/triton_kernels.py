@@ -1,0 +1,371 @@
+"""Kernels of the mLSTM in Triton, for `triton_mlstm`, which alone imports this file, and says what they compute.
+
+A program has a block of rows, and goes over the columns they see within their chunk; or a block of columns, and goes
+over the rows that see them. No score leaves the processor, and each sum is one program's, in one order. Blocks off the
+diagonal need no mask, and two exponentials a token in place of one a score: with M_c, the maximum when the last of the
+columns has been read, D_ij = exp(a_j - M_c) exp(M_c - M_i), neither exponent above 0.
+
+Triton's blocks have powers of two for sizes. A head width that is none is cut into TILES, as 384 into 256 and 128, and
+what has that width is a tuple with an entry for each.
+
+Rows that do not exist have the maximum +inf, columns the input gate -inf: both weigh nothing without a mask.
+
+Shapes: heads have joined the batch, so q, k, v are (B·H, N, D), what belongs to a token is (B·H, N), and states are
+(B·H, chunks, D, D) and (B·H, chunks, D). All are contiguous. CHUNK tokens make a chunk. A program's own tokens are a
+BLOCK, a divisor of CHUNK, and it goes over the others by STEP, a divisor of BLOCK.
+"""
+
+# ruff: noqa: RUF005 - Triton joins tuples, but does not unpack them
+# mypy: ignore-errors - what a kernel says has the types of Triton
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _load(x, tokens, there, TILES: tl.constexpr, t: tl.constexpr, D: tl.constexpr):
+    """Tile t of the width of some tokens of x (N, D); 0 where there is nothing."""
+    start: tl.constexpr = 0 if t == 0 else TILES[0]
+    width = start + tl.arange(0, TILES[t])
+    return tl.load(x + tokens[:, None] * D + width, mask=there[:, None] & (width < D), other=0.0)
+
+
+@triton.jit
+def _load_all(x, tokens, there, TILES: tl.constexpr, D: tl.constexpr):
+    tiles = ()
+    for t in tl.static_range(len(TILES)):
+        tiles = tiles + (_load(x, tokens, there, TILES, t, D),)
+    return tiles
+
+
+@triton.jit
+def _store_all(x, tiles, tokens, there, TILES: tl.constexpr, D: tl.constexpr):
+    for t in tl.static_range(len(TILES)):
+        start: tl.constexpr = 0 if t == 0 else TILES[0]
+        width = start + tl.arange(0, TILES[t])
+        to = x + tokens[:, None] * D + width
+        tl.store(to, tiles[t].to(x.dtype.element_ty), mask=there[:, None] & (width < D))
+
+
+@triton.jit
+def _zeros(SIZE: tl.constexpr, TILES: tl.constexpr, dtype: tl.constexpr):
+    tiles = ()
+    for t in tl.static_range(len(TILES)):
+        tiles = tiles + (tl.zeros([SIZE, TILES[t]], dtype),)
+    return tiles
+
+
+@triton.jit
+def _scores(left, right, dtype: tl.constexpr, PRECISION: tl.constexpr):
+    """left rightᵀ over the whole width: (n, m) of (n, D) and (m, D)."""
+    product = tl.dot(left[0], tl.trans(right[0]), input_precision=PRECISION, out_dtype=dtype)
+    for t in tl.static_range(1, len(left)):
+        product = tl.dot(left[t], tl.trans(right[t]), product, input_precision=PRECISION, out_dtype=dtype)
+    return product
+
+
+@triton.jit
+def _add_products(total, left, right, PRECISION: tl.constexpr):
+    """total + left right, for (n, D), (n, m) and (m, D)."""
+    tiles = ()
+    for t in tl.static_range(len(total)):
+        dtype: tl.constexpr = total[t].dtype
+        right_t = right[t].to(left.dtype)
+        tiles = tiles + (tl.dot(left, right_t, total[t], input_precision=PRECISION, out_dtype=dtype),)
+    return tiles
+
+
+@triton.jit
+def _add_state(
+    total, left, state, TRANSPOSED: tl.constexpr, TILES: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr
+):
+    """total + left state, or left stateᵀ if TRANSPOSED, for (n, D), (n, D) and the state (D, D) of a chunk."""
+    tiles = ()
+    for t in tl.static_range(len(TILES)):
+        sum_t = total[t]
+        dtype: tl.constexpr = sum_t.dtype
+        for s in tl.static_range(len(TILES)):
+            rows = (0 if s == 0 else TILES[0]) + tl.arange(0, TILES[s])
+            cols = (0 if t == 0 else TILES[0]) + tl.arange(0, TILES[t])
+            at = state + (cols[None, :] * D + rows[:, None] if TRANSPOSED else rows[:, None] * D + cols[None, :])
+            part = tl.load(at, mask=(rows < D)[:, None] & (cols < D), other=0.0)
+            sum_t = tl.dot(left[s].to(part.dtype), part, sum_t, input_precision=PRECISION, out_dtype=dtype)
+        tiles = tiles + (sum_t,)
+    return tiles
+
+
+@triton.jit
+def _add_outer(total, column, row, TILES: tl.constexpr, D: tl.constexpr):
+    """total + column rowᵀ, for (n, D), (n,) and the vector (D,) of a chunk in memory."""
+    tiles = ()
+    for t in tl.static_range(len(TILES)):
+        width = (0 if t == 0 else TILES[0]) + tl.arange(0, TILES[t])
+        tiles = tiles + (total[t] + column[:, None] * tl.load(row + width, mask=width < D, other=0.0)[None, :],)
+    return tiles
+
+
+@triton.jit
+def _dot_vector(left, vector, TILES: tl.constexpr, D: tl.constexpr):
+    """left vector: (n,) of (n, D) and the vector (D,) of a chunk in memory."""
+    total = tl.sum(left[0].to(vector.dtype.element_ty) * 0, 1)
+    for t in tl.static_range(len(TILES)):
+        width = (0 if t == 0 else TILES[0]) + tl.arange(0, TILES[t])
+        total += tl.sum(left[t] * tl.load(vector + width, mask=width < D, other=0.0)[None, :], 1)
+    return total
+
+
+@triton.jit
+def _dot_rows(left, right):
+    """Products of rows: (n,) of (n, D) and (n, D)."""
+    total = tl.sum(left[0] * right[0], 1)
+    for t in tl.static_range(1, len(left)):
+        total += tl.sum(left[t] * right[t], 1)
+    return total
+
+
+@triton.jit
+def _scale(tiles, column):
+    scaled = ()
+    for t in tl.static_range(len(tiles)):
+        scaled = scaled + (tiles[t] * column[:, None],)
+    return scaled
+
+
+@triton.jit
+def _chunk_of(first, N, CHUNK):
+    """Chunk of the token `first`, and where that chunk starts and ends."""
+    chunk = first // CHUNK
+    return chunk, chunk * CHUNK, tl.minimum((chunk + 1) * CHUNK, N)
+
+
+@triton.jit
+def _max_before(row_max, start, end, N, REVERSE: tl.constexpr):
+    """The row maximum when all that is read before a chunk has been read; -inf where there is nothing."""
+    if REVERSE:
+        return tl.load(row_max + end, mask=end < N, other=-float("inf"))
+    else:
+        return tl.load(row_max + start - 1, mask=start > 0, other=-float("inf"))
+
+
+@triton.jit
+def _decay(a, maximum, last_max, cols, rows, DIAGONAL: tl.constexpr, REVERSE: tl.constexpr):
+    """D of tokens `cols` with input a and `rows` with this maximum: (n, m), either (n, 1) and (1, m), or transposed."""
+    if DIAGONAL:
+        seen = cols >= rows if REVERSE else cols <= rows
+        # Masked before exp: a hidden entry may exceed the row's maximum by any amount.
+        return tl.exp(tl.where(seen, a - maximum, -float("inf")))
+    else:
+        return tl.exp(a - last_max) * tl.exp(last_max - maximum)
+
+
+@triton.jit
+def forward(
+    q, k, v, a, row_max, limit, state, norm, h, row_sum, N, CHUNK,
+    EPS: tl.constexpr, ROOT: tl.constexpr, D: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
+    CARRY: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """h and the row sums of C, for a block of rows. CARRY: chunks before this one left a state and a norm."""
+    blocks = tl.cdiv(N, BLOCK)
+    head, first = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks * BLOCK
+    chunk, start, end = _chunk_of(first, N, CHUNK)
+    q, k, v, h = q + head * N * D, k + head * N * D, v + head * N * D, h + head * N * D
+    a, row_max = a + head * N, row_max + head * N
+    dtype: tl.constexpr = a.dtype.element_ty
+    # Weights are not yet divided by their row's sum, which float16 may not have the range for.
+    wide: tl.constexpr = state.dtype.element_ty
+
+    rows = first + tl.arange(0, BLOCK)
+    there = rows < N
+    maximum = tl.load(row_max + rows, mask=there, other=float("inf"))
+    queries = _load_all(q, rows, there, TILES, D)
+    total = _zeros(BLOCK, TILES, dtype)
+    weight_sum = tl.zeros([BLOCK], dtype)
+    if CARRY:
+        place = head * tl.cdiv(N, CHUNK) + chunk
+        carried = tl.exp(_max_before(row_max, start, end, N, REVERSE) - maximum)
+        total = _scale(_add_state(total, queries, state + place * D * D, False, TILES, D, PRECISION), carried)
+        weight_sum += carried * _dot_vector(queries, norm + place * D, TILES, D)
+    for DIAGONAL in tl.static_range(2):
+        low = first if DIAGONAL else (first + BLOCK if REVERSE else start)
+        high = first + BLOCK if DIAGONAL else (end if REVERSE else first)
+        for col in range(low, high, STEP):
+            cols = col + tl.arange(0, STEP)
+            known = cols < N
+            taken = tl.load(a + cols, mask=known, other=-float("inf"))[None, :]
+            last_max = tl.load(row_max + tl.minimum(col if REVERSE else col + STEP - 1, N - 1))
+            decay = _decay(taken, maximum[:, None], last_max, cols[None, :], rows[:, None], DIAGONAL, REVERSE)
+            weights = _scores(queries, _load_all(k, cols, known, TILES, D), dtype, PRECISION) * decay
+            weight_sum += tl.sum(weights, 1)
+            total = _add_products(total, weights.to(wide), _load_all(v, cols, known, TILES, D), PRECISION)
+    weight_sum /= ROOT
+    lowest = tl.load(limit + head * N + rows, mask=there, other=1.0)
+    total = _scale(total, 1 / (ROOT * (tl.maximum(tl.abs(weight_sum), lowest) + EPS)))
+    _store_all(h, total, rows, there, TILES, D)
+    tl.store(row_sum + head * N + rows, weight_sum, mask=there)
+
+
+@triton.jit
+def backward_rows(
+    q, k, v, dh, a, row_max, row_scale, sign, state, norm, dq, r, N, CHUNK,
+    D: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
+    CARRY: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The gradient of q, and r, for a block of rows; row_scale is 1 / (sqrt(D) den).
+
+    Columns are gone over twice: the gradient of a score needs all of its row's r. h · dh would be r, but not for an h
+    rounded to low precision: the forget gate's gradient was then off by up to six times what it has to be.
+    """
+    blocks = tl.cdiv(N, BLOCK)
+    head, first = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks * BLOCK
+    chunk, start, end = _chunk_of(first, N, CHUNK)
+    q, k, v, dh, dq = q + head * N * D, k + head * N * D, v + head * N * D, dh + head * N * D, dq + head * N * D
+    a, row_max = a + head * N, row_max + head * N
+    dtype: tl.constexpr = a.dtype.element_ty
+
+    rows = first + tl.arange(0, BLOCK)
+    there = rows < N
+    maximum = tl.load(row_max + rows, mask=there, other=float("inf"))
+    scale = tl.load(row_scale + head * N + rows, mask=there, other=0.0)
+    queries = _load_all(q, rows, there, TILES, D)
+    d_rows = _load_all(dh, rows, there, TILES, D)
+    total = _zeros(BLOCK, TILES, dtype)
+    r_sum = tl.zeros([BLOCK], dtype)
+    if CARRY:
+        place = head * tl.cdiv(N, CHUNK) + chunk
+        carried = scale * tl.exp(_max_before(row_max, start, end, N, REVERSE) - maximum)
+        total = _scale(_add_state(total, d_rows, state + place * D * D, True, TILES, D, PRECISION), carried)
+        r_sum += _dot_rows(queries, total)
+    for DIAGONAL in tl.static_range(2):
+        low = first if DIAGONAL else (first + BLOCK if REVERSE else start)
+        high = first + BLOCK if DIAGONAL else (end if REVERSE else first)
+        for col in range(low, high, STEP):
+            cols = col + tl.arange(0, STEP)
+            known = cols < N
+            taken = tl.load(a + cols, mask=known, other=-float("inf"))[None, :]
+            last_max = tl.load(row_max + tl.minimum(col if REVERSE else col + STEP - 1, N - 1))
+            decay = _decay(taken, maximum[:, None], last_max, cols[None, :], rows[:, None], DIAGONAL, REVERSE)
+            weights = _scores(queries, _load_all(k, cols, known, TILES, D), dtype, PRECISION) * decay
+            d_weights = _scores(d_rows, _load_all(v, cols, known, TILES, D), dtype, PRECISION)
+            r_sum += scale * tl.sum(weights * d_weights, 1)
+    tl.store(r + head * N + rows, r_sum, mask=there)
+
+    dn = -r_sum * tl.load(sign + head * N + rows, mask=there, other=0.0)
+    if CARRY:
+        total = _add_outer(total, dn * carried, norm + place * D, TILES, D)
+    for DIAGONAL in tl.static_range(2):
+        low = first if DIAGONAL else (first + BLOCK if REVERSE else start)
+        high = first + BLOCK if DIAGONAL else (end if REVERSE else first)
+        for col in range(low, high, STEP):
+            cols = col + tl.arange(0, STEP)
+            known = cols < N
+            taken = tl.load(a + cols, mask=known, other=-float("inf"))[None, :]
+            last_max = tl.load(row_max + tl.minimum(col if REVERSE else col + STEP - 1, N - 1))
+            decay = _decay(taken, maximum[:, None], last_max, cols[None, :], rows[:, None], DIAGONAL, REVERSE)
+            d_weights = _scores(d_rows, _load_all(v, cols, known, TILES, D), dtype, PRECISION)
+            d_scores = ((d_weights + dn[:, None]) * (decay * scale[:, None])).to(q.dtype.element_ty)
+            total = _add_products(total, d_scores, _load_all(k, cols, known, TILES, D), PRECISION)
+    _store_all(dq, total, rows, there, TILES, D)
+
+
+@triton.jit
+def backward_columns(
+    q, k, v, dh, a, row_max, row_scale, dn, after, after_sum, dk, dv, da, N, CHUNK,
+    D: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
+    KEYS: tl.constexpr, VALUES: tl.constexpr, CARRY: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradients for a block of columns: of k, and the column sums of C ∘ dC, if KEYS; of v if VALUES.
+
+    CARRY: rows of the chunks after this one left what they ask of it. dn is -sign r.
+    """
+    blocks = tl.cdiv(N, BLOCK)
+    head, first = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks * BLOCK
+    chunk, start, end = _chunk_of(first, N, CHUNK)
+    q, k, v, dh = q + head * N * D, k + head * N * D, v + head * N * D, dh + head * N * D
+    a, row_max, row_scale, dn = a + head * N, row_max + head * N, row_scale + head * N, dn + head * N
+    dtype: tl.constexpr = a.dtype.element_ty
+    low_dtype: tl.constexpr = q.dtype.element_ty
+
+    cols = first + tl.arange(0, BLOCK)
+    there = cols < N
+    taken = tl.load(a + cols, mask=there, other=-float("inf"))
+    last_max = tl.load(row_max + (first if REVERSE else tl.minimum(first + BLOCK, N) - 1))
+    keys = _load_all(k, cols, there, TILES, D)
+    values = _load_all(v, cols, there, TILES, D)
+    d_keys = _zeros(BLOCK, TILES, dtype)
+    d_values = _zeros(BLOCK, TILES, dtype)
+    d_taken = tl.zeros([BLOCK], dtype)
+    if CARRY:
+        place = head * tl.cdiv(N, CHUNK) + chunk
+        seen = tl.exp(taken - tl.load(row_max + (start if REVERSE else end - 1)))
+        if KEYS:
+            d_keys = _add_state(d_keys, values, after + place * D * D, True, TILES, D, PRECISION)
+            d_keys = _scale(_add_outer(d_keys, seen * 0 + 1, after_sum + place * D, TILES, D), seen)
+            d_taken += _dot_rows(keys, d_keys)
+        if VALUES:
+            d_values = _scale(_add_state(d_values, keys, after + place * D * D, False, TILES, D, PRECISION), seen)
+    for DIAGONAL in tl.static_range(2):
+        low = first if DIAGONAL else (start if REVERSE else first + BLOCK)
+        high = first + BLOCK if DIAGONAL else (first if REVERSE else end)
+        for row in range(low, high, STEP):
+            rows = row + tl.arange(0, STEP)
+            known = rows < N
+            maximum = tl.load(row_max + rows, mask=known, other=float("inf"))
+            decay = _decay(taken[:, None], maximum[None, :], last_max, cols[:, None], rows[None, :], DIAGONAL, REVERSE)
+            decay *= tl.load(row_scale + rows, mask=known, other=0.0)[None, :]
+            queries = _load_all(q, rows, known, TILES, D)
+            d_rows = _load_all(dh, rows, known, TILES, D)
+            weights = _scores(keys, queries, dtype, PRECISION) * decay
+            if VALUES:
+                d_values = _add_products(d_values, weights.to(low_dtype), d_rows, PRECISION)
+            if KEYS:
+                d_weights = _scores(values, d_rows, dtype, PRECISION)
+                d_weights += tl.load(dn + rows, mask=known, other=0.0)[None, :]
+                d_taken += tl.sum(weights * d_weights, 1)
+                d_keys = _add_products(d_keys, (d_weights * decay).to(low_dtype), queries, PRECISION)
+    if KEYS:
+        _store_all(dk + head * N * D, d_keys, cols, there, TILES, D)
+        tl.store(da + head * N + cols, d_taken, mask=there)
+    if VALUES:
+        _store_all(dv + head * N * D, d_values, cols, there, TILES, D)
+
+
+@triton.jit
+def states(
+    x, y, weight, vector_weight, fade, state, vector, N, CHUNK,
+    D: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What the chunks before each chunk leave to it: sums of weight x yᵀ and of vector_weight x, one tile of them.
+
+    Before a chunk adds its own, what came before it fades: by fade (B·H, chunks). REVERSE: from the last chunk on.
+    """
+    tiles = tl.cdiv(D, TILE)
+    part = tl.program_id(0) % (tiles * tiles)
+    head = (tl.program_id(0) // (tiles * tiles)).to(tl.int64)
+    rows = part // tiles * TILE + tl.arange(0, TILE)
+    cols = part % tiles * TILE + tl.arange(0, TILE)
+    x, y, weight, vector_weight = x + head * N * D, y + head * N * D, weight + head * N, vector_weight + head * N
+    dtype: tl.constexpr = weight.dtype.element_ty
+    wide: tl.constexpr = state.dtype.element_ty
+
+    chunks = tl.cdiv(N, CHUNK)
+    total = tl.zeros([TILE, TILE], dtype)
+    vector_total = tl.zeros([TILE], dtype)
+    for step in range(chunks):
+        chunk = chunks - 1 - step if REVERSE else step
+        place = head * chunks + chunk
+        to = state + place * D * D + rows[:, None] * D + cols[None, :]
+        tl.store(to, total.to(wide), mask=(rows < D)[:, None] & (cols < D)[None, :])
+        if part % tiles == 0:
+            tl.store(vector + place * D + rows, vector_total, mask=rows < D)
+        faded = tl.load(fade + place)
+        total *= faded
+        vector_total *= faded
+        for token in range(chunk * CHUNK, tl.minimum((chunk + 1) * CHUNK, N), BLOCK):
+            tokens = token + tl.arange(0, BLOCK)
+            there = tokens < N
+            from_x, from_y = x + tokens[None, :] * D + rows[:, None], y + tokens[:, None] * D + cols[None, :]
+            x_tile = tl.load(from_x, mask=there[None, :] & (rows < D)[:, None], other=0.0)
+            y_tile = tl.load(from_y, mask=there[:, None] & (cols < D)[None, :], other=0.0)
+            weighted = (x_tile * tl.load(weight + tokens, mask=there, other=0.0)[None, :]).to(wide)
+            total = tl.dot(weighted, y_tile.to(wide), total, input_precision=PRECISION, out_dtype=dtype)
+            vector_total += tl.sum(x_tile * tl.load(vector_weight + tokens, mask=there, other=0.0)[None, :], 1)
