@@ -23,11 +23,16 @@ import triton.language as tl
 
 
 @triton.jit
+def _channels(TILES: tl.constexpr, t: tl.constexpr):
+    """Channels of tile t; the last may have some beyond the width."""
+    return (0 if t == 0 else TILES[0]) + tl.arange(0, TILES[t])
+
+
+@triton.jit
 def _load(x, tokens, there, TILES: tl.constexpr, t: tl.constexpr, D: tl.constexpr):
     """Tile t of the width of some tokens of x (N, D); 0 where there is nothing."""
-    start: tl.constexpr = 0 if t == 0 else TILES[0]
-    width = start + tl.arange(0, TILES[t])
-    return tl.load(x + tokens[:, None] * D + width, mask=there[:, None] & (width < D), other=0.0)
+    channels = _channels(TILES, t)[None, :]
+    return tl.load(x + tokens[:, None] * D + channels, mask=there[:, None] & (channels < D), other=0.0)
 
 
 @triton.jit
@@ -41,10 +46,9 @@ def _load_all(x, tokens, there, TILES: tl.constexpr, D: tl.constexpr):
 @triton.jit
 def _store_all(x, tiles, tokens, there, TILES: tl.constexpr, D: tl.constexpr):
     for t in tl.static_range(len(TILES)):
-        start: tl.constexpr = 0 if t == 0 else TILES[0]
-        width = start + tl.arange(0, TILES[t])
-        to = x + tokens[:, None] * D + width
-        tl.store(to, tiles[t].to(x.dtype.element_ty), mask=there[:, None] & (width < D))
+        channels = _channels(TILES, t)[None, :]
+        to = x + tokens[:, None] * D + channels
+        tl.store(to, tiles[t].to(x.dtype.element_ty), mask=there[:, None] & (channels < D))
 
 
 @triton.jit
@@ -67,9 +71,9 @@ def _scores(left, right, dtype: tl.constexpr, PRECISION: tl.constexpr):
 @triton.jit
 def _add_products(total, left, right, PRECISION: tl.constexpr):
     """total + left right, for (n, D), (n, m) and (m, D)."""
+    dtype: tl.constexpr = total[0].dtype
     tiles = ()
     for t in tl.static_range(len(total)):
-        dtype: tl.constexpr = total[t].dtype
         right_t = right[t].to(left.dtype)
         tiles = tiles + (tl.dot(left, right_t, total[t], input_precision=PRECISION, out_dtype=dtype),)
     return tiles
@@ -77,21 +81,26 @@ def _add_products(total, left, right, PRECISION: tl.constexpr):
 
 @triton.jit
 def _add_state(
-    total, left, state, TRANSPOSED: tl.constexpr, TILES: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr
-):
-    """total + left state, or left stateᵀ if TRANSPOSED, for (n, D), (n, D) and the state (D, D) of a chunk."""
-    tiles = ()
-    for t in tl.static_range(len(TILES)):
-        sum_t = total[t]
-        dtype: tl.constexpr = sum_t.dtype
-        for s in tl.static_range(len(TILES)):
-            rows = (0 if s == 0 else TILES[0]) + tl.arange(0, TILES[s])
-            cols = (0 if t == 0 else TILES[0]) + tl.arange(0, TILES[t])
-            at = state + (cols[None, :] * D + rows[:, None] if TRANSPOSED else rows[:, None] * D + cols[None, :])
-            part = tl.load(at, mask=(rows < D)[:, None] & (cols < D), other=0.0)
-            sum_t = tl.dot(left[s].to(part.dtype), part, sum_t, input_precision=PRECISION, out_dtype=dtype)
-        tiles = tiles + (sum_t,)
-    return tiles
+    total, x, tokens, there, state, TRANSPOSED: tl.constexpr,
+    TILES: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """total + x state, or x stateᵀ if TRANSPOSED, for some tokens of x (N, D) and the state (D, D) of a chunk.
+
+    Some channels of x at a time: a state as a whole is more than a processor's own memory has room for.
+    """
+    dtype: tl.constexpr = total[0].dtype
+    for first in range(0, D, 32):
+        given = first + tl.arange(0, 32)
+        left = tl.load(x + tokens[:, None] * D + given[None, :], mask=there[:, None] & (given < D)[None, :], other=0.0)
+        left = left.to(state.dtype.element_ty)
+        tiles = ()
+        for t in tl.static_range(len(TILES)):
+            rows, cols = given[:, None], _channels(TILES, t)[None, :]
+            at = state + (cols * D + rows if TRANSPOSED else rows * D + cols)
+            part = tl.load(at, mask=(rows < D) & (cols < D), other=0.0)
+            tiles = tiles + (tl.dot(left, part, total[t], input_precision=PRECISION, out_dtype=dtype),)
+        total = tiles
+    return total
 
 
 @triton.jit
@@ -99,8 +108,8 @@ def _add_outer(total, column, row, TILES: tl.constexpr, D: tl.constexpr):
     """total + column rowᵀ, for (n, D), (n,) and the vector (D,) of a chunk in memory."""
     tiles = ()
     for t in tl.static_range(len(TILES)):
-        width = (0 if t == 0 else TILES[0]) + tl.arange(0, TILES[t])
-        tiles = tiles + (total[t] + column[:, None] * tl.load(row + width, mask=width < D, other=0.0)[None, :],)
+        channels = _channels(TILES, t)
+        tiles = tiles + (total[t] + column[:, None] * tl.load(row + channels, mask=channels < D, other=0.0)[None, :],)
     return tiles
 
 
@@ -109,8 +118,8 @@ def _dot_vector(left, vector, TILES: tl.constexpr, D: tl.constexpr):
     """left vector: (n,) of (n, D) and the vector (D,) of a chunk in memory."""
     total = tl.sum(left[0].to(vector.dtype.element_ty) * 0, 1)
     for t in tl.static_range(len(TILES)):
-        width = (0 if t == 0 else TILES[0]) + tl.arange(0, TILES[t])
-        total += tl.sum(left[t] * tl.load(vector + width, mask=width < D, other=0.0)[None, :], 1)
+        channels = _channels(TILES, t)
+        total += tl.sum(left[t] * tl.load(vector + channels, mask=channels < D, other=0.0)[None, :], 1)
     return total
 
 
@@ -183,7 +192,7 @@ def forward(
     if CARRY:
         place = head * tl.cdiv(N, CHUNK) + chunk
         carried = tl.exp(_max_before(row_max, start, end, N, REVERSE) - maximum)
-        total = _scale(_add_state(total, queries, state + place * D * D, False, TILES, D, PRECISION), carried)
+        total = _scale(_add_state(total, q, rows, there, state + place * D * D, False, TILES, D, PRECISION), carried)
         weight_sum += carried * _dot_vector(queries, norm + place * D, TILES, D)
     for DIAGONAL in tl.static_range(2):
         low = first if DIAGONAL else (first + BLOCK if REVERSE else start)
@@ -233,7 +242,7 @@ def backward_rows(
     if CARRY:
         place = head * tl.cdiv(N, CHUNK) + chunk
         carried = scale * tl.exp(_max_before(row_max, start, end, N, REVERSE) - maximum)
-        total = _scale(_add_state(total, d_rows, state + place * D * D, True, TILES, D, PRECISION), carried)
+        total = _scale(_add_state(total, dh, rows, there, state + place * D * D, True, TILES, D, PRECISION), carried)
         r_sum += _dot_rows(queries, total)
     for DIAGONAL in tl.static_range(2):
         low = first if DIAGONAL else (first + BLOCK if REVERSE else start)
@@ -298,11 +307,11 @@ def backward_columns(
         place = head * tl.cdiv(N, CHUNK) + chunk
         seen = tl.exp(taken - tl.load(row_max + (start if REVERSE else end - 1)))
         if KEYS:
-            d_keys = _add_state(d_keys, values, after + place * D * D, True, TILES, D, PRECISION)
+            d_keys = _add_state(d_keys, v, cols, there, after + place * D * D, True, TILES, D, PRECISION)
             d_keys = _scale(_add_outer(d_keys, seen * 0 + 1, after_sum + place * D, TILES, D), seen)
             d_taken += _dot_rows(keys, d_keys)
         if VALUES:
-            d_values = _scale(_add_state(d_values, keys, after + place * D * D, False, TILES, D, PRECISION), seen)
+            d_values = _scale(_add_state(d_values, k, cols, there, after + place * D * D, False, TILES, D, PRECISION), seen)
     for DIAGONAL in tl.static_range(2):
         low = first if DIAGONAL else (start if REVERSE else first + BLOCK)
         high = first + BLOCK if DIAGONAL else (first if REVERSE else end)
