@@ -37,7 +37,7 @@ import selfvil
 from selfvil.models.masking import encode_kept, keep_from_noise, token_grid
 from selfvil.models.published import checkpoint_filter_fn
 from selfvil.models.vision_lstm import VisionLSTM
-from selfvil.ops import linear
+from selfvil.ops import linear, triton_mlstm
 from selfvil.ops.chunkwise import CHUNK
 from selfvil.ops.mlstm import choose
 
@@ -202,9 +202,12 @@ def floor(model: nn.Module, args: argparse.Namespace, dtype: str) -> float:
     )
     inner, layers = 2 * model.embed_dim, 2 * len(model.blocks)
     # Of every token: with half of all others, or with those of half a chunk and a state of head width D.
-    chunkwise = choose(tokens, inner // 4) == "chunkwise"
-    products = tokens * weights + layers * tokens * inner * (CHUNK + 2 * inner // 4 if chunkwise else tokens)
-    a, b = torch.randn(2, 2048, 2048, device=args.device, dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[dtype])
+    torch_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    chunk = {"chunkwise": CHUNK, "triton_chunkwise": triton_mlstm.CHUNK}.get(
+        choose(tokens, inner // 4, args.device, torch_dtype)
+    )
+    products = tokens * weights + layers * tokens * inner * (chunk + 2 * inner // 4 if chunk else tokens)
+    a, b = torch.randn(2, 2048, 2048, device=args.device, dtype=torch_dtype)
     times = []
     for _ in range(5):
         start = time.perf_counter()

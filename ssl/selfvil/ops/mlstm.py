@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from selfvil.ops import triton_mlstm
 from selfvil.ops.reference import mlstm_reference
 from selfvil.ops.torch_mlstm import mlstm_torch
 
@@ -61,7 +62,7 @@ def mlstm(
     if positions is not None:
         log_f = log_f * _gaps(positions, reverse).unsqueeze(1).to(log_f.dtype)
     if backend == "auto":
-        backend = os.environ.get(OVERRIDE) or choose(q.shape[2], q.shape[3])
+        backend = os.environ.get(OVERRIDE) or choose(q.shape[2], q.shape[3], q.device, q.dtype)
         if not torch.compiler.is_compiling():  # a message is no part of a graph
             _say_once(backend)
     if backend not in BACKENDS:
@@ -69,12 +70,21 @@ def mlstm(
     return BACKENDS[backend](q, k, v, i, log_f, reverse)
 
 
-def choose(num_tokens: int, head_dim: int) -> str:
-    """The fastest backend for N tokens and head width D: parallel up to about N = 4 D, chunkwise for more.
+def choose(num_tokens: int, head_dim: int, device: torch.device | str, dtype: torch.dtype) -> str:
+    """The fastest backend for N tokens and head width D: quadratic up to about N = 4 D, chunkwise for more.
 
     Counted in products, a row costs N/2 columns in the parallel form, and a chunk's columns and a D × D state in the
-    other; below the border, fewer and larger products are worth more than a lower count.
+    other; below the border, fewer and larger products are worth more than a lower count. On a GPU the same two in
+    Triton, where there is one and the heads fit; a quadratic form that stores no score stays ahead for longer. The
+    border is measured on a CPU, and counted on a GPU.
     """
+    if (
+        torch.device(device).type == "cuda"
+        and dtype in (torch.bfloat16, torch.float16, torch.float32)
+        and head_dim <= triton_mlstm.MAX_WIDTH
+        and triton_mlstm.is_installed()
+    ):
+        return "triton" if num_tokens <= max(1024, 4 * head_dim) else "triton_chunkwise"
     return "parallel" if num_tokens <= max(256, 4 * head_dim) else "chunkwise"
 
 

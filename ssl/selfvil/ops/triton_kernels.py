@@ -15,8 +15,9 @@ Shapes: heads have joined the batch, so q, k, v are (B·H, N, D), what belongs t
 BLOCK, a divisor of CHUNK, and it goes over the others by STEP, a divisor of BLOCK.
 """
 
-# ruff: noqa: RUF005 - Triton joins tuples, but does not unpack them
-# mypy: ignore-errors - what a kernel says has the types of Triton
+# Triton joins tuples, but does not unpack them, and its types are not Python's.
+# ruff: noqa: RUF005
+# mypy: ignore-errors
 
 import triton
 import triton.language as tl
@@ -170,7 +171,8 @@ def _decay(a, maximum, last_max, cols, rows, DIAGONAL: tl.constexpr, REVERSE: tl
 @triton.jit
 def forward(
     q, k, v, a, row_max, limit, state, norm, h, row_sum, N, CHUNK,
-    EPS: tl.constexpr, ROOT: tl.constexpr, D: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
+    EPS: tl.constexpr, ROOT: tl.constexpr,
+    D: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
     CARRY: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """h and the row sums of C, for a block of rows. CARRY: chunks before this one left a state and a norm."""
@@ -311,7 +313,9 @@ def backward_columns(
             d_keys = _scale(_add_outer(d_keys, seen * 0 + 1, after_sum + place * D, TILES, D), seen)
             d_taken += _dot_rows(keys, d_keys)
         if VALUES:
-            d_values = _scale(_add_state(d_values, k, cols, there, after + place * D * D, False, TILES, D, PRECISION), seen)
+            d_values = _scale(
+                _add_state(d_values, k, cols, there, after + place * D * D, False, TILES, D, PRECISION), seen
+            )
     for DIAGONAL in tl.static_range(2):
         low = first if DIAGONAL else (start if REVERSE else first + BLOCK)
         high = first + BLOCK if DIAGONAL else (first if REVERSE else end)

@@ -4,17 +4,20 @@ Two forms of one set of kernels. `triton` goes over all columns that a row sees:
 `triton_chunkwise` over those in the row's chunk, and takes what came before from states, as `chunkwise` does, which
 also says what these are: time grows with N. The maths is that of `torch_mlstm`, the gates' scans included.
 
-Products take the dtype of q and sum in that of the gates. bfloat16 and float16 are rounded as little as in `parallel`;
-float32 is exact, or tf32 if `torch.backends.cuda.matmul.allow_tf32`. Same inputs give the same bits: nothing is summed
-in an order left to chance.
+Products take the dtype of q and sum in that of the gates. bfloat16 and float16 are rounded as little as in `parallel`.
+A product in float32 is three in tf32, of the numbers' upper and lower halves, and so keeps float32's digits, or a
+single one if `torch.backends.cuda.matmul.allow_tf32`: plain float32 products (Triton's "ieee") compiled into kernels
+that kept kilobytes of each thread's registers in memory. No kernel sums in an order left to chance.
 
 On a CPU kernels run in Triton's interpreter, to be tested: TRITON_INTERPRET=1 before anything imports triton.
 
 Shapes: heads have joined the batch, so q, k, v are (B·H, N, D), and what belongs to a token is (B·H, N).
 """
 
+import functools
 import importlib.util
 import math
+import os
 from typing import Any, NamedTuple
 
 import torch
@@ -46,15 +49,28 @@ class Plan(NamedTuple):
     stages: int
 
 
+@functools.cache
 def is_installed() -> bool:
     """Whether there is a Triton; it exists for some systems only."""
     return importlib.util.find_spec("triton") is not None
+
+
+def _check(q: Tensor) -> None:
+    if not is_installed():
+        raise ValueError('this mLSTM backend needs the package triton, which is missing; take "auto" or "parallel"')
+    if not q.is_cuda and not os.environ.get("TRITON_INTERPRET"):
+        raise ValueError(f'this mLSTM backend needs a GPU, but q is on {q.device}; take "auto" or "parallel"')
+    if q.shape[-1] > MAX_WIDTH:
+        raise ValueError(
+            f'heads of this mLSTM backend are at most {MAX_WIDTH} wide, q has {q.shape[-1]}; take "auto" or "parallel"'
+        )
 
 
 def products(
     q: Tensor, k: Tensor, v: Tensor, a: Tensor, row_max: Tensor, limit: Tensor, reverse: bool, *, chunked: bool
 ) -> tuple[Tensor, Tensor]:
     """h (B·H, N, D), and the row sums of C (B·H, N)."""
+    _check(q)
     q, k, v = (x.contiguous() for x in (q, k, v))
     h, row_sum = torch.empty_like(v), torch.empty_like(a)
     plan, sizes = _plan(q), _sizes(q, chunked)
@@ -132,7 +148,7 @@ def _no_states(q: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _maxima(row_max: Tensor, reverse: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """The maximum before a chunk is read and after, (B·H, chunks), and what is left of the one in terms of the other."""
+    """The maximum before a chunk is read and after, (B·H, chunks), and what is left of the first by then."""
     if reverse:
         last_max = row_max[:, ::CHUNK]
     else:
@@ -167,11 +183,11 @@ def tiles(width: int) -> tuple[int, ...]:
 
 
 def _plan(q: Tensor) -> Plan:
-    """Not measured yet: what fits an H200's 227 KiB and registers, by the compiler's word (tests/ops/test_triton.py)."""
+    """Not measured yet: what fits an H200's memory and registers by the compiler's word, as a test asks it."""
     width, size = sum(tiles(q.shape[-1])), q.element_size()
-    if width * size <= 400:  # heads up to 192 in 16 bits, to 96 in 32
-        return Plan(block=64, step=64 if size == 2 else 32, warps=4, stages=2)
-    return Plan(block=64 if size == 2 else 32, step=32, warps=8, stages=2 if size == 2 else 1)
+    if size == 2:
+        return Plan(block=64, step=64, warps=4, stages=2) if width <= 192 else Plan(64, 32, warps=8, stages=2)
+    return Plan(block=64, step=32, warps=8, stages=2) if width <= 96 else Plan(32, 32, warps=8, stages=1)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -180,12 +196,13 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def _precision(dtype: torch.dtype) -> str:
-    """Of products in float32: those of float16 tensors have no more digits than tf32 anyway."""
-    tf32 = dtype == torch.float16 or (dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32)
-    return "tf32" if tf32 else "ieee"
+    """Of products in float32. A float16 tensor has no more digits than tf32; float64, for tests, is what it is."""
+    tf32 = dtype == torch.float16 or torch.backends.cuda.matmul.allow_tf32
+    return "ieee" if dtype == torch.float64 else "tf32" if tf32 else "tf32x3"
 
 
 def _launch(kernel: str, programs: int, plan: Plan, *args: Tensor | int, **constants: Any) -> None:
     from selfvil.ops import triton_kernels  # only now: where the operator is not used, Triton need not be there
 
-    getattr(triton_kernels, kernel)[(programs,)](*args, **constants, num_warps=plan.warps, num_stages=plan.stages)
+    options = {"num_warps": plan.warps, "num_stages": plan.stages, "enable_fp_fusion": True}
+    getattr(triton_kernels, kernel)[(programs,)](*args, **constants, **options)

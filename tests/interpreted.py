@@ -1,0 +1,78 @@
+"""A process in which Triton's kernels run on a CPU, in its interpreter, whatever the tests' own has imported."""
+
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+
+import torch
+from torch import Tensor
+
+
+def start() -> ProcessPoolExecutor:
+    """The process: `submit(gradients, ...)` runs there. The variable counts when Triton is first imported."""
+    before = os.environ.get("TRITON_INTERPRET")
+    os.environ["TRITON_INTERPRET"] = "1"
+    try:
+        pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+        pool.submit(_prepare).result()
+    finally:
+        if before is None:
+            del os.environ["TRITON_INTERPRET"]
+        else:
+            os.environ["TRITON_INTERPRET"] = before
+    return pool
+
+
+def _prepare() -> None:
+    """Teach the interpreter bfloat16: it cuts off what should be rounded, and multiplies the bits (Triton 3.9)."""
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    torch.set_num_threads(1)
+    cast, dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
+
+    def widened(x):
+        if x.dtype.scalar != tl.bfloat16:
+            return x
+        return TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    def rounding_cast(self, x, dtype):
+        if dtype.scalar == tl.bfloat16 and x.dtype.scalar == tl.float32:
+            bits = x.data.view(np.uint32)
+            bits = bits + 0x7FFF + (bits >> 16 & 1)  # to the nearest, or of two the even one
+            return TensorHandle((bits >> 16).astype(np.uint16), tl.bfloat16)
+        return widened(x) if dtype.scalar == tl.float32 and x.dtype.scalar == tl.bfloat16 else cast(self, x, dtype)
+
+    def widening_dot(self, a, b, *rest):
+        return dot(self, widened(a), widened(b), *rest)
+
+    InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot = rounding_cast, widening_dot
+
+
+def gradients(inputs: list[Tensor], dh: Tensor, chunk: int, device: str = "cpu", **how) -> list[Tensor]:
+    """h, and the gradients of q, k, v, i and f."""
+    from selfvil.ops import mlstm, triton_mlstm
+
+    before, triton_mlstm.CHUNK = triton_mlstm.CHUNK, chunk
+    try:
+        inputs = [x.detach().clone().to(device).requires_grad_() for x in inputs]
+        h = mlstm(*inputs, **how)
+        return [x.cpu() for x in (h.detach(), *torch.autograd.grad(h, inputs, dh.to(device)))]
+    finally:
+        triton_mlstm.CHUNK = before
+
+
+def check_operator(form: str) -> None:
+    """That the custom operator keeps its promises, under torch.compile too."""
+    from selfvil.ops import mlstm
+
+    torch.manual_seed(0)  # of this process
+    inputs = [x.requires_grad_() for x in (*torch.randn(3, 1, 2, 20, 4).unbind(), *torch.randn(2, 1, 2, 20).unbind())]
+    q, k, v, i, f = inputs
+    torch.library.opcheck(torch.ops.selfvil.mlstm.default, (q, k, v, i, f.sigmoid().log().detach(), True, form))
+    compiled = torch.compile(lambda *x: mlstm(*x, reverse=True, backend=form), fullgraph=True, backend="aot_eager")
+    results = [torch.autograd.grad(function(*inputs).square().sum(), inputs)
+               for function in (compiled, lambda *x: mlstm(*x, reverse=True, backend=form))]  # fmt: skip
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want)
