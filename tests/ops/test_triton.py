@@ -151,7 +151,7 @@ def test_what_they_cannot_do_is_named(monkeypatch):
     with pytest.raises(ValueError, match="needs a GPU, but q is on cpu"):
         mlstm(q, k, v, i, f, backend="triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    with pytest.raises(ValueError, match="at most 512 wide, q has 600"):
+    with pytest.raises(ValueError, match="at most 384 wide, q has 600"):
         mlstm(*torch.zeros(3, 1, 1, 4, 600), i, f, backend="triton")
     monkeypatch.setattr(triton_mlstm, "is_installed", lambda: False)
     with pytest.raises(ValueError, match="package triton, which is missing"):

@@ -5,9 +5,9 @@ Two forms of one set of kernels. `triton` goes over all columns that a row sees:
 also says what these are: time grows with N. The maths is that of `torch_mlstm`, the gates' scans included.
 
 Products take the dtype of q and sum in that of the gates. bfloat16 and float16 are rounded as little as in `parallel`.
-A product in float32 is three in tf32, of the numbers' upper and lower halves, and so keeps float32's digits, or a
-single one if `torch.backends.cuda.matmul.allow_tf32`: plain float32 products (Triton's "ieee") compiled into kernels
-that kept kilobytes of each thread's registers in memory. No kernel sums in an order left to chance.
+A product in float32 is three in tf32, of the numbers' upper and lower halves, and so keeps float32's digits; or one,
+if torch may use tf32 for its own (`torch.backends.cuda.matmul`). Plain float32 products (Triton's "ieee") compiled into
+kernels that kept kilobytes of each thread's registers in memory. No kernel sums in an order left to chance.
 
 On a CPU kernels run in Triton's interpreter, to be tested: TRITON_INTERPRET=1 before anything imports triton.
 
@@ -29,7 +29,7 @@ from selfvil.ops.reference import EPS
 CHUNK = 256
 """Tokens in a chunk. Larger ones cost more products within, smaller ones more states."""
 
-MAX_WIDTH = 512
+MAX_WIDTH = 384
 """Of heads: a block of tokens must fit into a processor's own memory, and their sums into its registers."""
 
 MAX_WIDTH_OF_BOTH = 192
@@ -197,7 +197,8 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 def _precision(dtype: torch.dtype) -> str:
     """Of products in float32. A float16 tensor has no more digits than tf32; float64, for tests, is what it is."""
-    tf32 = dtype == torch.float16 or torch.backends.cuda.matmul.allow_tf32
+    # Not allow_tf32: reading it is an error where the setting was made by its new name, and this one knows of both.
+    tf32 = dtype == torch.float16 or torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "ieee" if dtype == torch.float64 else "tf32" if tf32 else "tf32x3"
 
 
