@@ -51,16 +51,17 @@ def _prepare() -> None:
 
 
 def gradients(inputs: list[Tensor], dh: Tensor, chunk: int, device: str = "cpu", **how) -> list[Tensor]:
-    """h, and the gradients of q, k, v, i and f."""
+    """h, and the gradients of q, k, v, i and f, of chunks of this size; gates are scanned by half of one at a time."""
     from selfvil.ops import mlstm, triton_mlstm
 
-    before, triton_mlstm.CHUNK = triton_mlstm.CHUNK, chunk
+    before = triton_mlstm.CHUNK, triton_mlstm.SCAN
+    triton_mlstm.CHUNK, triton_mlstm.SCAN = chunk, triton_mlstm.SCAN._replace(block=chunk // 2)
     try:
         inputs = [x.detach().clone().to(device).requires_grad_() for x in inputs]
         h = mlstm(*inputs, **how)
         return [x.cpu() for x in (h.detach(), *torch.autograd.grad(h, inputs, dh.to(device)))]
     finally:
-        triton_mlstm.CHUNK = before
+        triton_mlstm.CHUNK, triton_mlstm.SCAN = before
 
 
 def check_operator(form: str) -> None:
@@ -70,7 +71,8 @@ def check_operator(form: str) -> None:
     torch.manual_seed(0)  # of this process
     inputs = [x.requires_grad_() for x in (*torch.randn(3, 1, 2, 20, 4).unbind(), *torch.randn(2, 1, 2, 20).unbind())]
     q, k, v, i, f = inputs
-    torch.library.opcheck(torch.ops.selfvil.mlstm.default, (q, k, v, i, f.sigmoid().log().detach(), True, form))
+    operands = (q, k, v, i, f.sigmoid().log().detach(), True, form == "triton_chunkwise")
+    torch.library.opcheck(torch.ops.selfvil.mlstm_triton.default, operands)
     compiled = torch.compile(lambda *x: mlstm(*x, reverse=True, backend=form), fullgraph=True, backend="aot_eager")
     results = [torch.autograd.grad(function(*inputs).square().sum(), inputs)
                for function in (compiled, lambda *x: mlstm(*x, reverse=True, backend=form))]  # fmt: skip

@@ -14,7 +14,6 @@ from selfvil.ops.mlstm import BACKENDS, _say_once, choose
 from selfvil.ops.reference import EPS
 from selfvil.ops.torch_mlstm import FORMS
 
-ANYWHERE = [form for form in FORMS if not form.startswith("triton")]  # for those, test_triton.py
 NAMES = ("h", "dq", "dk", "dv", "di", "df")
 
 
@@ -32,7 +31,7 @@ def run(inputs, dh, **how):
     reverse=st.booleans(),
     seed=st.integers(0, 2**31),
 )
-@pytest.mark.parametrize("backend", ANYWHERE)
+@pytest.mark.parametrize("backend", FORMS)
 def test_values_and_all_gradients_for_any_shape_and_gates(backend, shape, gate_range, gaps, reverse, seed):
     """Relative to each norm, or to a hundredth of the largest gradient's.
 
@@ -66,7 +65,7 @@ def published_form(q, k, v, i, f):
     return (weights / (normaliser + EPS)).to(q.dtype) @ v
 
 
-@pytest.mark.parametrize("backend", ANYWHERE)
+@pytest.mark.parametrize("backend", FORMS)
 @pytest.mark.parametrize("num_tokens", [64, 196, 400])
 def test_bfloat16_errs_no_more_than_the_published_form(num_tokens, backend):
     """Scores of one sign: where they cancel in a row's sum, a few rows that happen to be nearly 0 decide for both.
@@ -95,7 +94,7 @@ def test_bfloat16_errs_no_more_than_the_published_form(num_tokens, backend):
         assert mine < allowed * other, f"{name}: {mine:.2e} against {other:.2e}"
 
 
-@pytest.mark.parametrize("backend", ANYWHERE)
+@pytest.mark.parametrize("backend", FORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_nothing_is_lost_for_gates_within_80(dtype, backend):
     torch.manual_seed(0)
@@ -107,7 +106,7 @@ def test_nothing_is_lost_for_gates_within_80(dtype, backend):
             assert all(torch.isfinite(x).all() for x in results), (i, f)
 
 
-@pytest.mark.parametrize("form", ANYWHERE)
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_is_a_sound_custom_operator(form, dtype):
     torch.manual_seed(0)
@@ -117,7 +116,7 @@ def test_is_a_sound_custom_operator(form, dtype):
     torch.library.opcheck(torch.ops.selfvil.mlstm.default, (q, k, v, i, F.logsigmoid(f).detach(), False, form))
 
 
-@pytest.mark.parametrize("form", ANYWHERE)
+@pytest.mark.parametrize("form", FORMS)
 def test_compiles_without_a_break(form):
     torch.manual_seed(0)
     inputs = [x.requires_grad_() for x in (*torch.randn(3, 1, 2, 20, 4).unbind(), *torch.randn(2, 1, 2, 20).unbind())]

@@ -16,7 +16,7 @@ SHARED_MEMORY = 227 * 1024
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
-def launches(dtype, head_dim, form, reverse, num_tokens=600):
+def launches(dtype, head_dim, form, reverse, num_tokens):
     """What a forward and a backward pass start: kernel, plan, arguments and constants, each sort once."""
     found = {}
 
@@ -40,29 +40,32 @@ def compiled(kernel, plan, args, constants):
     from selfvil.ops import triton_kernels
 
     function = getattr(triton_kernels, kernel)
-    signature = dict.fromkeys(constants, "constexpr")
-    aligned = {}
+    signature, aligned = {}, {}
     for index, (name, value) in enumerate(zip(function.arg_names, args, strict=False)):
         is_tensor = isinstance(value, torch.Tensor)
         signature[name] = "*" + DTYPES[value.dtype] if is_tensor else "i32"
         if is_tensor or value % 16 == 0:
             aligned[(index,)] = [["tt.divisibility", 16]]
+        elif value == 1:  # as a call would have it, too
+            constants = {**constants, name: 1}
+    signature |= dict.fromkeys(constants, "constexpr")
     assert set(signature) == set(function.arg_names)
     source = ASTSource(function, {name: signature[name] for name in function.arg_names}, constants, aligned)
     options = {"num_warps": plan.warps, "num_stages": plan.stages, "enable_fp_fusion": True}
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
 
-def check(dtype, head_dim, form, reverse, tmp_path, monkeypatch):
+def check(dtype, head_dim, form, reverse, tmp_path, monkeypatch, num_tokens=600):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    found = launches(dtype, head_dim, form, reverse)
-    kernels = {"forward", "backward_rows", "backward_columns"} | ({"states"} if form == "triton_chunkwise" else set())
-    assert {kernel for kernel, *_ in found} == kernels
+    found = launches(dtype, head_dim, form, reverse, num_tokens)
+    scans, products = {"scan_gates", "gate_gradients"}, {"forward", "backward_rows", "backward_columns"}
+    products |= {"states"} if form == "triton_chunkwise" else set()
+    assert {kernel for kernel, *_ in found} == scans | products
     for kernel, *how in found:
         result = compiled(kernel, *how)
         assert result.asm["cubin"]
         assert result.metadata.shared <= SHARED_MEMORY, f"{kernel}: {result.metadata.shared} bytes of shared memory"
-        if dtype != torch.float32:  # Hopper's own products, without which it has half its speed
+        if kernel in products and dtype != torch.float32:  # Hopper's own products, without which it has half its speed
             assert "wgmma.mma_async" in result.asm["ptx"], kernel
             assert "mma.sync" not in result.asm["ptx"], kernel
 
@@ -70,6 +73,10 @@ def check(dtype, head_dim, form, reverse, tmp_path, monkeypatch):
 @pytest.mark.parametrize(("head_dim", "form", "reverse"), [(96, "triton_chunkwise", True), (384, "triton", False)])
 def test_kernels_fit_an_h200(head_dim, form, reverse, tmp_path, monkeypatch):
     check(torch.bfloat16, head_dim, form, reverse, tmp_path, monkeypatch)
+
+
+def test_kernels_compile_for_a_single_token(tmp_path, monkeypatch):
+    check(torch.bfloat16, 16, "triton_chunkwise", False, tmp_path, monkeypatch, num_tokens=1)
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from torch import Tensor
 from selfvil.ops import triton_mlstm
 from selfvil.ops.reference import mlstm_reference
 from selfvil.ops.torch_mlstm import mlstm_torch
+from selfvil.ops.triton_mlstm import mlstm_triton
 
 log = logging.getLogger(__name__)
 
@@ -19,8 +20,8 @@ BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, bool], Ten
     "reference": mlstm_reference,  # the paper's equations
     "parallel": functools.partial(mlstm_torch, form="parallel"),  # time grows with N², memory with N
     "chunkwise": functools.partial(mlstm_torch, form="chunkwise"),  # time and memory grow with N
-    "triton": functools.partial(mlstm_torch, form="triton"),  # parallel, for GPUs, fused
-    "triton_chunkwise": functools.partial(mlstm_torch, form="triton_chunkwise"),  # chunkwise, for GPUs, fused
+    "triton": functools.partial(mlstm_triton, chunked=False),  # parallel, for GPUs, fused
+    "triton_chunkwise": functools.partial(mlstm_triton, chunked=True),  # chunkwise, for GPUs, fused
 }
 """Name -> a function of q, k, v (B, H, N, D), i, log f (B, H, N) and reverse. log f is float32 or float64."""
 

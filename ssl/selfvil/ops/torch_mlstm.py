@@ -19,7 +19,6 @@ To `torch.compile` forward and backward are one operator each, which it neither 
 Shapes: B batch, H heads, N tokens, D head width.
 """
 
-import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
@@ -27,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from selfvil.ops import chunkwise, parallel, triton_mlstm
+from selfvil.ops import chunkwise, parallel
 from selfvil.ops.parallel import denominator
 from selfvil.ops.reference import EPS
 
@@ -47,14 +46,6 @@ class Form(NamedTuple):
 FORMS = {
     "parallel": Form(parallel.products, parallel.gradients),
     "chunkwise": Form(chunkwise.products, chunkwise.gradients),
-    "triton": Form(
-        functools.partial(triton_mlstm.products, chunked=False),
-        functools.partial(triton_mlstm.gradients, chunked=False),
-    ),
-    "triton_chunkwise": Form(
-        functools.partial(triton_mlstm.products, chunked=True),
-        functools.partial(triton_mlstm.gradients, chunked=True),
-    ),
 }
 
 

@@ -169,6 +169,78 @@ def _decay(a, maximum, last_max, cols, rows, DIAGONAL: tl.constexpr, REVERSE: tl
 
 
 @triton.jit
+def _larger(x, y):
+    return tl.maximum(x, y)
+
+
+@triton.jit
+def scan_gates(i, log_f, a, row_max, limit, N, BLOCK: tl.constexpr, REVERSE: tl.constexpr):
+    """a, its running maximum, and the lower limit of the normaliser, of a whole sequence."""
+    at = tl.program_id(0).to(tl.int64) * N
+    dtype: tl.constexpr = log_f.dtype.element_ty
+    log_forget, largest = tl.full([], 0.0, dtype), tl.full([], -float("inf"), dtype)
+    blocks = tl.cdiv(N, BLOCK)
+    for step in range(blocks):
+        tokens = (blocks - 1 - step if REVERSE else step) * BLOCK + tl.arange(0, BLOCK)
+        there = tokens < N
+        forgotten = tl.load(log_f + at + tokens, mask=there, other=0.0)
+        total = log_forget + tl.cumsum(forgotten, 0, reverse=REVERSE)
+        taken = tl.load(i + at + tokens, mask=there, other=-float("inf")).to(dtype) - total
+        maximum = tl.maximum(largest, tl.associative_scan(taken, 0, _larger, reverse=REVERSE))
+        tl.store(a + at + tokens, taken, mask=there)
+        tl.store(row_max + at + tokens, maximum, mask=there)
+        tl.store(limit + at + tokens, tl.exp(-(total + maximum)), mask=there)
+        log_forget += tl.sum(forgotten, 0)
+        largest = tl.maximum(largest, tl.max(taken, 0))
+
+
+@triton.jit
+def _add_until(x, x_ends, y, y_ends):
+    """Sums y and what was summed before it, unless that has come to its end."""
+    return tl.where(y_ends, y, x + y), x_ends | y_ends
+
+
+@triton.jit
+def gate_gradients(
+    a, row_max, row_sum, limit, r, da, di, dlog_f, N,
+    EPS: tl.constexpr, BLOCK: tl.constexpr, REVERSE: tl.constexpr, BACK: tl.constexpr,
+):  # fmt: skip
+    """Gradients of i and log f of a whole sequence, from r and the column sums of C ∘ dC; BACK is not REVERSE.
+
+    What a maximum gets for eps comes from the rows from the token that attains it to the next one that does: sums over
+    stretches, in the order opposite to that of reading.
+    """
+    at = tl.program_id(0).to(tl.int64) * N
+    dtype: tl.constexpr = a.dtype.element_ty
+    carried, carried_sum = tl.full([], 0.0, dtype), tl.full([], 0.0, dtype)
+    blocks = tl.cdiv(N, BLOCK)
+    for step in range(blocks):
+        first = (step if REVERSE else blocks - 1 - step) * BLOCK
+        tokens = first + tl.arange(0, BLOCK)
+        there = tokens < N
+        total = tl.load(row_sum + at + tokens, mask=there, other=0.0)
+        lowest = tl.load(limit + at + tokens, mask=there, other=1.0)
+        r_here = tl.load(r + at + tokens, mask=there, other=0.0)
+        den = tl.maximum(tl.abs(total), lowest) + EPS
+        after = tokens - 1 if REVERSE else tokens + 1  # the token read next
+        known = (after >= 0) & (after < N)
+        ends = tl.load(a + at + after, mask=known, other=0.0) == tl.load(row_max + at + after, mask=known, other=0.0)
+        stretch, ended = tl.associative_scan((r_here * EPS / den, ends.to(tl.int32)), 0, _add_until, reverse=BACK)
+        stretch += tl.where(ended > 0, 0.0, carried)
+        carried = tl.sum(tl.where(tokens == (first + BLOCK - 1 if REVERSE else first), stretch, 0.0), 0)
+
+        is_max = tl.load(a + at + tokens, mask=there, other=0.0) == tl.load(
+            row_max + at + tokens, mask=there, other=1.0
+        )
+        d_taken = tl.load(da + at + tokens, mask=there, other=0.0) - tl.where(is_max, stretch, 0.0)
+        # 1 - EPS/den is d/den, and stays finite where the limit overflows.
+        d_total = tl.where(tl.abs(total) >= lowest, 0.0, r_here * (1 - EPS / den)) - d_taken
+        tl.store(di + at + tokens, d_taken, mask=there)
+        tl.store(dlog_f + at + tokens, carried_sum + tl.cumsum(d_total, 0, reverse=BACK), mask=there)
+        carried_sum += tl.sum(d_total, 0)
+
+
+@triton.jit
 def forward(
     q, k, v, a, row_max, limit, state, norm, h, row_sum, N, CHUNK,
     EPS: tl.constexpr, ROOT: tl.constexpr,
@@ -217,11 +289,12 @@ def forward(
 
 @triton.jit
 def backward_rows(
-    q, k, v, dh, a, row_max, row_scale, sign, state, norm, dq, r, N, CHUNK,
+    q, k, v, dh, a, row_max, row_sum, limit, state, norm, dq, r, dn, row_scale, N, CHUNK,
+    EPS: tl.constexpr, ROOT: tl.constexpr,
     D: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
     CARRY: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of q, and r, for a block of rows; row_scale is 1 / (sqrt(D) den).
+    """For a block of rows the gradient of q, r, dn = -sign r where the row sum rules den, and 1 / (sqrt(D) den).
 
     Columns are gone over twice: the gradient of a score needs all of its row's r. h · dh would be r, but not for an h
     rounded to low precision: the forget gate's gradient was then off by up to six times what it has to be.
@@ -236,7 +309,9 @@ def backward_rows(
     rows = first + tl.arange(0, BLOCK)
     there = rows < N
     maximum = tl.load(row_max + rows, mask=there, other=float("inf"))
-    scale = tl.load(row_scale + head * N + rows, mask=there, other=0.0)
+    weight_sum = tl.load(row_sum + head * N + rows, mask=there, other=0.0)
+    lowest = tl.load(limit + head * N + rows, mask=there, other=float("inf"))
+    scale = 1 / (ROOT * (tl.maximum(tl.abs(weight_sum), lowest) + EPS))
     queries = _load_all(q, rows, there, TILES, D)
     d_rows = _load_all(dh, rows, there, TILES, D)
     total = _zeros(BLOCK, TILES, dtype)
@@ -258,11 +333,14 @@ def backward_rows(
             weights = _scores(queries, _load_all(k, cols, known, TILES, D), dtype, PRECISION) * decay
             d_weights = _scores(d_rows, _load_all(v, cols, known, TILES, D), dtype, PRECISION)
             r_sum += scale * tl.sum(weights * d_weights, 1)
+    d_sum = tl.where(weight_sum > 0, -r_sum, r_sum)
+    d_sum = tl.where((weight_sum != 0) & (tl.abs(weight_sum) >= lowest), d_sum, 0.0)
     tl.store(r + head * N + rows, r_sum, mask=there)
+    tl.store(dn + head * N + rows, d_sum, mask=there)
+    tl.store(row_scale + head * N + rows, scale, mask=there)
 
-    dn = -r_sum * tl.load(sign + head * N + rows, mask=there, other=0.0)
     if CARRY:
-        total = _add_outer(total, dn * carried, norm + place * D, TILES, D)
+        total = _add_outer(total, d_sum * carried, norm + place * D, TILES, D)
     for DIAGONAL in tl.static_range(2):
         low = first if DIAGONAL else (first + BLOCK if REVERSE else start)
         high = first + BLOCK if DIAGONAL else (end if REVERSE else first)
@@ -273,7 +351,7 @@ def backward_rows(
             last_max = tl.load(row_max + tl.minimum(col if REVERSE else col + STEP - 1, N - 1))
             decay = _decay(taken, maximum[:, None], last_max, cols[None, :], rows[:, None], DIAGONAL, REVERSE)
             d_weights = _scores(d_rows, _load_all(v, cols, known, TILES, D), dtype, PRECISION)
-            d_scores = ((d_weights + dn[:, None]) * (decay * scale[:, None])).to(q.dtype.element_ty)
+            d_scores = ((d_weights + d_sum[:, None]) * (decay * scale[:, None])).to(q.dtype.element_ty)
             total = _add_products(total, d_scores, _load_all(k, cols, known, TILES, D), PRECISION)
     _store_all(dq, total, rows, there, TILES, D)
 
@@ -286,7 +364,7 @@ def backward_columns(
 ):  # fmt: skip
     """Gradients for a block of columns: of k, and the column sums of C ∘ dC, if KEYS; of v if VALUES.
 
-    CARRY: rows of the chunks after this one left what they ask of it. dn is -sign r.
+    CARRY: rows of the chunks after this one left what they ask of it.
     """
     blocks = tl.cdiv(N, BLOCK)
     head, first = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks * BLOCK
@@ -344,41 +422,53 @@ def backward_columns(
 
 @triton.jit
 def states(
-    x, y, weight, vector_weight, fade, state, vector, N, CHUNK,
-    D: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
+    x, y, a, row_max, row_scale, dn, state, vector, N, CHUNK,
+    D: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+    AFTER: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What the chunks before each chunk leave to it: sums of weight x yᵀ and of vector_weight x, one tile of them.
+    """One tile of what other chunks leave to each chunk: sums of weight x yᵀ, and for one column of tiles of weight x.
 
-    Before a chunk adds its own, what came before it fades: by fade (B·H, chunks). REVERSE: from the last chunk on.
+    From keys and values read before it, relative to the maximum then; or AFTER, from queries and gradients of h of the
+    rows read after it, relative to the maximum at its end. The vector then has dn in its weights too.
     """
     tiles = tl.cdiv(D, TILE)
     part = tl.program_id(0) % (tiles * tiles)
     head = (tl.program_id(0) // (tiles * tiles)).to(tl.int64)
     rows = part // tiles * TILE + tl.arange(0, TILE)
     cols = part % tiles * TILE + tl.arange(0, TILE)
-    x, y, weight, vector_weight = x + head * N * D, y + head * N * D, weight + head * N, vector_weight + head * N
-    dtype: tl.constexpr = weight.dtype.element_ty
+    x, y, a, row_max = x + head * N * D, y + head * N * D, a + head * N, row_max + head * N
+    row_scale, dn = row_scale + head * N, dn + head * N
+    dtype: tl.constexpr = a.dtype.element_ty
     wide: tl.constexpr = state.dtype.element_ty
 
     chunks = tl.cdiv(N, CHUNK)
     total = tl.zeros([TILE, TILE], dtype)
     vector_total = tl.zeros([TILE], dtype)
     for step in range(chunks):
-        chunk = chunks - 1 - step if REVERSE else step
+        chunk = step if REVERSE == AFTER else chunks - 1 - step
+        start, end = chunk * CHUNK, tl.minimum((chunk + 1) * CHUNK, N)
         place = head * chunks + chunk
         to = state + place * D * D + rows[:, None] * D + cols[None, :]
         tl.store(to, total.to(wide), mask=(rows < D)[:, None] & (cols < D)[None, :])
         if part % tiles == 0:
             tl.store(vector + place * D + rows, vector_total, mask=rows < D)
-        faded = tl.load(fade + place)
-        total *= faded
-        vector_total *= faded
-        for token in range(chunk * CHUNK, tl.minimum((chunk + 1) * CHUNK, N), BLOCK):
+        before = _max_before(row_max, start, end, N, REVERSE)
+        last_max = tl.load(row_max + (start if REVERSE else end - 1))
+        total *= tl.exp(before - last_max)
+        vector_total *= tl.exp(before - last_max)
+        for token in range(start, end, BLOCK):
             tokens = token + tl.arange(0, BLOCK)
             there = tokens < N
+            if AFTER:
+                weight = tl.exp(before - tl.load(row_max + tokens, mask=there, other=float("inf")))
+                weight *= tl.load(row_scale + tokens, mask=there, other=0.0)
+                vector_weight = weight * tl.load(dn + tokens, mask=there, other=0.0)
+            else:
+                weight = tl.exp(tl.load(a + tokens, mask=there, other=-float("inf")) - last_max)
+                vector_weight = weight
             from_x, from_y = x + tokens[None, :] * D + rows[:, None], y + tokens[:, None] * D + cols[None, :]
             x_tile = tl.load(from_x, mask=there[None, :] & (rows < D)[:, None], other=0.0)
             y_tile = tl.load(from_y, mask=there[:, None] & (cols < D)[None, :], other=0.0)
-            weighted = (x_tile * tl.load(weight + tokens, mask=there, other=0.0)[None, :]).to(wide)
+            weighted = (x_tile * weight[None, :]).to(wide)
             total = tl.dot(weighted, y_tile.to(wide), total, input_precision=PRECISION, out_dtype=dtype)
-            vector_total += tl.sum(x_tile * tl.load(vector_weight + tokens, mask=there, other=0.0)[None, :], 1)
+            vector_total += tl.sum(x_tile * vector_weight[None, :], 1)

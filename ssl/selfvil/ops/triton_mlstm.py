@@ -2,7 +2,7 @@
 
 Two forms of one set of kernels. `triton` goes over all columns that a row sees: time grows with N², memory with N.
 `triton_chunkwise` over those in the row's chunk, and takes what came before from states, as `chunkwise` does, which
-also says what these are: time grows with N. The maths is that of `torch_mlstm`, the gates' scans included.
+also says what these are: time grows with N. The maths is that of `torch_mlstm`, and so are the custom operators.
 
 Products take the dtype of q and sum in that of the gates. bfloat16 and float16 are rounded as little as in `parallel`.
 A product in float32 is three in tf32, of the numbers' upper and lower halves, and so keeps float32's digits; or one,
@@ -21,7 +21,6 @@ import os
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from selfvil.ops.reference import EPS
@@ -49,6 +48,10 @@ class Plan(NamedTuple):
     stages: int
 
 
+SCAN = Plan(block=1024, step=0, warps=4, stages=1)
+"""Of the gates: a program has a whole sequence."""
+
+
 @functools.cache
 def is_installed() -> bool:
     """Whether there is a Triton; it exists for some systems only."""
@@ -66,41 +69,54 @@ def _check(q: Tensor) -> None:
         )
 
 
-def products(
-    q: Tensor, k: Tensor, v: Tensor, a: Tensor, row_max: Tensor, limit: Tensor, reverse: bool, *, chunked: bool
-) -> tuple[Tensor, Tensor]:
-    """h (B·H, N, D), and the row sums of C (B·H, N)."""
+def mlstm_triton(q: Tensor, k: Tensor, v: Tensor, i: Tensor, log_f: Tensor, reverse: bool, chunked: bool) -> Tensor:
+    """mLSTM output h (B, H, N, D) of q, k, v (B, H, N, D), i (B, H, N) and the log of the forget gate (B, H, N).
+
+    Products run in the dtype of q, gates in that of log_f, float32. First derivatives only.
+    """
+    return _forward(q, k, v, i, log_f, reverse, chunked)[0]
+
+
+@torch.library.custom_op("selfvil::mlstm_triton", mutates_args=())
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, i: Tensor, log_f: Tensor, reverse: bool, chunked: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """h, and what the backward pass needs: a, M, n and lim, each (B, H, N)."""
     _check(q)
-    q, k, v = (x.contiguous() for x in (q, k, v))
-    h, row_sum = torch.empty_like(v), torch.empty_like(a)
+    q, k, v, i, log_f = (x.contiguous() for x in (q, k, v, i, log_f))
+    h, (a, row_max, row_sum, limit) = torch.empty_like(q), (torch.empty_like(log_f) for _ in range(4))
+    _launch("scan_gates", i.shape[:2].numel(), SCAN, i, log_f, a, row_max, limit, i.shape[2], **_scan(reverse))
+    state, norm = _states(k, v, a, row_max, a, a, reverse, after=False) if chunked else _no_states(q, a)
     plan, sizes = _plan(q), _sizes(q, chunked)
-    state, norm = _states_before(k, v, a, row_max, reverse) if chunked else _no_states(q, a)
     _launch(
         "forward", _programs(q, plan.block), plan,
-        q, k, v, a, row_max, limit, state, norm, h, row_sum, *sizes,
-        EPS=EPS, ROOT=math.sqrt(q.shape[-1]), BLOCK=plan.block, STEP=plan.step, CARRY=chunked, REVERSE=reverse,
-        **_width(q),
+        q, k, v, a, row_max, limit, state, norm, h, row_sum, *sizes, **_root(q), **_constants(q, chunked, reverse),
     )  # fmt: skip
-    return h, row_sum
+    return h, a, row_max, row_sum, limit
 
 
-def gradients(
-    q: Tensor, k: Tensor, v: Tensor, h: Tensor, dh: Tensor, sign: Tensor, a: Tensor, row_max: Tensor, den: Tensor,
-    reverse: bool, *, chunked: bool,
+@_forward.register_fake
+def _(q, k, v, i, log_f, reverse, chunked):
+    gates = [log_f.new_empty(log_f.shape) for _ in range(4)]
+    return q.new_empty(q.shape), *gates
+
+
+@torch.library.custom_op("selfvil::mlstm_triton_backward", mutates_args=())
+def _backward(
+    dh: Tensor, q: Tensor, k: Tensor, v: Tensor, a: Tensor, row_max: Tensor, row_sum: Tensor, limit: Tensor,
+    reverse: bool, chunked: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q, k and v from that of h; r = h · dh, and column sums of C ∘ dC, (B·H, N)."""
-    q, k, v, dh = (x.contiguous() for x in (q, k, v, dh))
-    dq, dk, dv, r, da = *(torch.empty_like(x) for x in (q, k, v)), torch.empty_like(a), torch.empty_like(a)
-    row_scale = 1 / (math.sqrt(q.shape[-1]) * den)
-    plan, sizes = _plan(q), _sizes(q, chunked)
-    constants = {"BLOCK": plan.block, "STEP": plan.step, "CARRY": chunked, "REVERSE": reverse, **_width(q)}
-    state, norm = _states_before(k, v, a, row_max, reverse) if chunked else _no_states(q, a)
+    """Gradients of q, k, v (B, H, N, D), and of i and log_f (B, H, N) in the dtype of a."""
+    dh, q, k, v = dh.to(q.dtype).contiguous(), *(x.contiguous() for x in (q, k, v))
+    dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+    r, dn, row_scale, da, di, dlog_f = (torch.empty_like(a) for _ in range(6))
+    plan, sizes, constants = _plan(q), _sizes(q, chunked), _constants(q, chunked, reverse)
+    state, norm = _states(k, v, a, row_max, a, a, reverse, after=False) if chunked else _no_states(q, a)
     _launch(
         "backward_rows", _programs(q, plan.block), plan,
-        q, k, v, dh, a, row_max, row_scale, sign, state, norm, dq, r, *sizes, **constants,
+        q, k, v, dh, a, row_max, row_sum, limit, state, norm, dq, r, dn, row_scale, *sizes, **_root(q), **constants,
     )  # fmt: skip
-    dn = -sign * r
-    after, after_sum = _states_after(q, dh, row_max, row_scale, dn, reverse) if chunked else (state, norm)
+    after, after_sum = _states(q, dh, a, row_max, row_scale, dn, reverse, after=True) if chunked else (state, norm)
     # Sums for both k and v of wide heads are more than the registers hold.
     for keys, values in [(True, True)] if q.shape[-1] <= MAX_WIDTH_OF_BOTH else [(True, False), (False, True)]:
         _launch(
@@ -108,36 +124,46 @@ def gradients(
             q, k, v, dh, a, row_max, row_scale, dn, after, after_sum, dk, dv, da, *sizes,
             KEYS=keys, VALUES=values, **constants,
         )  # fmt: skip
-    return dq, dk, dv, r, da
+    _launch(
+        "gate_gradients", a.shape[:2].numel(), SCAN,
+        a, row_max, row_sum, limit, r, da, di, dlog_f, a.shape[2], EPS=EPS, BACK=not reverse, **_scan(reverse),
+    )  # fmt: skip
+    return dq, dk, dv, di, dlog_f
 
 
-def _states_before(k: Tensor, v: Tensor, a: Tensor, row_max: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
-    """What the keys and values read before each chunk leave to its rows: state and norm, as in `chunkwise`."""
-    last_max, fade = _maxima(row_max, reverse)[1:]
-    weight = torch.exp(a - _by_token(last_max, a))
-    return _states(k, v, weight, weight, fade, reverse)
+@_backward.register_fake
+def _(dh, q, k, v, a, row_max, row_sum, limit, reverse, chunked):
+    return *(q.new_empty(q.shape) for _ in range(3)), *(a.new_empty(a.shape) for _ in range(2))
 
 
-def _states_after(
-    q: Tensor, dh: Tensor, row_max: Tensor, row_scale: Tensor, dn: Tensor, reverse: bool
-) -> tuple[Tensor, Tensor]:
-    """What the rows read after each chunk ask of its keys and values."""
-    before, _, fade = _maxima(row_max, reverse)
-    weight = torch.exp(_by_token(before, row_max) - row_max) * row_scale
-    return _states(q, dh, weight, weight * dn, fade, not reverse)
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    q, k, v, i, _, ctx.reverse, ctx.chunked = inputs
+    ctx.i_dtype = i.dtype
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(q, k, v, *output[1:])
+
+
+def _gradients(ctx: Any, dh: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    dq, dk, dv, di, dlog_f = _backward(dh, *ctx.saved_tensors, ctx.reverse, ctx.chunked)
+    return dq, dk, dv, di.to(ctx.i_dtype), dlog_f, None, None
+
+
+_forward.register_autograd(_gradients, setup_context=_setup_context)
 
 
 def _states(
-    x: Tensor, y: Tensor, weight: Tensor, vector_weight: Tensor, fade: Tensor, reverse: bool
+    x: Tensor, y: Tensor, a: Tensor, row_max: Tensor, row_scale: Tensor, dn: Tensor, reverse: bool, after: bool
 ) -> tuple[Tensor, Tensor]:
-    heads, _, width = x.shape
-    state = x.new_empty(heads, fade.shape[1], width, width, dtype=_wide(x.dtype))
-    vector = fade.new_empty(heads, fade.shape[1], width)
+    """A state (B·H, chunks, D, D) and a vector (B·H, chunks, D) for each chunk: of the keys and values before it, or of
+    the queries and gradients after it, which row_scale and dn are for."""
+    heads, num_tokens, width = x.shape[:2].numel(), *x.shape[2:]
+    chunks = math.ceil(num_tokens / CHUNK)
+    state, vector = x.new_empty(heads, chunks, width, width, dtype=_wide(x.dtype)), a.new_empty(heads, chunks, width)
     plan = Plan(block=64 if x.element_size() == 2 else 32, step=0, warps=4, stages=3)
     _launch(
         "states", heads * math.ceil(width / STATE_TILE) ** 2, plan,
-        x, y, weight, vector_weight, fade, state, vector, *_sizes(x, True),
-        D=width, TILE=STATE_TILE, BLOCK=plan.block, REVERSE=reverse, PRECISION=_precision(x.dtype),
+        x, y, a, row_max, row_scale, dn, state, vector, *_sizes(x, True),
+        D=width, TILE=STATE_TILE, BLOCK=plan.block, AFTER=after, REVERSE=reverse, PRECISION=_precision(x.dtype),
     )  # fmt: skip
     return state, vector
 
@@ -147,32 +173,28 @@ def _no_states(q: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
     return q.new_empty(1, dtype=_wide(q.dtype)), a.new_empty(1)
 
 
-def _maxima(row_max: Tensor, reverse: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """The maximum before a chunk is read and after, (B·H, chunks), and what is left of the first by then."""
-    if reverse:
-        last_max = row_max[:, ::CHUNK]
-    else:
-        last_max = F.pad(row_max, (0, -row_max.shape[1] % CHUNK), mode="replicate")[:, CHUNK - 1 :: CHUNK]
-    before = F.pad(last_max[:, 1:] if reverse else last_max[:, :-1], (0, 1) if reverse else (1, 0), value=-math.inf)
-    return before, last_max, torch.exp(before - last_max)
-
-
-def _by_token(x: Tensor, like: Tensor) -> Tensor:
-    """What belongs to a chunk (B·H, chunks), for each of its tokens (B·H, N)."""
-    return x.repeat_interleave(CHUNK, 1)[:, : like.shape[1]]
-
-
 def _programs(q: Tensor, block: int) -> int:
-    return q.shape[0] * math.ceil(q.shape[1] / block)
+    return q.shape[:2].numel() * math.ceil(q.shape[2] / block)
 
 
 def _sizes(q: Tensor, chunked: bool) -> tuple[int, int]:
     """Tokens of a sequence, and of a chunk."""
-    return q.shape[1], CHUNK if chunked else 2**30
+    return q.shape[2], CHUNK if chunked else 2**30
 
 
-def _width(q: Tensor) -> dict[str, Any]:
-    return {"D": q.shape[-1], "TILES": tiles(q.shape[-1]), "PRECISION": _precision(q.dtype)}
+def _scan(reverse: bool) -> dict[str, Any]:
+    return {"BLOCK": SCAN.block, "REVERSE": reverse}
+
+
+def _root(q: Tensor) -> dict[str, float]:
+    return {"EPS": EPS, "ROOT": math.sqrt(q.shape[-1])}
+
+
+def _constants(q: Tensor, chunked: bool, reverse: bool) -> dict[str, Any]:
+    """What the kernels of blocks of rows or columns are compiled for."""
+    block, step, *_ = _plan(q)
+    width = {"D": q.shape[-1], "TILES": tiles(q.shape[-1]), "PRECISION": _precision(q.dtype)}
+    return {"BLOCK": block, "STEP": step, "CARRY": chunked, "REVERSE": reverse, **width}
 
 
 def tiles(width: int) -> tuple[int, ...]:
@@ -206,4 +228,5 @@ def _launch(kernel: str, programs: int, plan: Plan, *args: Tensor | int, **const
     from selfvil.ops import triton_kernels  # only now: where the operator is not used, Triton need not be there
 
     options = {"num_warps": plan.warps, "num_stages": plan.stages, "enable_fp_fusion": True}
-    getattr(triton_kernels, kernel)[(programs,)](*args, **constants, **options)
+    with torch.cuda.device_of(args[0]):  # Triton launches on the current one
+        getattr(triton_kernels, kernel)[(programs,)](*args, **constants, **options)
