@@ -8,8 +8,11 @@ import torch
 from torch import Tensor
 
 from selfvil.errors import UserError
+from selfvil.models import VisionLSTM
+from selfvil.models.layers import Reader
 from selfvil.objectives.base import ImageSpec, Progress, keyed_noise
 from selfvil.objectives.mae import MAE, MAESettings, patchify, unpatchify
+from selfvil.ops import mlstm
 
 PROGRESS = Progress(step=0, total_steps=10, steps_per_epoch=5, seed=3)
 
@@ -126,6 +129,52 @@ def test_other_masks_keep_the_ratio(kind):
     assert keep.shape == (20, 6)
     assert hidden.sum(dim=1).unique().tolist() == [18]
     assert not torch.equal(keep, mae().mask(torch.arange(20), PROGRESS, torch.device("cpu"))[0])
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_registers": 2}, {"traversal": "quad", "conv": "causal1d"}])
+def test_gap_aware_forgetting_is_that_of_the_whole_image(settings):
+    """A kept token reads what the whole image would give it, if only hidden tokens wrote nothing."""
+    torch.manual_seed(0)
+    model = VisionLSTM((16, 24), 4, embed_dim=32, depth=1, num_classes=0, **settings).double().eval()
+    x = torch.randn(2, 24, 32, dtype=torch.double)
+    keep = torch.stack([torch.arange(0, 24, 3), torch.tensor([1, 2, 3, 11, 12, 20, 21, 23])])
+    plain = model.forward_tokens(x, (4, 6), keep)
+    model.set_gap_aware()
+    aware = model.forward_tokens(x, (4, 6), keep)
+    assert not torch.allclose(aware, plain, atol=1e-6)
+
+    calls = []
+
+    def whole(q, k, v, i, f, *, reverse, positions):
+        """The operator on all steps, the hidden ones of which have a closed input gate."""
+        calls.append(positions)
+        length = int(positions.max()) + 1
+        at = positions[:, None, :].expand(f.shape)
+        f, i = (z.new_full((*z.shape[:2], length), rest).scatter(2, at, z) for z, rest in ((f, 0.0), (i, -1e4)))
+        # A hidden step forgets as the kept one that is read next does.
+        order = range(length) if reverse else range(length - 1, -1, -1)
+        for image, row in enumerate(positions.tolist()):
+            gate = None
+            for step in order:
+                gate = f[image, :, step].clone() if step in row else gate
+                if gate is not None:
+                    f[image, :, step] = gate
+        q, k, v = (z.new_zeros(*z.shape[:2], length, z.shape[-1]).scatter(2, at[..., None].expand(z.shape), z)
+                   for z in (q, k, v))  # fmt: skip
+        return mlstm(q, k, v, i, f, reverse=reverse).gather(2, at[..., None].expand(*at.shape, q.shape[-1]))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("selfvil.models.layers.mlstm", whole)
+        torch.testing.assert_close(model.forward_tokens(x, (4, 6), keep), aware, rtol=1e-9, atol=1e-9)
+    assert all(positions is not None for positions in calls)
+    everything = torch.arange(24).expand(2, -1)
+    torch.testing.assert_close(model.forward_tokens(x, (4, 6), everything), model.forward_tokens(x, (4, 6)))
+
+
+def test_gap_aware_is_for_a_backbone_that_forgets():
+    assert all(module.gap_aware for module in mae(gap_aware=True).backbone.modules() if isinstance(module, Reader))
+    with pytest.raises(UserError, match="VisionTransformer does not forget: set it to false"):
+        mae("vit_tiny_patch16_224", gap_aware=True)
 
 
 def test_heads_must_divide_the_width():

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from selfvil.models.masking import gather_tokens, scatter_tokens
-from selfvil.models.order import Columns, Grid, extra_before, join, slots, split
+from selfvil.models.order import Columns, Grid, join, split, steps_of
 from selfvil.ops import linear, mlstm
 
 EXPANSION = 2
@@ -118,6 +118,7 @@ class Reader(nn.Module):
         super().__init__()
         if conv not in CONVS:
             raise ValueError(f"conv = {conv!r} does not exist; choose one of: {', '.join(map(repr, CONVS))}")
+        self.gap_aware = False
         self.conv: nn.Module | None = None
         if conv == "2d":
             self.conv = nn.Conv2d(inner, inner, kernel_size=3, padding=1, groups=inner)
@@ -148,7 +149,9 @@ class Reader(nn.Module):
         """Sequence x (B, K, E) to the same shape, read from its last token if `reverse`."""
         conv = F.silu(self.convolve(x, grid, keep, places, reverse))
         i, f = self.gates(conv, x)
-        h = mlstm(self.q_proj(conv), self.k_proj(conv), self.v_proj(x), i, f, reverse=reverse)
+        steps = steps_of(keep, places, grid[0] * grid[1]) if self.gap_aware and keep is not None else None
+        q, k, v = self.q_proj(conv), self.k_proj(conv), self.v_proj(x)
+        h = mlstm(q, k, v, i, f, reverse=reverse, positions=steps)
         return torch.addcmul(self.outnorm(h), self.skip.to(conv.dtype), conv)
 
     def convolve(self, x: Tensor, grid: Grid, keep: Tensor | None, places: Tensor | None, reverse: bool) -> Tensor:
@@ -183,14 +186,11 @@ class Reader(nn.Module):
         conv: nn.Conv1d, x: Tensor, grid: Grid, keep: Tensor | None, places: Tensor | None, reverse: bool
     ) -> Tensor:
         """A token and the three read before it, extra tokens among them."""
-        ids, length = keep, grid[0] * grid[1]
-        if keep is not None and places is not None:  # ids in the full sequence, extra tokens included
-            num_extra = places.shape[1] - keep.shape[1]
-            extra = slots(length, num_extra, x.device) + torch.arange(num_extra, device=x.device)
-            ids = torch.cat([keep + extra_before(keep, length, num_extra), extra.expand(len(keep), -1)], dim=1)
-            ids, length = torch.empty_like(ids).scatter_(1, places, ids), length + num_extra
-        if ids is not None:
-            x = scatter_tokens(x, ids, x.new_zeros(()), length)
+        ids = None
+        if keep is not None:
+            num_extra = 0 if places is None else places.shape[1] - keep.shape[1]
+            ids = steps_of(keep, places, grid[0] * grid[1])
+            x = scatter_tokens(x, ids, x.new_zeros(()), grid[0] * grid[1] + num_extra)
         weight, padding = conv.weight.flip(2) if reverse else conv.weight, conv.kernel_size[0] - 1
         x = F.conv1d(x.mT, weight, conv.bias, padding=padding, groups=conv.groups)
         x = (x[..., padding:] if reverse else x[..., :-padding]).mT

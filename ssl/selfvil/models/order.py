@@ -34,6 +34,16 @@ def extra_before(keep: Tensor, num_patches: int, num_extra: int) -> Tensor:
     return (keep.unsqueeze(-1) >= slots(num_patches, num_extra, keep.device)).sum(dim=-1)
 
 
+def steps_of(keep: Tensor, places: Tensor | None, num_patches: int) -> Tensor:
+    """Where each token of the sequence (B, K + R) stands in the one of all patches and the same extra tokens."""
+    if places is None:
+        return keep
+    num_extra = places.shape[1] - keep.shape[1]
+    extra = slots(num_patches, num_extra, keep.device) + torch.arange(num_extra, device=keep.device)
+    steps = torch.cat([keep + extra_before(keep, num_patches, num_extra), extra.expand(len(keep), -1)], dim=1)
+    return torch.empty_like(steps).scatter_(1, places, steps)
+
+
 def all_patches(x: Tensor, grid: Grid) -> Tensor:
     """Ids (B, N) that keep every patch."""
     return torch.arange(grid[0] * grid[1], device=x.device).expand(x.shape[0], -1)

@@ -19,7 +19,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from selfvil.models.blocks import OverlappingPatchEmbed, ViLBlockPair
-from selfvil.models.layers import ResidualLayerNorm
+from selfvil.models.layers import Reader, ResidualLayerNorm
 from selfvil.models.masking import gather_tokens
 from selfvil.models.order import Grid, all_patches, join, places_of, split
 from selfvil.models.pooling import CLASS_TOKEN_POOLINGS, POOLINGS, pooled_dim
@@ -322,3 +322,13 @@ class VisionLSTM(nn.Module):
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def set_gap_aware(self, enable: bool = True) -> None:
+        """Whether a token, where others before it were dropped, forgets once for each of them, or once in all.
+
+        Where no token is dropped it makes no difference.
+        """
+        for module in self.modules():
+            if isinstance(module, Reader):
+                module.gap_aware = enable

@@ -25,6 +25,7 @@ from selfvil.data.views import RandomCropFlip
 from selfvil.errors import UserError
 from selfvil.models.blocks import ViLBlockPair
 from selfvil.models.masking import encode_kept, kept_ids, sample_mask, scatter_tokens, token_grid
+from selfvil.models.vision_lstm import VisionLSTM
 from selfvil.objectives.base import Batch, ImageSpec, Objective, Progress, StepOutput, View, keyed_noise
 from selfvil.recipe import Section
 
@@ -37,6 +38,9 @@ class MAESettings(Section):
     """Share of the patches that are hidden."""
     mask: Literal["random", "block", "row"] = "random"
     """What is hidden: single patches (the paper's), rectangles over one another, or whole rows of patches."""
+    gap_aware: bool = False
+    """ViL: forget once for each patch that is hidden between two kept ones, so that what is left of a patch is what a
+    pass over the whole image would have left; false forgets once from one kept patch to the next."""
     decoder: Literal["vil", "vit"] = "vil"
     """Blocks of the decoder: pairs of ViL blocks, or transformer layers as published."""
     decoder_dim: int = Field(512, ge=16, multiple_of=8)
@@ -77,6 +81,14 @@ class MAE(Objective):
 
         if settings.normalise_targets and image.patch_size**2 * image.in_chans == 1:
             raise UserError("objective.normalise_targets = true, but a patch is a single value: set it to false")
+
+        if settings.gap_aware:
+            if not isinstance(backbone, VisionLSTM):
+                raise UserError(
+                    f"objective.gap_aware = true, but {type(backbone).__name__} does not forget: set it to false, or "
+                    "take a vil_* model"
+                )
+            backbone.set_gap_aware()
 
         dim = settings.decoder_dim
         self.decoder_embed = nn.Linear(int(backbone.embed_dim), dim)  # type: ignore[arg-type]  # a number, in timm
