@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from timm.layers import resample_abs_pos_embed
 
 import runs
 from published_files import as_in_published_file
@@ -52,6 +53,31 @@ def test_new_heads_take_the_exported_backbone_alone(old, digit_shards, tmp_path,
         prefix = next((prefix for prefix in backbones if key.startswith(prefix)), None)
         expected = fresh[key] if prefix is None else theirs[key.removeprefix(prefix)]
         assert torch.equal(value, expected), key
+
+
+@pytest.mark.parametrize("heads", ["load", "new"])
+def test_the_last_phase_may_see_larger_images(old, digit_shards, tmp_path, heads):
+    name, folder = old
+    before = load_export(folder / "bare").backbone.state_dict()
+    more = ["model.img_size=24", f"model.start_heads={heads}", f"model.start_from={folder / 'run'}", "budget.steps=2"]
+    recipe = runs.small(name, digit_shards, tmp_path / "larger", *more)
+    objective = build_objective(recipe)
+    expected = resample_positions(before["pos_embed"], (6, 6))
+    assert torch.equal(objective.exported().pos_embed, expected)
+    assert torch.equal(objective.exported().norm.weight, before["norm.weight"])
+    assert pretrain(recipe).finished
+
+
+def test_a_vit_sees_larger_images_too(digit_shards, tmp_path):
+    more = ["model.name=vit_tiny_patch16_224", "model.num_heads=2"]
+    pretrain(runs.small("dino", digit_shards, tmp_path / "old", "budget.steps=1", *more))
+    recipe = runs.small("dino", digit_shards, tmp_path / "new", *more, "model.img_size=24",
+                        f"model.start_from={tmp_path / 'old'}", "budget.steps=2")  # fmt: skip
+    before = checkpoint.newest(tmp_path / "old" / "checkpoints").tensors("objective")["backbone.pos_embed"]
+    assert torch.equal(
+        build_objective(recipe).backbone.pos_embed, resample_abs_pos_embed(before, [6, 6], num_prefix_tokens=1)
+    )
+    assert pretrain(recipe).finished
 
 
 def test_missing_heads_are_told_before_training(old, digit_shards, tmp_path):

@@ -12,6 +12,7 @@ Nothing is unpickled, and no name or argument from a file reaches timm that coul
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -22,13 +23,16 @@ from typing import Any, NamedTuple
 import timm
 import torch
 from safetensors.torch import load_file, save_file
+from timm.layers import resample_abs_pos_embed
 from timm.models import load_state_dict
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from selfvil import checkpoint
 from selfvil.checkpoint import Checkpoint
 from selfvil.errors import UserError
 from selfvil.models import VisionLSTM
+from selfvil.models.positions import resample_positions
 from selfvil.models.published import checkpoint_filter_fn
 from selfvil.version import __version__
 
@@ -185,6 +189,7 @@ def start_backbone(backbone: nn.Module, source: str | Path) -> None:
     """
     is_file = Path(source).is_file()
     weights = _read_file(backbone, Path(source)) if is_file else load_pretrained(source).backbone.state_dict()
+    weights = _on_its_grid(backbone, weights)
     _fit(backbone, weights, f"model.start_from = {source} is of another architecture than the recipe's")
     backbone.load_state_dict(weights)
 
@@ -229,9 +234,27 @@ def start_objective(objective: nn.Module, source: str | Path) -> None:
         weights = backbone | load_file(heads)
     else:
         weights = open_checkpoint(folder).tensors("objective")
+    weights = _on_its_grid(objective, weights)
     where = f"model.start_from = {source} was made by another objective or architecture than the recipe's"
     _fit(objective, weights, where, "take its settings, or set model.start_heads=new to take its backbone alone")
     objective.load_state_dict(weights)
+
+
+def _on_its_grid(module: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights with the positions of each backbone in `module` resampled, if its images are of another size."""
+    fitted = dict(weights)
+    for prefix, part in module.named_modules():
+        name = f"{prefix}.pos_embed" if prefix else "pos_embed"
+        if name not in weights:
+            continue
+        if isinstance(part, VisionLSTM) and weights[name].ndim == 4:
+            fitted[name] = resample_positions(weights[name], part.grid_size, part.pos_interpolation)
+        elif isinstance(part, VisionTransformer):
+            prefix_tokens = 0 if part.no_embed_class else part.num_prefix_tokens
+            if math.isqrt(patches := weights[name].shape[1] - prefix_tokens) ** 2 == patches:  # timm knows of no other
+                grid = list(part.patch_embed.grid_size)
+                fitted[name] = resample_abs_pos_embed(weights[name], grid, num_prefix_tokens=prefix_tokens)
+    return fitted
 
 
 def _fit(module: nn.Module, weights: Mapping[str, Tensor], where: str, advice: str = "") -> None:
