@@ -56,7 +56,7 @@ def _store_all(x, tiles, tokens, there, TILES: tl.constexpr, D: tl.constexpr):
 def _zeros(SIZE: tl.constexpr, TILES: tl.constexpr, dtype: tl.constexpr):
     tiles = ()
     for t in tl.static_range(len(TILES)):
-        tiles = tiles + (tl.zeros([SIZE, TILES[t]], dtype),)
+        tiles = tiles + (tl.full([SIZE, TILES[t]], 0.0, dtype),)
     return tiles
 
 
@@ -197,7 +197,7 @@ def scan_gates(i, log_f, a, row_max, limit, N, BLOCK: tl.constexpr, REVERSE: tl.
 @triton.jit
 def _add_until(x, x_ends, y, y_ends):
     """Sums y and what was summed before it, unless that has come to its end."""
-    return tl.where(y_ends, y, x + y), x_ends | y_ends
+    return tl.where(y_ends > 0, y, x + y), x_ends | y_ends
 
 
 @triton.jit
