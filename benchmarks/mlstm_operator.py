@@ -68,7 +68,7 @@ def main() -> None:
     if args.published_kernels and not on_gpu:
         sys.exit("--published-kernels need a GPU: they are written in Triton")
     if not args.backends:
-        triton_forms = ["triton", "triton_chunkwise"] if on_gpu and triton_mlstm.is_installed() else []
+        triton_forms = ["triton", "triton_chunkwise"] if on_gpu and triton_mlstm.INSTALLED else []
         args.backends = ["parallel", "chunkwise", *triton_forms]
 
     rows = []

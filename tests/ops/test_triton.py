@@ -142,8 +142,17 @@ def test_the_rule_for_gpus(monkeypatch):
     assert choose(196, 1024, "cuda", torch.bfloat16) == "parallel"
     assert choose(196, 96, "cpu", torch.bfloat16) == "parallel"
     assert choose(long, 96, "mps", torch.float32) == "chunkwise"
-    monkeypatch.setattr(triton_mlstm, "is_installed", lambda: False)
+    monkeypatch.setattr(triton_mlstm, "INSTALLED", False)
     assert choose(long, 96, "cuda", torch.bfloat16) == "chunkwise"
+
+
+def test_compilers_follow_the_rule():
+    @torch.compile(fullgraph=True, backend="eager")
+    def chosen(x):
+        return x + ["triton", "triton_chunkwise"].index(choose(x.shape[0], 96, "cuda", torch.bfloat16))
+
+    assert chosen(torch.zeros(196)).max() == 0
+    assert chosen(torch.zeros(5000)).min() == 1
 
 
 def test_what_they_cannot_do_is_named(monkeypatch):
@@ -153,6 +162,6 @@ def test_what_they_cannot_do_is_named(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(ValueError, match="at most 384 wide, q has 600"):
         mlstm(*torch.zeros(3, 1, 1, 4, 600), i, f, backend="triton")
-    monkeypatch.setattr(triton_mlstm, "is_installed", lambda: False)
+    monkeypatch.setattr(triton_mlstm, "INSTALLED", False)
     with pytest.raises(ValueError, match="package triton, which is missing"):
         mlstm(q, k, v, i, f, backend="triton_chunkwise")

@@ -83,7 +83,7 @@ def choose(num_tokens: int, head_dim: int, device: torch.device | str, dtype: to
         torch.device(device).type == "cuda"
         and dtype in (torch.bfloat16, torch.float16, torch.float32)
         and head_dim <= triton_mlstm.MAX_WIDTH
-        and triton_mlstm.is_installed()
+        and triton_mlstm.INSTALLED
     ):
         return "triton" if num_tokens <= max(1024, 4 * head_dim) else "triton_chunkwise"
     return "parallel" if num_tokens <= max(256, 4 * head_dim) else "chunkwise"

@@ -14,7 +14,6 @@ On a CPU kernels run in Triton's interpreter, to be tested: TRITON_INTERPRET=1 b
 Shapes: heads have joined the batch, so q, k, v are (B·H, N, D), and what belongs to a token is (B·H, N).
 """
 
-import functools
 import importlib.util
 import math
 import os
@@ -24,6 +23,9 @@ import torch
 from torch import Tensor
 
 from selfvil.ops.reference import EPS
+
+INSTALLED = importlib.util.find_spec("triton") is not None
+"""Whether there is a Triton; it exists for some systems only. A value, for torch.compile cannot follow the question."""
 
 CHUNK = 256
 """Tokens in a chunk. Larger ones cost more products within, smaller ones more states."""
@@ -52,14 +54,8 @@ SCAN = Plan(block=1024, step=0, warps=4, stages=1)
 """Of the gates: a program has a whole sequence."""
 
 
-@functools.cache
-def is_installed() -> bool:
-    """Whether there is a Triton; it exists for some systems only."""
-    return importlib.util.find_spec("triton") is not None
-
-
 def _check(q: Tensor) -> None:
-    if not is_installed():
+    if not INSTALLED:
         raise ValueError('this mLSTM backend needs the package triton, which is missing; take "auto" or "parallel"')
     if not q.is_cuda and not os.environ.get("TRITON_INTERPRET"):
         raise ValueError(f'this mLSTM backend needs a GPU, but q is on {q.device}; take "auto" or "parallel"')
