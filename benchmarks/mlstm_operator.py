@@ -276,7 +276,14 @@ def about(args: argparse.Namespace) -> dict:
         triton_version = None
     return {
         "date": datetime.date.today().isoformat(),
-        "command": " ".join(["python", "benchmarks/mlstm_operator.py", *sys.argv[1:]]),
+        # Where a checkout lies on this machine is nobody's business.
+        "command": " ".join(
+            [
+                "python",
+                "benchmarks/mlstm_operator.py",
+                *(f"../{Path(x).name}" if x.startswith("/") else x for x in sys.argv[1:]),
+            ]
+        ),
         "device": torch.cuda.get_device_name() if args.device.startswith("cuda") else processor(),
         "threads": args.threads,
         "torch": torch.__version__,
