@@ -144,6 +144,21 @@ def test_the_size_of_blocks_changes_nothing(size, reverse, backend, monkeypatch)
 
 
 @pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_tokens_may_lie_in_memory_as_a_layer_leaves_them(batch, backend, small_blocks):
+    """Channels of all heads side by side, and gates likewise."""
+    q, k, v, i, f, dh = make_inputs(9, batch=batch)
+    inputs = [x.requires_grad_() for x in (q, k, v, i, f)]
+
+    def strided(x):
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+    h = mlstm(*map(strided, inputs), backend=backend)
+    found = [h.detach(), *torch.autograd.grad(h, inputs, strided(dh))]
+    assert_close(found, run((*inputs, dh), backend="reference"), 1e-12)
+
+
+@pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_bfloat16_products_with_float32_gates(autocast, reverse, backend):

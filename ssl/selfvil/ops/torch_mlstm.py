@@ -62,8 +62,9 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, i: Tensor, log_f: Tensor, reverse: bool, form: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """h, and what the backward pass needs: a, M, its position, n and lim, each (B·H, N)."""
-    # Heads join the batch: three axes, so that a slice of rows can be multiplied without being copied first.
-    flat_q, flat_k, flat_v, i, log_f = (x.flatten(0, 1) for x in (q, k, v, i, log_f))
+    # Heads join the batch: three axes, so that a slice of rows can be multiplied without being copied first. In order
+    # in memory, which flatten alone does not see to for a single image, so that chunks can be cut without a copy.
+    flat_q, flat_k, flat_v, i, log_f = (x.flatten(0, 1).contiguous() for x in (q, k, v, i, log_f))
     log_forget = _cumsum(log_f, reverse)
     a = i.to(log_f.dtype) - log_forget
     row_max, argmax = _cummax(a, reverse)
@@ -88,7 +89,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v (B, H, N, D), and of i and log_f (B, H, N) in the dtype of a."""
     shape = q.shape
-    dh, q, k, v, h = (x.flatten(0, 1) for x in (dh, q, k, v, h))
+    dh, q, k, v, h = (x.flatten(0, 1).contiguous() for x in (dh, q, k, v, h))
     den = denominator(row_sum, limit)
     sum_rules = row_sum.abs() >= limit  # the row sum, not its lower limit, is the normaliser
     sign = row_sum.sign() * sum_rules
