@@ -39,6 +39,10 @@ ROWS: dict[str, tuple[str, list[str]]] = {
     "mae-vit": (MAE[0], [*VIT, "objective.decoder=vit", "objective.decoder_heads=4"]),
     "dino-vit": (DINO[0], [*DINO[1], *VIT]),
     # Ablations.
+    "simmim-normalised": (
+        "cifar10_simmim",
+        ["objective.normalise_targets=true", "objective.mask_unit=1", "objective.mask_ratio=0.75"],
+    ),
     "mae-ratio-0.5": (MAE[0], ["objective.mask_ratio=0.5"]),
     "mae-ratio-0.6": (MAE[0], ["objective.mask_ratio=0.6"]),
     "mae-gap-aware": (MAE[0], ["objective.gap_aware=true"]),
