@@ -13,12 +13,11 @@ printed. Rows in one process run one after the other; for more cores start one p
 import argparse
 import json
 import os
-import re
 import statistics
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from selfvil.monitor.metrics import read_metrics
 
@@ -55,8 +54,22 @@ ROWS: dict[str, tuple[str, list[str]]] = {
 }
 """Name of a row -> a packaged recipe, and what is changed in it."""
 
+
+class Column(NamedTuple):
+    """Where its figures are: in the file of a command, under a protocol that begins so."""
+
+    file: str
+    protocol: str
+
+
+COLUMNS = {
+    "k-NN, k = 20": Column("all", "k-NN, k = 20"),
+    "linear probe": Column("all", "linear probe"),
+    "fine-tuned, 1 % of labels": Column("finetune", "fine-tune"),
+}
+
 ONE_CORE = ["run.threads=1", "data.workers=0", "monitor.pictures_every=null", "monitor.doctor_every=null"]
-FINETUNE = ["--labels-per-class", "10", "--epochs", "100", "--batch-size", "50", "--base-lr", "8e-3",
+FINETUNE = ["--labels-per-class", "10", "--epochs", "40", "--batch-size", "20", "--base-lr", "8e-3",
             "--layer-decay", "0.9", "--min-crop", "0.5", "--drop-path", "0"]  # fmt: skip
 
 
@@ -67,6 +80,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, required=True, help="budget of a row, on one core")
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--frozen-only", action="store_true", help="do not fine-tune")
     parser.add_argument("--rates-only", action="store_true", help="measure how fast each row is, and no more")
     parser.add_argument("--print-only", action="store_true", help="print the rows that are finished, and no more")
     args = parser.parse_args()
@@ -86,9 +100,8 @@ def budget(args: argparse.Namespace, name: str) -> int:
     if not file.exists():
         train(args, name, "budget.steps=30", args.out / f"{name}-rate", "monitor.log_every=5")
         rates = [record["images_per_second"] for record in read_metrics(args.out / f"{name}-rate" / "metrics.jsonl")]
-        file.write_text(
-            json.dumps({"images_per_second": statistics.median(rates[1:])})
-        )  # the first has the start in it
+        # The first has the start in it.
+        file.write_text(json.dumps({"images_per_second": statistics.median(rates[1:])}))
     return round(json.loads(file.read_text())["images_per_second"] * 60 * args.minutes)
 
 
@@ -102,15 +115,13 @@ def train(args: argparse.Namespace, name: str, length: str, out: Path, *more: st
 def score(args: argparse.Namespace, name: str) -> None:
     labelled = ["--train", f"{args.data}/cifar10-train-{{000000..000001}}.tar",
                 "--test", f"{args.data}/cifar10-test-{{000000..000001}}.tar",
-                "--workers", "0", "--precision", "bf16"]  # fmt: skip
-    baselines = ["--baselines"] if name == "mae" else []
-    commands = {"all-0": ["all"], "finetune": ["finetune", *FINETUNE, "--readout", readout(name)]}
-    commands |= {f"linear-{seed}": ["linear", "--seed", str(seed)] for seed in (1, 2)}
-    for kind, command in commands.items():
+                "--workers", "0", "--precision", "bf16", *(["--baselines"] if name == "mae" else [])]  # fmt: skip
+    commands = {"all": ["all", "--probe-seeds", "3"], "finetune": ["finetune", *FINETUNE, "--readout", readout(name)]}
+    for kind, (command, *options) in commands.items():
         file = args.out / f"{name}-{kind}.json"
-        if not file.exists():
-            cli, more = [*command[:1], str(args.out / name), *command[1:]], baselines if "-" in kind else []
-            run(str(Path(sys.executable).with_name("selfvil")), "eval", *cli, *labelled, *more, "--json", str(file))
+        if not file.exists() and not (kind == "finetune" and args.frozen_only):
+            cli = str(Path(sys.executable).with_name("selfvil"))
+            run(cli, "eval", command, str(args.out / name), *options, *labelled, "--json", str(file))
 
 
 def readout(name: str) -> str:
@@ -124,14 +135,23 @@ def run(*arguments: str) -> None:
 
 
 def print_table(args: argparse.Namespace) -> None:
+    """Finished rows in Markdown, each with its recipe and what is changed in it."""
+    print("| row | images seen | " + " | ".join(COLUMNS) + " | recipe |\n|" + "---|" * (len(COLUMNS) + 3))
     for name in args.rows:
-        rows: list[dict[str, Any]] = []
-        for file in sorted(args.out.glob(f"{name}-*.json")):
-            if re.fullmatch(rf"{name}-(all-0|finetune|linear-\d).json", file.name):
-                found = json.loads(file.read_text())
-                rows += [{"file": file.stem} | row for row in (found if isinstance(found, list) else found["rows"])]
-        for row in rows:
-            print(json.dumps(row))
+        figures: dict[str, list[str]] = {}
+        seen = ""
+        for place, kind in enumerate(COLUMNS.values()):
+            file = args.out / f"{name}-{kind.file}.json"
+            for row in json.loads(file.read_text()) if file.exists() else []:
+                if row["protocol"].startswith(kind.protocol):
+                    network = name if row["network"] == "pretrained" else row["network"]
+                    deviation = "" if row["deviation"] is None else f" ± {row['deviation']:.2f}"
+                    figures.setdefault(network, [""] * len(COLUMNS))[place] = f"{row['value']:.2f}{deviation}"
+                    seen = f"{row['samples_seen']:,}" if network == name else seen
+        recipe = " ".join([ROWS[name][0], *ROWS[name][1]])
+        for network, values in figures.items():
+            own = network == name
+            print("|", " | ".join([network, seen if own else "", *values, recipe if own else ""]), "|")
 
 
 if __name__ == "__main__":

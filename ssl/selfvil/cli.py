@@ -193,6 +193,7 @@ Workers = Annotated[int, typer.Option(min=0, help="Processes that decode images.
 Seed = Annotated[int, typer.Option(help="Seed of the untrained network, the held-out part and the draws.")]
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the rows to this file.")]
 LabelsPerClass = Annotated[int | None, typer.Option(min=1, help="Fit on so few labels of each class; all otherwise.")]
+ProbeSeeds = Annotated[int, typer.Option(min=1, help="Linear probes on all labels, for their mean and deviation.")]
 PrecisionName = Annotated[Literal["fp32", "bf16"], typer.Option("--precision", help="Arithmetic of the backbone.")]
 
 
@@ -214,11 +215,11 @@ def eval_linear(
     network: NetworkName = None, workers: Workers = 2, seed: Seed = 0, json_file: Json = None,
     labels_per_class: LabelsPerClass = None,
     draws: Annotated[int, typer.Option(min=1, help="Draws of the few labels.")] = 20,
-    precision: PrecisionName = "fp32",
+    probe_seeds: ProbeSeeds = 1, precision: PrecisionName = "fp32",
 ) -> None:  # fmt: skip
     """Accuracy of a logistic regression on frozen features, its strength chosen on a held-out part of train."""
     _eval(["linear"], source, train, test, json_file, labels_per_class=labels_per_class, draws=draws,
-          baselines=baselines, readout=readout, network=network, workers=workers, seed=seed,
+          probe_seeds=probe_seeds, baselines=baselines, readout=readout, network=network, workers=workers, seed=seed,
           precision=precision)  # fmt: skip
 
 
@@ -257,12 +258,12 @@ def eval_finetune(
 def eval_all(
     source: Source, train: Train, test: Test, baselines: Baselines = False, readout: Readout = None,
     network: NetworkName = None, workers: Workers = 2, seed: Seed = 0, json_file: Json = None,
-    precision: PrecisionName = "fp32",
+    probe_seeds: ProbeSeeds = 1, precision: PrecisionName = "fp32",
 ) -> None:  # fmt: skip
     """Every protocol, on features computed once."""
     _eval(["knn", "linear"], source, train, test, json_file,
           baselines=baselines, readout=readout, network=network, workers=workers, seed=seed,
-          precision=precision)  # fmt: skip
+          probe_seeds=probe_seeds, precision=precision)  # fmt: skip
 
 
 def _eval(

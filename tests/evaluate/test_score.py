@@ -136,3 +136,16 @@ def test_real_images(run, shared_data, caplog):
         )  # fmt: skip
     assert (rows[0].train_images, rows[0].test_images) == (5000, 5000)
     assert {row.network: row.value > 12 for row in rows}["raw pixels"]
+
+
+def test_several_probes_are_averaged(run, parts):
+    one, other, both = (
+        score(run, *parts, protocols=["linear"], seed=seed, probe_seeds=count, **FAST)[0]
+        for seed, count in ((4, 1), (5, 1), (4, 2))
+    )
+    assert one.deviation is None
+    assert one.value != other.value
+    assert both.value == pytest.approx((one.value + other.value) / 2)
+    assert both.deviation == pytest.approx(abs(one.value - other.value) / 2**0.5)
+    with pytest.raises(UserError, match="at least one probe"):
+        score(run, *parts, probe_seeds=0, **FAST)

@@ -5,6 +5,7 @@
 Two baselines say what pretraining was worth: the same architecture untrained, and the pixels themselves.
 """
 
+import statistics
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -40,7 +41,7 @@ _RAW_SIDE = 32  # pixels; the longer side of images whose pixels are probed
 class Row:
     """One figure, with all that is needed to report it.
 
-    value: top-1 accuracy in percent, or its mean over draws; deviation: standard deviation over draws, else None.
+    value: top-1 accuracy in percent, or its mean over draws or seeds; deviation: standard deviation over these, if any.
     seconds: wall time of features and protocol together. samples_seen: images seen in pretraining. settings: of the
     protocol, where it has any.
     """
@@ -70,6 +71,7 @@ def score(
     protocols: Sequence[str] = PROTOCOLS,
     labels_per_class: int | None = None,
     draws: int = 20,
+    probe_seeds: int = 1,
     baselines: bool = False,
     readout: str | None = None,
     network: str | None = None,
@@ -86,6 +88,7 @@ def score(
         train, test: shard patterns.
         protocols: of "knn" (DINO's k-NN, four values of k) and "linear" (logistic regression).
         labels_per_class: fit the linear probe on so few labels, mean over `draws`; None uses all labels.
+        probe_seeds: linear probes on all labels, of which the mean is reported: seeds seed, seed + 1, ...
         readout: how tokens become features, one of `models.heads.READOUTS`; None takes the architecture's usual one.
         network: which network of a run ("student", "teacher"); None takes the run's choice.
         seed: of the untrained network, of the held-out part and of the draws.
@@ -94,6 +97,8 @@ def score(
     """
     if unknown := [protocol for protocol in protocols if protocol not in PROTOCOLS]:
         raise UserError(f"There is no protocol {unknown[0]!r}; choose of: {', '.join(PROTOCOLS)}.")
+    if probe_seeds < 1:
+        raise UserError(f"There must be at least one probe, got probe_seeds = {probe_seeds}.")
     pretrained = load_backbone(source, network=network)
     readout = choose_readout(pretrained.backbone, readout)
     shards = open_shards(train), open_shards(test)
@@ -128,7 +133,7 @@ def score(
         extracted = time.monotonic() - began
         for protocol in protocols:
             began = time.monotonic()
-            results = _run(protocol, train_features, test_features, labels_per_class, draws, seed)
+            results = _run(protocol, train_features, test_features, labels_per_class, draws, probe_seeds, seed)
             seconds = extracted + time.monotonic() - began
             rows += [
                 Row(
@@ -162,13 +167,20 @@ def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def _run(
-    protocol: str, train: Features, test: Features, labels_per_class: int | None, draws: int, seed: int
+    protocol: str,
+    train: Features,
+    test: Features,
+    labels_per_class: int | None,
+    draws: int,
+    probe_seeds: int,
+    seed: int,
 ) -> dict[str, tuple[float, float | None]]:
     """What was measured -> (percent, deviation)."""
     if protocol == "knn":
         return {f"k-NN, k = {k}": (value, None) for k, value in knn(train, test).items()}
     if labels_per_class is None:
-        return {"linear probe": (linear_probe(train, test, seed=seed).accuracy, None)}
+        values = [linear_probe(train, test, seed=each).accuracy for each in range(seed, seed + probe_seeds)]
+        return {"linear probe": (statistics.mean(values), statistics.stdev(values) if probe_seeds > 1 else None)}
     label = f"linear probe, {labels_per_class} labels per class, {draws} draws"
     return {label: few_label_probe(train, test, labels_per_class, draws, seed)}
 
