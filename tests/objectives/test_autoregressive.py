@@ -1,16 +1,14 @@
 """Autoregressive: no prediction depends on what it predicts or on what comes after, and all before it is heard."""
 
-from dataclasses import dataclass
-
 import pytest
 import timm
 import torch
-from torch import Tensor
 
 from selfvil.errors import UserError
 from selfvil.objectives.autoregressive import Autoregressive, AutoregressiveSettings
 from selfvil.objectives.base import ImageSpec, Progress
 from selfvil.objectives.mae import patchify
+from small import Views, network, random_views
 
 PROGRESS = Progress(step=0, total_steps=10, steps_per_epoch=5, seed=3)
 CAUSAL = {"traversal": "unidirectional", "conv": "causal1d"}
@@ -23,25 +21,18 @@ BACKBONES = {
 CLUSTERS = [(1, 1), (1, 3), (2, 2), (2, 6), (4, 2)]
 
 
-@dataclass
-class Views:
-    views: list[Tensor]
-    positions: Tensor
-
-
 def build(backbone: str = "causal1d", cluster: tuple[int, int] = (2, 2), more: dict | None = None, **settings):
     torch.manual_seed(0)
     name, kwargs = BACKBONES[backbone]
-    kwargs = {"embed_dim": 32, "depth": 2, "img_size": (16, 24), "patch_size": 4, "num_classes": 0, **kwargs}
-    network = timm.create_model(name, **(kwargs | (more or {})))
     small = {"decoder_dim": 32, "decoder_depth": 2, "decoder_heads": 2}
     spec = ImageSpec((16, 24), 4, 3, (0.5, 0.4, 0.3), (0.2, 0.2, 0.2))
-    return Autoregressive(network, AutoregressiveSettings(cluster=cluster, **(small | settings)), spec)
+    return Autoregressive(
+        network(name, **(kwargs | (more or {}))), AutoregressiveSettings(cluster=cluster, **(small | settings)), spec
+    )
 
 
 def batch(count: int = 2) -> Views:
-    images = torch.randn(count, 3, 16, 24, generator=torch.Generator().manual_seed(1))
-    return Views([images], torch.arange(count))
+    return random_views([(16, 24)], count)
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)

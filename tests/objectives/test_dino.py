@@ -4,7 +4,6 @@ import copy
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,21 +22,10 @@ from selfvil.objectives.base import ImageSpec, Progress
 from selfvil.objectives.dino import DINO, Center, DINOSettings, Teacher, cross_entropy_of_pairs
 from selfvil.pretrain import pretrain
 from selfvil.recipe import Recipe
+from small import MODELS, Views, network, random_views
 
 VALUES = Path(__file__).with_name("published_dino.safetensors")
 PROGRESS = Progress(step=0, total_steps=10, steps_per_epoch=5, seed=3)
-MODELS = ["vil_nano_patch4_32", "vit_tiny_patch16_224"]
-
-
-@dataclass
-class Views:
-    views: list[Tensor]
-    positions: Tensor
-
-
-def network(name: str = "vil_nano_patch4_32", size: tuple[int, int] = (16, 24), **kwargs) -> nn.Module:
-    kwargs = {"embed_dim": 32, "depth": 2, "img_size": size, "patch_size": 4, "num_classes": 0} | kwargs
-    return timm.create_model(name, **kwargs | ({"num_heads": 2} if name.startswith("vit") else {}))
 
 
 def dino(name: str = "vil_nano_patch4_32", backbone: nn.Module | None = None, **settings) -> DINO:
@@ -48,9 +36,7 @@ def dino(name: str = "vil_nano_patch4_32", backbone: nn.Module | None = None, **
 
 
 def batch(count: int = 4, seed: int = 1) -> Views:
-    generator = torch.Generator().manual_seed(seed)
-    sizes = [(16, 24)] * 2 + [(8, 8)] * 3
-    return Views([torch.randn(count, 3, *size, generator=generator) for size in sizes], torch.arange(count))
+    return random_views([(16, 24)] * 2 + [(8, 8)] * 3, count, seed=seed)
 
 
 def train(objective: DINO, batches: list[Views], accumulate: int = 1, lr: float = 0.1) -> list[Tensor]:
@@ -99,7 +85,7 @@ def test_the_stored_values_are_those_of_the_published_code(values, tmp_path):
 
 def test_four_steps_equal_the_published_ones(values):
     """Losses, gradients, centre, and student and teacher after four steps in which every schedule moves."""
-    backbone = network("vit_tiny_patch16_224", (8, 8), embed_dim=8, depth=1)
+    backbone = network("vit_tiny_patch16_224", img_size=(8, 8), embed_dim=8, depth=1)
     settings = DINOSettings(
         out_dim=12, hidden_dim=16, bottleneck_dim=4, local_crops=2, local_crop_size=(8, 8), teacher_momentum=0.9,
         warmup_teacher_temp=0.02, teacher_temp=0.06, warmup_teacher_temp_epochs=2, freeze_last_layer_epochs=0,

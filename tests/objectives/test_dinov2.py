@@ -3,11 +3,9 @@
 import math
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
 from lightly.loss import KoLeoLoss
@@ -26,30 +24,20 @@ from selfvil.objectives.dino import Center
 from selfvil.objectives.dinov2 import DINOv2, DINOv2Settings, gram_distance
 from selfvil.objectives.sinkhorn import sinkhorn_knopp
 from selfvil.pretrain import build_objective, pretrain
+from small import MODELS, Views, network, random_views
 
 VALUES = Path(__file__).with_name("published_dinov2.safetensors")
 PROGRESS = Progress(step=0, total_steps=10, steps_per_epoch=5, seed=3)
-MODELS = ["vil_nano_patch4_32", "vit_tiny_patch16_224"]
-
-
-@dataclass
-class Views:
-    views: list[Tensor]
-    positions: Tensor
 
 
 def dinov2(name: str = MODELS[0], **settings) -> DINOv2:
     torch.manual_seed(0)
-    kwargs = {"embed_dim": 32, "depth": 2, "img_size": (16, 24), "patch_size": 4, "num_classes": 0}
-    backbone = timm.create_model(name, **kwargs | ({"num_heads": 2} if name.startswith("vit") else {}))
     settings = {"out_dim": 24, "hidden_dim": 16, "bottleneck_dim": 8, "local_crops": 1, "local_crop_size": 8} | settings
-    return DINOv2(backbone, DINOv2Settings(**settings), ImageSpec((16, 24), 4, 3, (0.5, 0.4, 0.3), (0.2,) * 3))
+    return DINOv2(network(name), DINOv2Settings(**settings), ImageSpec((16, 24), 4, 3, (0.5, 0.4, 0.3), (0.2,) * 3))
 
 
 def batch(count: int = 4) -> Views:
-    generator = torch.Generator().manual_seed(1)
-    views = [torch.randn(count, 3, *size, generator=generator) for size in ((16, 24), (16, 24), (8, 8))]
-    return Views(views, torch.arange(count))
+    return random_views([(16, 24), (16, 24), (8, 8)], count)
 
 
 # --- the published code ----------------------------------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """Distillation: a teacher that nothing changes, saves or exports, and features compared on one grid."""
 
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 import runs
 from selfvil import checkpoint
@@ -22,17 +21,11 @@ from selfvil.objectives.base import ImageSpec, Progress
 from selfvil.objectives.distill import Distill, DistillSettings, feature_loss, onto_grid
 from selfvil.pretrain import build_objective, pretrain
 from selfvil.recipe import Recipe
+from small import MODELS, Views, network, random_views
 
 PROGRESS = Progress(step=0, total_steps=10, steps_per_epoch=5, seed=3)
-STUDENTS = ["vil_nano_patch4_32", "vit_tiny_patch16_224"]
 TEACHERS = ["test_vit", "test_convnext"]
 SPEC = ImageSpec((16, 24), 4, 3, (0.5, 0.4, 0.3), (0.2, 0.2, 0.25))
-
-
-@dataclass
-class Views:
-    views: list[Tensor]
-    positions: Tensor
 
 
 @pytest.fixture(scope="module")
@@ -44,27 +37,21 @@ def weights(tmp_path_factory) -> Path:
     return folder
 
 
-def student(name: str = STUDENTS[0]) -> nn.Module:
-    heads = {"num_heads": 2} if name.startswith("vit") else {}
-    return timm.create_model(name, embed_dim=32, depth=2, img_size=(16, 24), patch_size=4, num_classes=0, **heads)
-
-
-def distill(weights: Path, name: str = STUDENTS[0], teacher: str = "test_vit", spec: ImageSpec = SPEC, **settings):
+def distill(weights: Path, name: str = MODELS[0], teacher: str = "test_vit", spec: ImageSpec = SPEC, **settings):
     torch.manual_seed(0)
     file = str(weights / f"{teacher}.safetensors")
     settings = {"teacher": teacher, "teacher_weights": file, "teacher_img_size": (32, 48)} | settings
-    return Distill(student(name), DistillSettings(**settings), spec)
+    return Distill(network(name), DistillSettings(**settings), spec)
 
 
 def batch(count: int = 3) -> Views:
-    images = torch.randn(count, 3, 16, 24, generator=torch.Generator().manual_seed(1))
-    return Views([images], torch.arange(count))
+    return random_views([(16, 24)], count)
 
 
 # --- loss ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", STUDENTS)
+@pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("teacher", TEACHERS)
 @pytest.mark.parametrize("kind", ["cosine", "smooth_l1"])
 def test_loss_is_that_of_both_features(weights, name, teacher, kind):
@@ -127,7 +114,7 @@ def test_a_grey_image_is_shown_in_all_channels(weights):
 
 
 def distill_grey(weights: Path) -> Distill:
-    backbone = timm.create_model(STUDENTS[0], embed_dim=32, depth=1, img_size=(16, 24), num_classes=0, in_chans=1)
+    backbone = timm.create_model(MODELS[0], embed_dim=32, depth=1, img_size=(16, 24), num_classes=0, in_chans=1)
     file = str(weights / "test_convnext.safetensors")
     settings = DistillSettings(teacher="test_convnext", teacher_weights=file, teacher_img_size=(32, 48))
     return Distill(backbone, settings, ImageSpec((16, 24), 4, 1, (0.3,), (0.37,)))
@@ -136,7 +123,7 @@ def distill_grey(weights: Path) -> Distill:
 # --- the teacher -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", STUDENTS)
+@pytest.mark.parametrize("name", MODELS)
 def test_every_parameter_learns_and_the_teacher_is_none(weights, name):
     objective = distill(weights, name).train()
     before = {key: value.clone() for key, value in objective.teacher.state_dict().items()}
@@ -158,7 +145,7 @@ def test_the_teacher_moves_with_the_student_and_stays_float32(weights):
     assert all(tensor.is_meta for tensor in objective.teacher.state_dict().values())
 
 
-@pytest.mark.parametrize("name", STUDENTS)
+@pytest.mark.parametrize("name", MODELS)
 def test_one_of_the_two_losses_is_enough(weights, name):
     images = distill(weights, name, patch_weight=0)
     patches = distill(weights, name, readout_weight=0)
@@ -257,7 +244,7 @@ def test_a_damaged_export_or_two_sources_are_refused(digit_shards, tmp_path):
         )
     with pytest.raises(UserError, match=r"takes images of 1 channels, and model\.in_chans is 4"):
         Distill(
-            timm.create_model(STUDENTS[0], img_size=16, in_chans=4, num_classes=0),
+            timm.create_model(MODELS[0], img_size=16, in_chans=4, num_classes=0),
             DistillSettings(teacher=str(folder)), ImageSpec((16, 16), 4, 4, (0.5,) * 4, (0.5,) * 4),
         )  # fmt: skip
 

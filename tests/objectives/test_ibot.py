@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -24,22 +23,11 @@ from selfvil.objectives.ibot import IBOT, IBOTSettings, cross_entropy_of_patches
 from selfvil.objectives.mae import patchify
 from selfvil.objectives.sinkhorn import sinkhorn_knopp
 from selfvil.pretrain import pretrain
+from small import MODELS, Views, network, random_views
 
 VALUES = Path(__file__).with_name("published_dinov2.safetensors")
 TEMPERATURE = 0.05  # of the stored values
 PROGRESS = Progress(step=0, total_steps=10, steps_per_epoch=5, seed=3)
-MODELS = ["vil_nano_patch4_32", "vit_tiny_patch16_224"]
-
-
-@dataclass
-class Views:
-    views: list[Tensor]
-    positions: Tensor
-
-
-def network(name: str = MODELS[0], **kwargs) -> nn.Module:
-    kwargs = {"embed_dim": 32, "depth": 2, "img_size": (16, 24), "patch_size": 4, "num_classes": 0} | kwargs
-    return timm.create_model(name, **kwargs | ({"num_heads": 2} if name.startswith("vit") else {}))
 
 
 def ibot(name: str = MODELS[0], **settings) -> IBOT:
@@ -50,10 +38,7 @@ def ibot(name: str = MODELS[0], **settings) -> IBOT:
 
 
 def batch(count: int = 4, first: int = 0) -> Views:
-    sizes = [(16, 24)] * 2 + [(8, 8)] * 3
-    generator = torch.Generator().manual_seed(1)
-    views = [torch.randn(20, 3, *size, generator=generator)[first : first + count] for size in sizes]
-    return Views(views, torch.arange(first, first + count))
+    return random_views([(16, 24)] * 2 + [(8, 8)] * 3, count, first=first)
 
 
 # --- the published code ----------------------------------------------------------------------------------------------

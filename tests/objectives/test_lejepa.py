@@ -1,12 +1,11 @@
 """LeJEPA: the paper's two terms written out, directions that belong to a step, and batches that processes share."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import timm
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import runs
 from selfvil import checkpoint
@@ -17,20 +16,9 @@ from selfvil.objectives.base import ImageSpec, Progress
 from selfvil.objectives.lejepa import LeJEPA, LeJEPASettings
 from selfvil.pretrain import pretrain
 from selfvil.recipe import Recipe
+from small import MODELS, Views, network, random_views
 
 PROGRESS = Progress(step=5, total_steps=10, steps_per_epoch=5, seed=3)
-MODELS = ["vil_nano_patch4_32", "vit_tiny_patch16_224"]
-
-
-@dataclass
-class Views:
-    views: list[Tensor]
-    positions: Tensor
-
-
-def network(name: str = MODELS[0], **kwargs) -> nn.Module:
-    kwargs = {"embed_dim": 32, "depth": 2, "img_size": (16, 24), "patch_size": 4, "num_classes": 0} | kwargs
-    return timm.create_model(name, **kwargs | ({"num_heads": 2} if name.startswith("vit") else {}))
 
 
 def lejepa(name: str = MODELS[0], backbone: nn.Module | None = None, **settings) -> LeJEPA:
@@ -42,9 +30,7 @@ def lejepa(name: str = MODELS[0], backbone: nn.Module | None = None, **settings)
 
 
 def batch(count: int = 4, seed: int = 1) -> Views:
-    generator = torch.Generator().manual_seed(seed)
-    sizes = [(16, 24)] * 2 + [(8, 8)] * 3
-    return Views([torch.randn(count, 3, *size, generator=generator) for size in sizes], torch.arange(count))
+    return random_views([(16, 24)] * 2 + [(8, 8)] * 3, count, seed=seed)
 
 
 @pytest.mark.parametrize("name", MODELS)

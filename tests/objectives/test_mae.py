@@ -1,7 +1,5 @@
 """MAE: the loss is the paper's, hidden patches stay hidden, and masks belong to samples, not to batches."""
 
-from dataclasses import dataclass
-
 import pytest
 import timm
 import torch
@@ -13,29 +11,19 @@ from selfvil.models.layers import Reader
 from selfvil.objectives.base import ImageSpec, Progress, keyed_noise
 from selfvil.objectives.mae import MAE, MAESettings, patchify, unpatchify
 from selfvil.ops import mlstm
+from small import Views, network, random_views
 
 PROGRESS = Progress(step=0, total_steps=10, steps_per_epoch=5, seed=3)
 
 
-@dataclass
-class Views:
-    views: list[Tensor]
-    positions: Tensor
-
-
 def mae(name: str = "vil_nano_patch4_32", size: tuple[int, int] = (16, 24), **settings) -> MAE:
     torch.manual_seed(0)
-    kwargs = {"embed_dim": 32, "depth": 2, "img_size": size, "patch_size": 4, "num_classes": 0}
-    if name.startswith("vit"):
-        kwargs["num_heads"] = 2
-    backbone = timm.create_model(name, **kwargs)
     spec = ImageSpec(size, 4, 3, (0.5, 0.4, 0.3), (0.2, 0.2, 0.2))
-    return MAE(backbone, MAESettings(decoder_dim=32, decoder_depth=1, **settings), spec)
+    return MAE(network(name, img_size=size), MAESettings(decoder_dim=32, decoder_depth=1, **settings), spec)
 
 
-def batch(size: tuple[int, int] = (16, 24), count: int = 3) -> Views:
-    images = torch.randn(count, 3, *size, generator=torch.Generator().manual_seed(1))
-    return Views([images], torch.arange(100, 100 + count))
+def batch() -> Views:
+    return random_views([(16, 24)], 3, first=7)
 
 
 def test_patches_are_cut_in_reading_order():

@@ -5,7 +5,6 @@ import re
 import runpy
 import subprocess
 import sys
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +18,7 @@ from torch import Tensor
 from selfvil.objectives import mae as module
 from selfvil.objectives.base import ImageSpec, Progress
 from selfvil.objectives.mae import MAE, MAESettings
+from small import Views
 
 SCRIPT = Path(__file__).with_name("make_published_mae.py")
 published_code = SimpleNamespace(**runpy.run_path(str(SCRIPT)))
@@ -30,12 +30,6 @@ NAMES = [
     (r"^decoder_pos_embed$", "decoder_pos"),
     (r"^(?!decoder|mask_token)", "backbone."),
 ]
-
-
-@dataclass
-class Views:
-    views: list[Tensor]
-    positions: Tensor
 
 
 def ours(published: dict[str, Tensor]) -> dict[str, Tensor]:

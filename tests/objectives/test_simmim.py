@@ -1,39 +1,26 @@
 """SimMIM: masked in whole units, the absolute error of masked pixels, nothing of them seen."""
 
-from dataclasses import dataclass
-
 import pytest
 import timm
 import torch
-from torch import Tensor
 
 from selfvil.errors import UserError
 from selfvil.objectives.base import ImageSpec, Progress
 from selfvil.objectives.mae import patchify
 from selfvil.objectives.simmim import SimMIM, SimMIMSettings
+from small import MODELS, Views, network, random_views
 
 PROGRESS = Progress(step=0, total_steps=10, steps_per_epoch=5, seed=3)
-NAMES = ["vil_nano_patch4_32", "vit_tiny_patch16_224"]
 
 
-@dataclass
-class Views:
-    views: list[Tensor]
-    positions: Tensor
-
-
-def simmim(name: str = NAMES[0], size: tuple[int, int] = (16, 24), **settings) -> SimMIM:
+def simmim(name: str = MODELS[0], size: tuple[int, int] = (16, 24), **settings) -> SimMIM:
     torch.manual_seed(0)
-    kwargs = {"num_heads": 2} if name.startswith("vit") else {}
-    backbone = timm.create_model(
-        name, embed_dim=32, depth=2, img_size=size, patch_size=4, num_classes=0, in_chans=3, **kwargs
-    )
-    return SimMIM(backbone, SimMIMSettings(**settings), ImageSpec(size, 4, 3, (0.5, 0.4, 0.3), (0.2,) * 3))
+    spec = ImageSpec(size, 4, 3, (0.5, 0.4, 0.3), (0.2,) * 3)
+    return SimMIM(network(name, img_size=size), SimMIMSettings(**settings), spec)
 
 
 def batch(count: int = 3) -> Views:
-    images = torch.randn(count, 3, 16, 24, generator=torch.Generator().manual_seed(1))
-    return Views([images], torch.arange(100, 100 + count))
+    return random_views([(16, 24)], count, first=7)
 
 
 def test_units_are_hidden_whole_and_belong_to_samples():
@@ -46,7 +33,7 @@ def test_units_are_hidden_whole_and_belong_to_samples():
     assert simmim(mask_unit=1).mask(torch.arange(2), PROGRESS, torch.device("cpu")).sum(dim=1).tolist() == [14, 14]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("normalise", [True, False])
 def test_loss_is_the_papers(name, normalise):
     objective, views = simmim(name, normalise_targets=normalise).double(), batch()
@@ -60,7 +47,7 @@ def test_loss_is_the_papers(name, normalise):
     torch.testing.assert_close(objective(views, PROGRESS).loss, expected, rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", MODELS)
 def test_masked_pixels_are_not_seen(name):
     objective, images = simmim(name), batch().views[0].requires_grad_()
     masked = objective.mask(torch.arange(3), PROGRESS, torch.device("cpu"))
@@ -69,7 +56,7 @@ def test_masked_pixels_are_not_seen(name):
     assert gradient[~masked].any(dim=-1).all()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", MODELS)
 def test_every_parameter_learns(name):
     objective = simmim(name)
     objective(batch(), PROGRESS).loss.backward()
