@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import interpreted
 from selfvil.ops import mlstm, triton_mlstm
@@ -156,7 +157,10 @@ def test_compilers_follow_the_rule():
 
 
 def test_what_they_cannot_do_is_named(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     q, k, v, i, f = make_inputs((1, 1, 4, 8), torch.float32)[0]
+    with FakeTensorMode(), pytest.raises(ValueError, match="at most float32, but q is float64"):
+        triton_mlstm._check(torch.empty(1, 1, 4, 8, device="cuda", dtype=torch.float64))
     with pytest.raises(ValueError, match="needs a GPU, but q is on cpu"):
         mlstm(q, k, v, i, f, backend="triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")

@@ -59,6 +59,8 @@ def _check(q: Tensor) -> None:
         raise ValueError('this mLSTM backend needs the package triton, which is missing; take "auto" or "parallel"')
     if not q.is_cuda and not os.environ.get("TRITON_INTERPRET"):
         raise ValueError(f'this mLSTM backend needs a GPU, but q is on {q.device}; take "auto" or "parallel"')
+    if q.dtype == torch.float64 and not os.environ.get("TRITON_INTERPRET"):
+        raise ValueError('this mLSTM backend computes in at most float32, but q is float64; take "auto" or "parallel"')
     if q.shape[-1] > MAX_WIDTH:
         raise ValueError(
             f'heads of this mLSTM backend are at most {MAX_WIDTH} wide, q has {q.shape[-1]}; take "auto" or "parallel"'
