@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from selfvil.models.masking import gather_tokens, scatter_tokens
 from selfvil.models.order import Columns, Grid, join, split, steps_of
-from selfvil.ops import linear, mlstm
+from selfvil.ops import fused, linear, mlstm
 
 EXPANSION = 2
 NUM_HEADS = 4
@@ -145,14 +145,35 @@ class Reader(nn.Module):
         with torch.no_grad():
             self.fgate.bias.copy_(torch.linspace(3.0, 6.0, NUM_HEADS))
 
-    def read(self, x: Tensor, grid: Grid, keep: Tensor | None, places: Tensor | None, reverse: bool) -> Tensor:
-        """Sequence x (B, K, E) to the same shape, read from its last token if `reverse`."""
-        conv = F.silu(self.convolve(x, grid, keep, places, reverse))
-        i, f = self.gates(conv, x)
+    def read(
+        self,
+        x: Tensor,
+        grid: Grid,
+        keep: Tensor | None,
+        places: Tensor | None,
+        reverse: bool,
+        gate: Tensor | None = None,
+    ) -> Tensor:
+        """Sequence x (B, K, E) to the same shape, read from its last token if `reverse`; times SiLU of a gate."""
+        fuse = fused.applies(x)
+        if fuse and isinstance(self.conv, nn.Conv2d) and keep is None and places is None:
+            conv = fused.conv_silu(x, self.conv.weight, self.conv.bias, grid, reverse)  # type: ignore[arg-type]
+        else:
+            conv = F.silu(self.convolve(x, grid, keep, places, reverse))
+        if fuse:
+            projections = (self.q_proj, self.k_proj, self.v_proj)
+            weights, biases = [p.weight for p in projections], [p.bias for p in projections]
+            q, k, v, i, f = fused.project(conv, x, weights, biases, *self.gate_weights())
+        else:
+            i, f = self.gates(conv, x)
+            q, k, v = self.q_proj(conv), self.k_proj(conv), self.v_proj(x)
         steps = steps_of(keep, places, grid[0] * grid[1]) if self.gap_aware and keep is not None else None
-        q, k, v = self.q_proj(conv), self.k_proj(conv), self.v_proj(x)
         h = mlstm(q, k, v, i, f, reverse=reverse, positions=steps)
-        return torch.addcmul(self.outnorm(h), self.skip.to(conv.dtype), conv)
+        if fuse:
+            norm = self.outnorm
+            return fused.norm_skip_gate(h, conv, gate, norm.weight, norm.bias, self.skip, norm.eps)
+        h = torch.addcmul(self.outnorm(h), self.skip.to(conv.dtype), conv)
+        return h if gate is None else h * F.silu(gate)
 
     def convolve(self, x: Tensor, grid: Grid, keep: Tensor | None, places: Tensor | None, reverse: bool) -> Tensor:
         """Depthwise convolution of tokens (B, K, E) at their places, zeros where none was kept."""
@@ -199,19 +220,26 @@ class Reader(nn.Module):
     def gates(self, conv: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """Pre-activations (B, h, K), float32 or better, of the input and the forget gate.
 
-        They are linear in q, k and v, and these in the convolved and the plain branch (B, K, E), so that folding the
-        weights saves reading q, k, v once more. Biases are added after the step up to float32: the forget gate's are
-        large beside what the tokens add.
+        Biases are added after the step up to float32: the forget gate's are large beside what the tokens add.
+        """
+        conv_weight, x_weight, bias = self.gate_weights()
+        gates = F.linear(conv, conv_weight) + F.linear(x, x_weight)
+        gates = gates.to(torch.promote_types(gates.dtype, torch.float32)) + bias
+        i, f = gates.transpose(1, 2).chunk(2, dim=1)
+        return i, f
+
+    def gate_weights(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Weights (2 h, E) of both gates for the convolved and for the plain branch, and their bias (2 h,).
+
+        The gates are linear in q, k and v, and these in the branches (B, K, E), so that folding the weights saves
+        reading q, k, v once more.
         """
         weight = torch.cat([self.igate.weight, self.fgate.weight])
         bias = torch.cat([self.igate.bias, self.fgate.bias])
         (wq, bq), (wk, bk), (wv, bv) = (
             proj.folded_into(w) for proj, w in zip((self.q_proj, self.k_proj, self.v_proj), weight.chunk(3, dim=1))
         )
-        gates = F.linear(conv, wq + wk) + F.linear(x, wv)
-        gates = gates.to(torch.promote_types(gates.dtype, torch.float32)) + (bias + bq + bk + bv)
-        i, f = gates.transpose(1, 2).chunk(2, dim=1)
-        return i, f
+        return wq + wk, wv, bias + bq + bk + bv
 
 
 class ViLLayer(Reader):
@@ -264,7 +292,7 @@ class ViLLayer(Reader):
         `places` says which tokens of the sequence are extra ones (see `selfvil.models.order`).
         """
         x, gate = self.proj_up(x).chunk(2, dim=-1)
-        h = self.read(x, grid, keep, places, self.reverse)
+        h = self.read(x, grid, keep, places, self.reverse, gate if self.directions == 1 else None)
         if self.directions > 1:
             readers = [self, *(self.further or 3 * [self])]
             h = h + readers[1].read(x, grid, keep, places, not self.reverse)
@@ -276,4 +304,5 @@ class ViLLayer(Reader):
                     for reader, reverse in ((readers[2], False), (readers[3], True))
                 )
                 h = h + columns.to_rows(down + up)
-        return self.proj_down(h * F.silu(gate))
+            h = h * F.silu(gate)
+        return self.proj_down(h)

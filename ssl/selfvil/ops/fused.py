@@ -1,0 +1,387 @@
+"""What stands around the mLSTM in a layer, fused in Triton, for GPUs: each part reads and writes a tensor once.
+
+These parts are bound by memory, and plain torch moves each intermediate result to it and back. The plain path stays in
+`models.layers`, and is what these operators equal, to rounding: they sum in float32, and round what they give once.
+Parameters are read as they are stored, whatever the tokens' dtype, and sums over tokens for their gradients are those
+of fixed spans, added up at the end, so that the same inputs give the same bits. First derivatives only.
+
+Traffic is counted below in tensors of the size of (B, N, E), each counted once when a kernel reads it whole or writes
+it, which makes 2 B·N·E bytes each in bfloat16. None of it is measured.
+
+On a CPU kernels run in Triton's interpreter, to be tested: TRITON_INTERPRET=1 before anything imports triton.
+
+Shapes: B images, N tokens, E channels, H heads of width D = E / H.
+"""
+
+import math
+import os
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from selfvil.ops.triton_mlstm import INSTALLED, _precision
+
+SWITCH = "SELFVIL_FUSED"
+"""Environment variable: 0 leaves everything to plain torch."""
+
+
+class Cut(NamedTuple):
+    """How a kernel is cut up: tokens and channels of a block (0: a head's), tokens whose sums are one program's, warps
+    that share the work, and steps under way at once. Not measured yet: what fits an H200 by the compiler's word."""
+
+    tokens: int
+    channels: int
+    span: int
+    warps: int
+    stages: int
+
+
+CONV = Cut(tokens=16, channels=64, span=256, warps=4, stages=1)
+PROJECT = Cut(tokens=32, channels=64, span=0, warps=4, stages=2)
+PROJECT_BACKWARD = Cut(tokens=32, channels=32, span=512, warps=4, stages=2)
+NORM = Cut(tokens=8, channels=0, span=64, warps=4, stages=1)
+
+
+def applies(x: Tensor) -> bool:
+    """Whether these operators take tokens such as x: on a GPU, if there is a Triton, in at most float32.
+
+    In Triton's interpreter, on any device and in float64 too.
+    """
+    if not INSTALLED or os.environ.get(SWITCH) == "0":
+        return False
+    if os.environ.get("TRITON_INTERPRET"):
+        return x.device.type in ("cpu", "cuda")
+    return x.device.type == "cuda" and x.dtype in (torch.bfloat16, torch.float16, torch.float32)
+
+
+def conv_silu(x: Tensor, weight: Tensor, bias: Tensor, grid: tuple[int, int], reverse: bool) -> Tensor:
+    """SiLU of the depthwise 3 × 3 convolution of tokens (B, N, E) on their whole grid, which comes out as they do.
+
+    Forward it moves 2 tensors in place of 4, backward 5 in place of 8: once for the gradient of what SiLU is taken of,
+    computed anew (3), and once more for that of x (2). What SiLU is taken of is not kept.
+
+    Args:
+        x: (B, N, E), read where it lies.
+        weight, bias: (E, 1, 3, 3), turned by 180° if `reverse`, and (E,).
+        grid: rows and columns of tokens.
+    """
+    return _conv(autocast(x), weight, bias, *grid, reverse)
+
+
+@torch.library.custom_op("selfvil::conv_silu", mutates_args=())
+def _conv(x: Tensor, weight: Tensor, bias: Tensor, height: int, width: int, reverse: bool) -> Tensor:
+    return _convolve(_rows(x), weight, bias, (height, width), reverse, silu=True)
+
+
+@_conv.register_fake
+def _(x, weight, bias, height, width, reverse):
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("selfvil::conv_silu_backward", mutates_args=())
+def _conv_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, height: int, width: int, reverse: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x, and of the weights and the bias as one (10, E)."""
+    dy, x = dy.contiguous(), _rows(x)
+    d_conv = x.new_empty(x.shape)
+    spans = math.ceil(x.shape[:2].numel() / CONV.span)
+    sums = _sums(x, spans, 10, x.shape[2])
+    _launch(
+        "conv_backward", spans * math.ceil(x.shape[2] / CONV.channels), CONV,
+        dy, x, weight.contiguous(), bias, d_conv, sums, *_conv_sizes(x, (height, width)),
+        SPAN=CONV.span, REVERSE=reverse, **_conv_constants(x),
+    )  # fmt: skip
+    return _convolve(d_conv, weight, None, (height, width), not reverse, silu=False), sums.sum(0)
+
+
+@_conv_backward.register_fake
+def _(dy, x, weight, bias, height, width, reverse):
+    return x.new_empty(x.shape), _sums(x, 10, x.shape[2])
+
+
+def _conv_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    *tensors, ctx.height, ctx.width, ctx.reverse = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _conv_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    _, weight, bias = ctx.saved_tensors
+    dx, sums = _conv_backward(dy, *ctx.saved_tensors, ctx.height, ctx.width, ctx.reverse)
+    return dx, sums[:9].mT.reshape(weight.shape).to(weight.dtype), sums[9].to(bias.dtype), None, None, None
+
+
+_conv.register_autograd(_conv_gradients, setup_context=_conv_setup)
+
+
+def _convolve(
+    x: Tensor, weight: Tensor, bias: Tensor | None, grid: tuple[int, int], reverse: bool, silu: bool
+) -> Tensor:
+    y = x.new_empty(x.shape)
+    programs = math.ceil(x.shape[:2].numel() / CONV.tokens) * math.ceil(x.shape[2] / CONV.channels)
+    _launch(
+        "conv_forward", programs, CONV, x, weight.contiguous(), weight if bias is None else bias, y,
+        *_conv_sizes(x, grid), BIAS=bias is not None, SILU=silu, REVERSE=reverse, **_conv_constants(x),
+    )  # fmt: skip
+    return y
+
+
+def _conv_sizes(x: Tensor, grid: tuple[int, int]) -> tuple[int, ...]:
+    return x.shape[:2].numel(), x.shape[1], *grid, *x.stride()[:2]
+
+
+def _conv_constants(x: Tensor) -> dict[str, int]:
+    return {"E": x.shape[2], "BLOCK": CONV.tokens, "CHANNELS": CONV.channels}
+
+
+def project(
+    c: Tensor, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None],
+    c_gates: Tensor, x_gates: Tensor, gates_bias: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Queries, keys, values and gates of the mLSTM, by reading the two branches once.
+
+    Forward it moves 5 tensors, where plain torch moves at least 14: 4 for each of q, k and v, of which heads are put in
+    order in a second step, and 2 for the gates. Backward 7 in place of 34: order (2), gradient of what goes in (2), of
+    the weight (2) and of the bias (1) for each of q, k and v; 4 for the gates; sums of three and of two gradients (9).
+
+    Args:
+        c, x: the convolved branch and the plain one, (B, N, E), read where they lie.
+        weights, biases: of q and k, of c, and of v, of x: (E / S, S, S) and (E,); biases may all be None.
+        c_gates, x_gates, gates_bias: the gates' weights for c and for x, (2 H, E), and their bias (2 H,); the input
+            gate's come first.
+
+    Returns:
+        q, k, v (B, H, N, D) in the dtype of c, and the gates' pre-activations i, f (B, H, N) in float32 or better.
+    """
+    return _project(autocast(c), autocast(x), *weights, *biases, c_gates, x_gates, gates_bias)
+
+
+@torch.library.custom_op("selfvil::project", mutates_args=())
+def _project(
+    c: Tensor, x: Tensor, q_weight: Tensor, k_weight: Tensor, v_weight: Tensor,
+    q_bias: Tensor | None, k_bias: Tensor | None, v_bias: Tensor | None,
+    c_gates: Tensor, x_gates: Tensor, gates_bias: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    c, x, c_gates, x_gates = _rows(c), _rows(x), c_gates.contiguous(), x_gates.contiguous()
+    q, k, v, i, f = _projected(c, gates_bias)
+    biases = (q_weight if bias is None else bias for bias in (q_bias, k_bias, v_bias))
+    parameters = [x for pair in zip((q_weight, k_weight, v_weight), biases, strict=True) for x in pair]
+    _launch(
+        "project_forward", math.ceil(c.shape[:2].numel() / PROJECT.tokens), PROJECT,
+        c, x, *parameters, c_gates, x_gates, gates_bias, q, k, v, i, f, *_project_sizes(c, x),
+        BIAS=q_bias is not None, **_project_constants(c, q_weight, gates_bias, PROJECT),
+    )  # fmt: skip
+    return q, k, v, i, f
+
+
+@_project.register_fake
+def _(c, x, q_weight, k_weight, v_weight, q_bias, k_bias, v_bias, c_gates, x_gates, gates_bias):
+    return _projected(c, gates_bias)
+
+
+@torch.library.custom_op("selfvil::project_backward", mutates_args=())
+def _project_backward(
+    dq: Tensor, dk: Tensor, dv: Tensor, di: Tensor, df: Tensor, c: Tensor, x: Tensor,
+    q_weight: Tensor, k_weight: Tensor, v_weight: Tensor, c_gates: Tensor, x_gates: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of c and x; of the weights (3, E, S) and biases (3, E) of q, k and v; and of the gates' (2, 2 H, E)."""
+    c, x, c_gates, x_gates = _rows(c), _rows(x), c_gates.contiguous(), x_gates.contiguous()
+    gradients = [dy.contiguous() for dy in (dq, dk, dv, di, df)]
+    dc, dx = c.new_empty(c.shape), x.new_empty(x.shape)
+    cut, width = PROJECT_BACKWARD, c.shape[2]
+    spans = math.ceil(c.shape[:2].numel() / cut.span)
+    sums = [_sums(c, spans, *shape) for shape in _project_shapes(q_weight, c_gates)]
+    _launch(
+        "project_backward", spans * math.ceil(width / cut.channels), cut,
+        *gradients, c, x, q_weight, k_weight, v_weight, c_gates, x_gates, dc, dx, *sums, *_project_sizes(c, x),
+        SPAN=cut.span, **_project_constants(c, q_weight, c_gates, cut),
+    )  # fmt: skip
+    d_weights, d_biases, d_gates = (part.sum(0) for part in sums)
+    return dc, dx, d_weights, d_biases, d_gates
+
+
+@_project_backward.register_fake
+def _(dq, dk, dv, di, df, c, x, q_weight, k_weight, v_weight, c_gates, x_gates):
+    sums = (_sums(c, *shape) for shape in _project_shapes(q_weight, c_gates))
+    return c.new_empty(c.shape), x.new_empty(x.shape), *sums
+
+
+def _project_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
+    c, x, *weights = inputs[:5]
+    ctx.save_for_backward(c, x, *weights, *inputs[8:10])
+    ctx.bias_dtypes = [None if bias is None else bias.dtype for bias in inputs[5:8]]
+    ctx.gates_bias_dtype = inputs[10].dtype
+
+
+def _project_gradients(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    _, _, *weights, c_gates, x_gates = ctx.saved_tensors
+    di, df = gradients[3:]
+    dc, dx, d_weights, d_biases, d_gates = _project_backward(*gradients, *ctx.saved_tensors)
+    return (
+        dc, dx, *(dw.view(w.shape).to(w.dtype) for dw, w in zip(d_weights, weights, strict=True)),
+        *(None if dtype is None else db.to(dtype) for db, dtype in zip(d_biases, ctx.bias_dtypes, strict=True)),
+        d_gates[0].to(c_gates.dtype), d_gates[1].to(x_gates.dtype),
+        torch.cat([di.sum((0, 2)), df.sum((0, 2))]).to(ctx.gates_bias_dtype),
+    )  # fmt: skip
+
+
+_project.register_autograd(_project_gradients, setup_context=_project_setup)
+
+
+def _projected(c: Tensor, gates_bias: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Room for q, k, v, i and f."""
+    (batch, num_tokens, width), heads = c.shape, len(gates_bias) // 2
+    q, k, v = (c.new_empty(batch, heads, num_tokens, width // heads) for _ in range(3))
+    i, f = (_sums(c, batch, heads, num_tokens) for _ in range(2))
+    return q, k, v, i, f
+
+
+def _project_shapes(weight: Tensor, gates: Tensor) -> list[tuple[int, ...]]:
+    """Of the sums for parameters."""
+    width = gates.shape[1]
+    return [(3, width, weight.shape[2]), (3, width), (2, *gates.shape)]
+
+
+def _project_sizes(c: Tensor, x: Tensor) -> tuple[int, ...]:
+    return c.shape[:2].numel(), c.shape[1], *c.stride()[:2], *x.stride()[:2]
+
+
+def _project_constants(c: Tensor, weight: Tensor, gates: Tensor, cut: Cut) -> dict[str, Any]:
+    """`gates` has a first axis of both gates' heads."""
+    return {
+        "E": c.shape[2], "HEADS": len(gates) // 2, "SIDE": weight.shape[2],
+        "GATES": max(16, 1 << (len(gates) - 1).bit_length()), "BLOCK": cut.tokens, "CHANNELS": cut.channels,
+        "PRECISION": _precision(c.dtype),
+    }  # fmt: skip
+
+
+def norm_skip_gate(
+    h: Tensor, c: Tensor, gate: Tensor | None, weight: Tensor, bias: Tensor | None, skip: Tensor, eps: float
+) -> Tensor:
+    """(layer_norm(h) of each head · (1 + weight) + bias + skip · c) · silu(gate).
+
+    Forward it moves 4 tensors, and 3 without a gate, where plain torch moves 14, or 9: normalised (2), heads put back
+    together (2), weight and bias (2), skip (3), SiLU (2), product (3). Backward 7 or 5 in place of 27 or 18. It keeps
+    h, c and gate, which others keep as well, and none of the three results in between.
+
+    Args:
+        h: what the mLSTM gives, (B, H, N, D).
+        c: the convolved branch, (B, N, E).
+        gate: the gate's branch, (B, N, E), read where it lies; None leaves it to the caller.
+        weight, bias, skip: (E,); the weight as its distance from 1, the bias may be None.
+
+    Returns:
+        (B, N, E) in the dtype of h. Without a gate, float32 under a GPU's autocast: it is to be summed, as is then
+        what torch's norm gives there. With one, it is what the next projection would make of that.
+    """
+    h, c = autocast(h), autocast(c)
+    dtype = h.dtype
+    if gate is not None:
+        gate = autocast(gate)
+    elif h.is_cuda and torch.is_autocast_enabled("cuda"):
+        dtype = torch.promote_types(dtype, torch.float32)
+    return _norm(h, c, gate, weight, bias, skip, eps, dtype)
+
+
+@torch.library.custom_op("selfvil::norm_skip_gate", mutates_args=())
+def _norm(
+    h: Tensor, c: Tensor, gate: Tensor | None, weight: Tensor, bias: Tensor | None, skip: Tensor, eps: float,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    h, c = _rows(h), _rows(c)
+    z = c if gate is None else _rows(gate)
+    y = c.new_empty(c.shape, dtype=dtype)
+    programs = math.ceil(c.shape[:2].numel() / NORM.tokens) * h.shape[1]
+    _launch(
+        "norm_forward", programs, NORM, h, c, z, weight, weight if bias is None else bias, skip, y,
+        *_norm_sizes(h, c, z), **_norm_constants(h, gate, bias, eps),
+    )  # fmt: skip
+    return y
+
+
+@_norm.register_fake
+def _(h, c, gate, weight, bias, skip, eps, dtype):
+    return c.new_empty(c.shape, dtype=dtype)
+
+
+@torch.library.custom_op("selfvil::norm_skip_gate_backward", mutates_args=())
+def _norm_backward(
+    dy: Tensor, h: Tensor, c: Tensor, gate: Tensor | None, weight: Tensor, bias: Tensor | None, skip: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of h, c and gate (nothing, if there is none), and of weight, bias and skip as one (3, E)."""
+    dy, h, c = dy.contiguous(), _rows(h), _rows(c)
+    z = c if gate is None else _rows(gate)
+    dh, dc, dz = h.new_empty(h.shape), c.new_empty(c.shape), z.new_empty(0 if gate is None else z.shape)
+    spans = math.ceil(c.shape[:2].numel() / NORM.span)
+    sums = _sums(c, spans, 3, c.shape[2])
+    _launch(
+        "norm_backward", spans * h.shape[1], NORM,
+        dy, h, c, z, weight, weight if bias is None else bias, skip, dh, dc, dz, sums,
+        *_norm_sizes(h, c, z), SPAN=NORM.span, **_norm_constants(h, gate, bias, eps),
+    )  # fmt: skip
+    return dh, dc, dz, sums.sum(0)
+
+
+@_norm_backward.register_fake
+def _(dy, h, c, gate, weight, bias, skip, eps):
+    dz = c.new_empty(0) if gate is None else gate.new_empty(gate.shape)
+    return h.new_empty(h.shape), c.new_empty(c.shape), dz, _sums(c, 3, c.shape[2])
+
+
+def _norm_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    *tensors, ctx.eps, _ = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _norm_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    _, _, gate, weight, bias, skip = ctx.saved_tensors
+    dh, dc, dz, sums = _norm_backward(dy, *ctx.saved_tensors, ctx.eps)
+    d_weight, d_bias, d_skip = sums.unbind()
+    return (
+        dh, dc, None if gate is None else dz,
+        d_weight.to(weight.dtype), None if bias is None else d_bias.to(bias.dtype), d_skip.to(skip.dtype), None, None,
+    )  # fmt: skip
+
+
+_norm.register_autograd(_norm_gradients, setup_context=_norm_setup)
+
+
+def _norm_sizes(h: Tensor, c: Tensor, gate: Tensor) -> tuple[int, ...]:
+    return c.shape[:2].numel(), c.shape[1], *h.stride()[:3], *c.stride()[:2], *gate.stride()[:2]
+
+
+def _norm_constants(h: Tensor, gate: Tensor | None, bias: Tensor | None, eps: float) -> dict[str, Any]:
+    heads, width = h.shape[1], h.shape[3]
+    above = 1 << (width - 1).bit_length()
+    return {
+        "HEADS": heads, "D": width, "EPS": eps, "BLOCK": NORM.tokens, "WIDTH": above,
+        "BIAS": bias is not None, "GATED": gate is not None,
+    }  # fmt: skip
+
+
+def autocast(x: Tensor) -> Tensor:
+    """x in the dtype in which `torch.nn.functional.linear` would multiply it."""
+    device = x.device.type
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return x
+    return x.to(torch.get_autocast_dtype(device))
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x where it lies, if its channels lie side by side."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _sums(x: Tensor, *shape: int) -> Tensor:
+    """Room for sums over tokens, in float32 or better."""
+    return x.new_empty(shape, dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+def _launch(kernel: str, programs: int, cut: Cut, *args: Tensor | int, **constants: Any) -> None:
+    from selfvil.ops import triton_neighbours  # only now: where it is not used, Triton need not be there
+
+    options = {"num_warps": cut.warps, "num_stages": cut.stages, "enable_fp_fusion": True}
+    with torch.cuda.device_of(args[0]):  # Triton launches on the current one
+        getattr(triton_neighbours, kernel)[(programs,)](*args, **constants, **options)

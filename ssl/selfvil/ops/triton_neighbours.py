@@ -1,0 +1,352 @@
+"""Kernels of what stands around the mLSTM in a layer, for `fused`, which alone imports this file, and says what for.
+
+A program has a block of tokens, all images' in one row, and a head's channels or a tile of all. Where gradients of
+parameters are wanted it goes over a span of tokens block by block, and leaves its sum to be added up with the others':
+no sum's order is left to chance. Sums are float32, or float64 for inputs of that dtype, which tests have. Parameters
+may be of another dtype than tokens.
+
+Shapes: B images, N tokens each, E channels, h heads of width D = E / h. Tokens are (B, N, E), with strides `_image` and
+`_token` where they may be a part of something wider, such as what the up-projection leaves; else they are contiguous.
+"""
+
+# Triton's types are not Python's.
+# mypy: ignore-errors
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _at(rows, N, image, token):
+    """Where tokens begin whose images and tokens are this far apart; counted in 64 bits."""
+    return (rows // N).to(tl.int64) * image + (rows % N).to(tl.int64) * token
+
+
+@triton.jit
+def _silu_slope(x):
+    gate = tl.sigmoid(x)
+    return gate * (1 + x * (1 - gate))
+
+
+@triton.jit
+def _normalised(h, rows, channels, known, N, D: tl.constexpr, EPS: tl.constexpr, image, token, dtype: tl.constexpr):
+    """Rows of one head with mean 0 and variance 1, and what they were divided by, inverted."""
+    x = tl.load(h + _at(rows, N, image, token)[:, None] + channels[None, :], mask=known, other=0.0).to(dtype)
+    x = tl.where(known, x - (tl.sum(x, 1) / D)[:, None], 0.0)
+    scale = 1 / tl.sqrt(tl.sum(x * x, 1) / D + EPS)
+    return x * scale[:, None], scale
+
+
+@triton.jit
+def norm_forward(
+    h, c, gate, weight, bias, skip, y, tokens, N,
+    h_image, h_head, h_token, c_image, c_token, gate_image, gate_token,
+    HEADS: tl.constexpr, D: tl.constexpr, EPS: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
+    BIAS: tl.constexpr, GATED: tl.constexpr,
+):  # fmt: skip
+    """y (B, N, E): norm(h) (1 + weight) + bias + skip c, times silu(gate), for a block of tokens and one head."""
+    head = tl.program_id(0) % HEADS
+    rows = tl.program_id(0) // HEADS * BLOCK + tl.arange(0, BLOCK)
+    inside = tl.arange(0, WIDTH)
+    channels = head * D + inside
+    known = (rows < tokens)[:, None] & (inside < D)[None, :]
+    dtype: tl.constexpr = tl.float64 if h.dtype.element_ty == tl.float64 else tl.float32
+
+    x, _ = _normalised(h + head.to(tl.int64) * h_head, rows, inside, known, N, D, EPS, h_image, h_token, dtype)
+    x *= 1 + tl.load(weight + channels, mask=inside < D, other=0.0).to(dtype)[None, :]
+    if BIAS:
+        x += tl.load(bias + channels, mask=inside < D, other=0.0).to(dtype)[None, :]
+    conv = tl.load(c + _at(rows, N, c_image, c_token)[:, None] + channels[None, :], mask=known, other=0.0).to(dtype)
+    x += tl.load(skip + channels, mask=inside < D, other=0.0).to(dtype)[None, :] * conv
+    if GATED:
+        from_gate = gate + _at(rows, N, gate_image, gate_token)[:, None] + channels[None, :]
+        z = tl.load(from_gate, mask=known, other=0.0).to(dtype)
+        x *= z * tl.sigmoid(z)
+    to = y + rows.to(tl.int64)[:, None] * (HEADS * D) + channels[None, :]
+    tl.store(to, x.to(y.dtype.element_ty), mask=known)
+
+
+@triton.jit
+def norm_backward(
+    dy, h, c, gate, weight, bias, skip, dh, dc, dgate, sums, tokens, N,
+    h_image, h_head, h_token, c_image, c_token, gate_image, gate_token,
+    HEADS: tl.constexpr, D: tl.constexpr, EPS: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
+    SPAN: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr,
+):  # fmt: skip
+    """Gradients of h (B, h, N, D), c and gate (B, N, E), and a span's sums (3, E) for weight, bias and skip."""
+    head = tl.program_id(0) % HEADS
+    span = tl.program_id(0) // HEADS
+    inside = tl.arange(0, WIDTH)
+    channels = head * D + inside
+    dtype: tl.constexpr = tl.float64 if h.dtype.element_ty == tl.float64 else tl.float32
+    scale = 1 + tl.load(weight + channels, mask=inside < D, other=0.0).to(dtype)[None, :]
+    shift = tl.zeros([1, WIDTH], dtype)
+    if BIAS:
+        shift = tl.load(bias + channels, mask=inside < D, other=0.0).to(dtype)[None, :]
+    skipped = tl.load(skip + channels, mask=inside < D, other=0.0).to(dtype)[None, :]
+    d_weight, d_bias, d_skip = tl.zeros([WIDTH], dtype), tl.zeros([WIDTH], dtype), tl.zeros([WIDTH], dtype)
+    for first in range(span * SPAN, tl.minimum((span + 1) * SPAN, tokens), BLOCK):
+        rows = first + tl.arange(0, BLOCK)
+        known = (rows < tokens)[:, None] & (inside < D)[None, :]
+        x, rstd = _normalised(h + head.to(tl.int64) * h_head, rows, inside, known, N, D, EPS, h_image, h_token, dtype)
+        from_c = c + _at(rows, N, c_image, c_token)[:, None] + channels[None, :]
+        conv = tl.load(from_c, mask=known, other=0.0).to(dtype)
+        at = rows.to(tl.int64)[:, None] * (HEADS * D) + channels[None, :]
+        d_sum = tl.load(dy + at, mask=known, other=0.0).to(dtype)
+        if GATED:
+            from_gate = gate + _at(rows, N, gate_image, gate_token)[:, None] + channels[None, :]
+            z = tl.load(from_gate, mask=known, other=0.0).to(dtype)
+            d_gate = d_sum * (x * scale + shift + skipped * conv) * _silu_slope(z)
+            tl.store(dgate + at, d_gate.to(dgate.dtype.element_ty), mask=known)
+            d_sum *= z * tl.sigmoid(z)
+        tl.store(dc + at, (d_sum * skipped).to(dc.dtype.element_ty), mask=known)
+        d_weight += tl.sum(d_sum * x, 0)
+        d_bias += tl.sum(d_sum, 0)
+        d_skip += tl.sum(d_sum * conv, 0)
+        d_x = d_sum * scale
+        d_x -= (tl.sum(d_x, 1) / D)[:, None] + x * (tl.sum(d_x * x, 1) / D)[:, None]
+        to = dh + head.to(tl.int64) * (N * D) + _at(rows, N, HEADS * N * D, D)[:, None] + inside[None, :]
+        tl.store(to, (d_x * rstd[:, None]).to(dh.dtype.element_ty), mask=known)
+    to = sums + span.to(tl.int64) * (3 * HEADS * D) + channels
+    tl.store(to, d_weight, mask=inside < D)
+    tl.store(to + HEADS * D, d_bias, mask=inside < D)
+    tl.store(to + 2 * HEADS * D, d_skip, mask=inside < D)
+
+
+@triton.jit
+def _neighbours(
+    x, rows, channels, tap, tokens, N, ROWS, COLUMNS, image, token,
+    E: tl.constexpr, dtype: tl.constexpr,
+):  # fmt: skip
+    """What stands at place `tap` of the 3 × 3 tokens around each of some; 0 outside of the grid."""
+    down, right = tap // 3 - 1, tap % 3 - 1
+    row, column = rows % N // COLUMNS + down, rows % N % COLUMNS + right
+    inside = (rows < tokens) & (row >= 0) & (row < ROWS) & (column >= 0) & (column < COLUMNS)
+    at = _at(rows, N, image, token) + (down * COLUMNS + right) * token
+    return tl.load(x + at[:, None] + channels[None, :], mask=inside[:, None] & (channels < E)[None, :], other=0.0).to(
+        dtype
+    )
+
+
+@triton.jit
+def _convolved(
+    x, weight, bias, rows, channels, tokens, N, ROWS, COLUMNS, image, token,
+    E: tl.constexpr, BIAS: tl.constexpr, REVERSE: tl.constexpr, dtype: tl.constexpr,
+):  # fmt: skip
+    """The 3 × 3 convolution of some tokens and channels, its kernel turned by 180° if REVERSE."""
+    total = tl.full([rows.shape[0], channels.shape[0]], 0.0, dtype)
+    if BIAS:
+        total += tl.load(bias + channels, mask=channels < E, other=0.0).to(dtype)[None, :]
+    for tap in tl.static_range(9):
+        factor = tl.load(weight + channels * 9 + (8 - tap if REVERSE else tap), mask=channels < E, other=0.0)
+        near = _neighbours(x, rows, channels, tap, tokens, N, ROWS, COLUMNS, image, token, E, dtype)
+        total += near * factor.to(dtype)[None, :]
+    return total
+
+
+@triton.jit
+def conv_forward(
+    x, weight, bias, y, tokens, N, ROWS, COLUMNS, x_image, x_token,
+    E: tl.constexpr, BLOCK: tl.constexpr, CHANNELS: tl.constexpr,
+    BIAS: tl.constexpr, SILU: tl.constexpr, REVERSE: tl.constexpr,
+):  # fmt: skip
+    """The depthwise convolution (B, N, E) of tokens on their grid, and SiLU of it if so wished."""
+    tiles = tl.cdiv(E, CHANNELS)
+    rows = tl.program_id(0) // tiles * BLOCK + tl.arange(0, BLOCK)
+    channels = tl.program_id(0) % tiles * CHANNELS + tl.arange(0, CHANNELS)
+    dtype: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
+    total = _convolved(
+        x, weight, bias, rows, channels, tokens, N, ROWS, COLUMNS, x_image, x_token, E, BIAS, REVERSE, dtype
+    )
+    if SILU:
+        total *= tl.sigmoid(total)
+    to = y + rows.to(tl.int64)[:, None] * E + channels[None, :]
+    tl.store(to, total.to(y.dtype.element_ty), mask=(rows < tokens)[:, None] & (channels < E)[None, :])
+
+
+@triton.jit
+def conv_backward(
+    dy, x, weight, bias, d_conv, sums, tokens, N, ROWS, COLUMNS, x_image, x_token,
+    E: tl.constexpr, BLOCK: tl.constexpr, CHANNELS: tl.constexpr, SPAN: tl.constexpr, REVERSE: tl.constexpr,
+):  # fmt: skip
+    """The gradient (B, N, E) of what SiLU was taken of, and a span's sums (10, E) for the nine weights and the bias."""
+    tiles = tl.cdiv(E, CHANNELS)
+    span = tl.program_id(0) // tiles
+    channels = tl.program_id(0) % tiles * CHANNELS + tl.arange(0, CHANNELS)
+    dtype: tl.constexpr = sums.dtype.element_ty
+    parameters = tl.arange(0, 16)[:, None]
+    total = tl.zeros([16, CHANNELS], dtype)
+    for first in range(span * SPAN, tl.minimum((span + 1) * SPAN, tokens), BLOCK):
+        rows = first + tl.arange(0, BLOCK)
+        known = (rows < tokens)[:, None] & (channels < E)[None, :]
+        at = rows.to(tl.int64)[:, None] * E + channels[None, :]
+        d = tl.load(dy + at, mask=known, other=0.0).to(dtype)
+        d *= _silu_slope(
+            _convolved(
+                x, weight, bias, rows, channels, tokens, N, ROWS, COLUMNS, x_image, x_token, E, True, REVERSE, dtype
+            )
+        )
+        tl.store(d_conv + at, d.to(d_conv.dtype.element_ty), mask=known)
+        for tap in tl.static_range(9):
+            near = _neighbours(x, rows, channels, tap, tokens, N, ROWS, COLUMNS, x_image, x_token, E, dtype)
+            total += tl.where(parameters == (8 - tap if REVERSE else tap), tl.sum(d * near, 0)[None, :], 0.0)
+        total += tl.where(parameters == 9, tl.sum(d, 0)[None, :], 0.0)
+    to = sums + span.to(tl.int64) * (10 * E) + parameters * E + channels[None, :]
+    tl.store(to, total, mask=(parameters < 10) & (channels < E)[None, :])
+
+
+@triton.jit
+def _tile(x, rows, channels, tokens, N, image, token, E: tl.constexpr):
+    from_x = x + _at(rows, N, image, token)[:, None] + channels[None, :]
+    return tl.load(from_x, mask=(rows < tokens)[:, None] & (channels < E)[None, :], other=0.0)
+
+
+@triton.jit
+def _in_heads(rows, channels, N, HEADS: tl.constexpr, D: tl.constexpr):
+    """Where channels of tokens lie in (B, h, N, D)."""
+    of_token = (rows // N).to(tl.int64) * (HEADS * D) * N + rows % N * D
+    return of_token[:, None] + ((channels // D).to(tl.int64) * D * N + channels % D)[None, :]
+
+
+@triton.jit
+def _block_diagonal(weight, channels, E: tl.constexpr, SIDE: tl.constexpr, dtype: tl.constexpr):
+    """The whole matrix (outputs, inputs) for some channels of the blocks (E / SIDE, SIDE, SIDE)."""
+    size: tl.constexpr = channels.shape[0]
+    from_weight = weight + channels[:, None] * SIDE + tl.arange(0, SIDE)[None, :]
+    blocks = tl.load(from_weight, mask=(channels < E)[:, None], other=0.0).to(dtype)
+    matrix = tl.reshape(tl.broadcast_to(blocks[:, None, :], (size, size // SIDE, SIDE)), (size, size))
+    return tl.where((channels // SIDE)[:, None] == (channels // SIDE)[None, :], matrix, 0.0).to(dtype)
+
+
+@triton.jit
+def _store_blocks(to, matrix, channels, E: tl.constexpr, SIDE: tl.constexpr):
+    """The blocks on the diagonal of such a matrix."""
+    size: tl.constexpr = channels.shape[0]
+    matrix = tl.where((channels // SIDE)[:, None] == (channels // SIDE)[None, :], matrix, 0.0)
+    blocks = tl.sum(tl.reshape(matrix, (size, size // SIDE, SIDE)), 1)
+    tl.store(to + channels[:, None] * SIDE + tl.arange(0, SIDE)[None, :], blocks, mask=(channels < E)[:, None])
+
+
+@triton.jit
+def _project(
+    x, weight, bias, y, to, known, channels,
+    E: tl.constexpr, SIDE: tl.constexpr, BIAS: tl.constexpr, dtype: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    matrix = _block_diagonal(weight, channels, E, SIDE, x.dtype)
+    product = tl.dot(x, tl.trans(matrix), input_precision=PRECISION, out_dtype=dtype)
+    if BIAS:
+        product += tl.load(bias + channels, mask=channels < E, other=0.0).to(dtype)[None, :]
+    tl.store(y + to, product.to(y.dtype.element_ty), mask=known)
+
+
+@triton.jit
+def project_forward(
+    c, x, q_weight, q_bias, k_weight, k_bias, v_weight, v_bias, c_gates, x_gates, gates_bias,
+    q, k, v, i, f, tokens, N, c_image, c_token, x_image, x_token,
+    E: tl.constexpr, HEADS: tl.constexpr, SIDE: tl.constexpr, GATES: tl.constexpr,
+    BLOCK: tl.constexpr, CHANNELS: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """q, k of c and v of x (B, h, N, D), and gates i, f (B, h, N) of both, for a block of tokens."""
+    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    gate = tl.arange(0, GATES)
+    D: tl.constexpr = E // HEADS
+    dtype: tl.constexpr = i.dtype.element_ty
+    low: tl.constexpr = q.dtype.element_ty
+    gates = tl.zeros([BLOCK, GATES], dtype)
+    for first in range(0, E, CHANNELS):
+        channels = first + tl.arange(0, CHANNELS)
+        known = (rows < tokens)[:, None] & (channels < E)[None, :]
+        to = _in_heads(rows, channels, N, HEADS, D)
+        c_tile = _tile(c, rows, channels, tokens, N, c_image, c_token, E)
+        x_tile = _tile(x, rows, channels, tokens, N, x_image, x_token, E)
+        _project(c_tile, q_weight, q_bias, q, to, known, channels, E, SIDE, BIAS, dtype, PRECISION)
+        _project(c_tile, k_weight, k_bias, k, to, known, channels, E, SIDE, BIAS, dtype, PRECISION)
+        _project(x_tile, v_weight, v_bias, v, to, known, channels, E, SIDE, BIAS, dtype, PRECISION)
+        at = gate[None, :] * E + channels[:, None]
+        real = (gate < 2 * HEADS)[None, :] & (channels < E)[:, None]
+        from_c = tl.load(c_gates + at, mask=real, other=0.0).to(low)
+        from_x = tl.load(x_gates + at, mask=real, other=0.0).to(low)
+        gates = tl.dot(c_tile, from_c, gates, input_precision=PRECISION, out_dtype=dtype)
+        gates = tl.dot(x_tile, from_x, gates, input_precision=PRECISION, out_dtype=dtype)
+    gates += tl.load(gates_bias + gate, mask=gate < 2 * HEADS, other=0.0).to(dtype)[None, :]
+    to = _at(rows, N, HEADS * N, 1)[:, None] + (gate % HEADS * N)[None, :]
+    tl.store(i + to, gates, mask=(rows < tokens)[:, None] & (gate < HEADS)[None, :])
+    tl.store(f + to, gates, mask=(rows < tokens)[:, None] & (gate >= HEADS)[None, :] & (gate < 2 * HEADS)[None, :])
+
+
+@triton.jit
+def project_backward(
+    dq, dk, dv, di, df, c, x, q_weight, k_weight, v_weight, c_gates, x_gates,
+    dc, dx, d_weights, d_biases, d_gates, tokens, N, c_image, c_token, x_image, x_token,
+    E: tl.constexpr, HEADS: tl.constexpr, SIDE: tl.constexpr, GATES: tl.constexpr,
+    BLOCK: tl.constexpr, CHANNELS: tl.constexpr, SPAN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradients of c and x (B, N, E) for a tile of channels, and a span's sums for parameters.
+
+    These are (3, E, SIDE) for the weights of q, k and v, (3, E) for their biases, (2, 2 h, E) for the gates' weights.
+    """
+    tiles = tl.cdiv(E, CHANNELS)
+    span = tl.program_id(0) // tiles
+    channels = tl.program_id(0) % tiles * CHANNELS + tl.arange(0, CHANNELS)
+    gate = tl.arange(0, GATES)
+    D: tl.constexpr = E // HEADS
+    dtype: tl.constexpr = d_weights.dtype.element_ty
+    low: tl.constexpr = c.dtype.element_ty
+    q_matrix = _block_diagonal(q_weight, channels, E, SIDE, low)
+    k_matrix = _block_diagonal(k_weight, channels, E, SIDE, low)
+    v_matrix = _block_diagonal(v_weight, channels, E, SIDE, low)
+    of_gates = gate[:, None] * E + channels[None, :]
+    real = (gate < 2 * HEADS)[:, None] & (channels < E)[None, :]
+    c_matrix = tl.load(c_gates + of_gates, mask=real, other=0.0).to(low)
+    x_matrix = tl.load(x_gates + of_gates, mask=real, other=0.0).to(low)
+
+    q_sum = tl.zeros([CHANNELS, CHANNELS], dtype)
+    k_sum, v_sum = q_sum, q_sum
+    q_bias = tl.zeros([CHANNELS], dtype)
+    k_bias, v_bias = q_bias, q_bias
+    c_sum = tl.zeros([GATES, CHANNELS], dtype)
+    x_sum = c_sum
+    for first in range(span * SPAN, tl.minimum((span + 1) * SPAN, tokens), BLOCK):
+        rows = first + tl.arange(0, BLOCK)
+        there = (rows < tokens)[:, None]
+        known = there & (channels < E)[None, :]
+        at = _in_heads(rows, channels, N, HEADS, D)
+        d_q = tl.load(dq + at, mask=known, other=0.0)
+        d_k = tl.load(dk + at, mask=known, other=0.0)
+        d_v = tl.load(dv + at, mask=known, other=0.0)
+        at = _at(rows, N, HEADS * N, 1)[:, None] + (gate % HEADS * N)[None, :]
+        d_gate = tl.load(di + at, mask=there & (gate < HEADS)[None, :], other=0.0)
+        d_gate += tl.load(df + at, mask=there & (gate >= HEADS)[None, :] & (gate < 2 * HEADS)[None, :], other=0.0)
+        d_gate = d_gate.to(low)
+        c_tile = _tile(c, rows, channels, tokens, N, c_image, c_token, E)
+        x_tile = _tile(x, rows, channels, tokens, N, x_image, x_token, E)
+
+        to = rows.to(tl.int64)[:, None] * E + channels[None, :]
+        d_c = tl.dot(d_q, q_matrix, input_precision=PRECISION, out_dtype=dtype)
+        d_c = tl.dot(d_k, k_matrix, d_c, input_precision=PRECISION, out_dtype=dtype)
+        d_c = tl.dot(d_gate, c_matrix, d_c, input_precision=PRECISION, out_dtype=dtype)
+        tl.store(dc + to, d_c.to(dc.dtype.element_ty), mask=known)
+        d_x = tl.dot(d_v, v_matrix, input_precision=PRECISION, out_dtype=dtype)
+        d_x = tl.dot(d_gate, x_matrix, d_x, input_precision=PRECISION, out_dtype=dtype)
+        tl.store(dx + to, d_x.to(dx.dtype.element_ty), mask=known)
+
+        q_sum = tl.dot(tl.trans(d_q), c_tile, q_sum, input_precision=PRECISION, out_dtype=dtype)
+        k_sum = tl.dot(tl.trans(d_k), c_tile, k_sum, input_precision=PRECISION, out_dtype=dtype)
+        v_sum = tl.dot(tl.trans(d_v), x_tile, v_sum, input_precision=PRECISION, out_dtype=dtype)
+        c_sum = tl.dot(tl.trans(d_gate), c_tile, c_sum, input_precision=PRECISION, out_dtype=dtype)
+        x_sum = tl.dot(tl.trans(d_gate), x_tile, x_sum, input_precision=PRECISION, out_dtype=dtype)
+        q_bias += tl.sum(d_q.to(dtype), 0)
+        k_bias += tl.sum(d_k.to(dtype), 0)
+        v_bias += tl.sum(d_v.to(dtype), 0)
+
+    to = d_weights + span.to(tl.int64) * (3 * SIDE * E)
+    _store_blocks(to, q_sum, channels, E, SIDE)
+    _store_blocks(to + SIDE * E, k_sum, channels, E, SIDE)
+    _store_blocks(to + 2 * SIDE * E, v_sum, channels, E, SIDE)
+    to = d_biases + span.to(tl.int64) * (3 * E) + channels
+    tl.store(to, q_bias, mask=channels < E)
+    tl.store(to + E, k_bias, mask=channels < E)
+    tl.store(to + 2 * E, v_bias, mask=channels < E)
+    to = d_gates + span.to(tl.int64) * (4 * HEADS * E) + of_gates
+    tl.store(to, c_sum, mask=real)
+    tl.store(to + 2 * HEADS * E, x_sum, mask=real)

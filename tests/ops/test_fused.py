@@ -1,0 +1,175 @@
+"""What stands around the mLSTM, fused, against the plain layers: on a GPU, or else in Triton's interpreter."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import interpreted
+import interpreted_layers
+from selfvil.models.layers import Reader
+from selfvil.models.vision_lstm import VisionLSTM
+from selfvil.ops import fused
+
+pytest.importorskip("triton", reason="the package triton is not installed: its kernels are not tested")
+
+on_a_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are written for at most float32 on a GPU")
+
+
+@pytest.fixture(scope="module")
+def interpreter():
+    with interpreted.start() as pool:
+        yield lambda function, *args, **how: pool.submit(function, *args, **how).result()
+
+
+@pytest.fixture
+def run(request):
+    """What `interpreted_layers.gradients` gives, on a GPU if there is one."""
+    if torch.cuda.is_available():
+        return lambda *args, **how: interpreted_layers.gradients(*args, device="cuda", **how)
+    return lambda *args, **how: request.getfixturevalue("interpreter")(interpreted_layers.gradients, *args, **how)
+
+
+def randomised(module, dtype=torch.float64):
+    """With no parameter left at zero or one."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(torch.randn_like(parameter) / 5)
+    return module.to(dtype)
+
+
+def make_inputs(part, batch, num_tokens, inner, dtype=torch.float64):
+    """For a part what it reads: up-projections, the convolved branch, and what the mLSTM gives, tokens first."""
+    wanted = {"conv": ["xz"], "project": ["c", "xz"], "norm": ["h", "c", "xz"]}[part]
+    sizes = {"xz": (2 * inner,), "c": (inner,), "h": (4, inner // 4)}
+    return {name: torch.randn(batch, num_tokens, *sizes[name]).to(dtype) for name in wanted}
+
+
+def check(run, part, inner, batch, num_tokens, bias=True, **how):
+    reader = randomised(Reader(inner, bias=bias))
+    inputs = make_inputs(part, batch, num_tokens, inner)
+    if not how.get("gated", True):
+        del inputs["xz"]
+    got, want = run(part, reader, inputs, True, **how), interpreted_layers.gradients(part, reader, inputs, False, **how)
+    assert len(got) > 3
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+
+SHAPES = [(80, 1, 7), (192, 3, 50), (384, 1, 1)]
+"""Channels, images and tokens: heads 20, 48 and 96 wide."""
+
+
+@on_a_cpu
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("inner", "batch", "num_tokens"), SHAPES)
+def test_norm_skip_and_gate(inner, batch, num_tokens, bias, run):
+    check(run, "norm", inner, batch, num_tokens, bias)
+
+
+@on_a_cpu
+def test_norm_and_skip_without_a_gate(run):
+    check(run, "norm", 80, 3, 7, gated=False)
+
+
+@on_a_cpu
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("inner", "batch", "num_tokens"), SHAPES)
+def test_projections_and_gates(inner, batch, num_tokens, bias, run):
+    check(run, "project", inner, batch, num_tokens, bias)
+
+
+@on_a_cpu
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(("inner", "batch", "grid"), [(80, 1, (7, 1)), (192, 3, (5, 10)), (384, 1, (1, 1))])
+def test_convolution_and_silu(inner, batch, grid, reverse, run):
+    check(run, "conv", inner, batch, grid[0] * grid[1], grid=grid, reverse=reverse)
+
+
+@on_a_cpu
+@pytest.mark.parametrize("part", ["norm", "project", "conv"])
+def test_sums_of_several_spans_add_up(part, run, interpreter):
+    """More tokens than one program sums over."""
+    cut = {"norm": fused.NORM, "project": fused.PROJECT_BACKWARD, "conv": fused.CONV}[part]
+    height = -(-(cut.span + 1) // 3)
+    check(run, part, 16, 3, height, **({"grid": (height, 1), "reverse": False} if part == "conv" else {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("part", ["norm", "project", "conv"])
+def test_errs_no_more_than_the_plain_layers(part, dtype, run):
+    reader, inputs = randomised(Reader(192), dtype), make_inputs(part, 2, 20, 192, dtype)
+    how = {"grid": (4, 5), "reverse": True} if part == "conv" else {}
+    got, plain = (
+        run(part, reader, inputs, True, **how),
+        interpreted_layers.gradients(part, reader, inputs, False, **how),
+    )
+    double = {name: x.double() for name, x in inputs.items()}
+    exact = interpreted_layers.gradients(part, reader.double(), double, False, **how)
+    assert [x.dtype for x in got] == [x.dtype for x in plain]
+    for a, b, x in zip(got, plain, exact, strict=True):
+        assert (a - x).norm() <= 1.05 * (b - x).norm() + 1e-6 * x.norm()
+
+
+@pytest.mark.parametrize("part", ["norm", "project", "conv"])
+def test_dtypes_under_autocast_are_the_plain_layers(part, run):
+    reader, inputs = randomised(Reader(80), torch.float32), make_inputs(part, 1, 7, 80, torch.float32)
+    how = {"grid": (7, 1), "reverse": False} if part == "conv" else {}
+    if part == "norm":  # comes of a product
+        inputs["h"], inputs["c"], inputs["xz"] = (inputs[name].bfloat16() for name in ("h", "c", "xz"))
+    got = run(part, reader, inputs, True, amp=torch.bfloat16, **how)
+    plain = interpreted_layers.gradients(part, reader, inputs, False, amp=torch.bfloat16, **how)
+    assert [x.dtype for x in got] == [x.dtype for x in plain]
+    assert got[0].dtype == torch.bfloat16
+
+
+@on_a_cpu
+def test_are_sound_custom_operators(interpreter):
+    inputs = {name: x.requires_grad_() for name, x in make_inputs("norm", 1, 5, 16).items()}
+    interpreter(interpreted_layers.check_operators, randomised(Reader(16)), inputs)
+
+
+def tiny(**how):
+    return randomised(VisionLSTM(img_size=(48, 32), patch_size=16, num_classes=0, embed_dim=8, depth=1, **how))
+
+
+@on_a_cpu
+@pytest.mark.parametrize(("how", "kept"), [
+    ({}, None), ({}, 4), ({"num_registers": 2, "global_pool": "registers"}, None), ({"traversal": "quad"}, None),
+    ({"conv": "causal1d", "bias": False}, None),
+])  # fmt: skip
+def test_a_network_is_the_same(how, kept, interpreter):
+    model, x = tiny(**how), torch.randn(2, 6, 8, dtype=torch.float64)
+    keep = None if kept is None else torch.rand(2, 6).argsort(1)[:, :kept].sort(1).values
+    got, want = (interpreter(interpreted_layers.of_model, model, x, keep, fuse) for fuse in (True, False))
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+@on_a_cpu
+def test_a_network_compiles_without_a_break(interpreter):
+    model, x = tiny(), torch.randn(1, 6, 8, dtype=torch.float64)
+    got = interpreter(interpreted_layers.of_model, model, x, None, True, compiled=True)
+    want = interpreter(interpreted_layers.of_model, model, x, None, False)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+def test_the_rule(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.delenv(fused.SWITCH, raising=False)
+    with FakeTensorMode():
+        on_gpu = {d: torch.empty(1, device="cuda", dtype=d) for d in (torch.bfloat16, torch.float32, torch.float64)}
+    assert {dtype: fused.applies(x) for dtype, x in on_gpu.items()} == {
+        torch.bfloat16: True, torch.float32: True, torch.float64: False,
+    }  # fmt: skip
+    assert not fused.applies(torch.empty(1))
+    assert not fused.applies(torch.empty(1, device="meta"))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert fused.applies(torch.empty(1))
+    monkeypatch.delenv("TRITON_INTERPRET")
+    monkeypatch.setenv(fused.SWITCH, "0")
+    assert not fused.applies(on_gpu[torch.bfloat16])
+    monkeypatch.delenv(fused.SWITCH)
+    monkeypatch.setattr(fused, "INSTALLED", False)
+    assert not fused.applies(on_gpu[torch.bfloat16])
