@@ -1,11 +1,13 @@
 """Every kernel compiles for an H200, without one, and fits it: what the interpreter knows nothing of."""
 
+import importlib
 import os
 
 import pytest
 import torch
 
-from selfvil.ops import mlstm, triton_mlstm
+from selfvil.models.layers import ViLLayer
+from selfvil.ops import fused, mlstm, triton_mlstm
 
 triton = pytest.importorskip("triton", reason="the package triton is not installed: its kernels are not compiled")
 if os.environ.get("TRITON_INTERPRET"):
@@ -32,14 +34,28 @@ def launches(dtype, head_dim, form, reverse, num_tokens):
     return list(found.values())
 
 
-def compiled(kernel, plan, args, constants):
+def launches_of_a_layer(dtype, dim, bias, reverse):
+    """The same for the fused parts of a whole layer, its mLSTM apart; parameters are float32, as autocast has them."""
+    found = {}
+
+    def record(kernel, programs, cut, *args, **constants):
+        found[kernel, tuple(constants.items())] = (kernel, cut, args, constants)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused, "_launch", record)
+        patch.setattr(fused, "applies", lambda x: True)
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+            y = ViLLayer(dim, bias=bias, reverse=reverse)(torch.zeros(1, 196, dim), (14, 14))
+        y.sum().backward()
+    return list(found.values())
+
+
+def compiled(kernel, plan, args, constants, source="triton_kernels"):
     """The kernel for compute capability 9.0, as a call with these arguments would compile it."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from selfvil.ops import triton_kernels
-
-    function = getattr(triton_kernels, kernel)
+    function = getattr(importlib.import_module(f"selfvil.ops.{source}"), kernel)
     signature, aligned = {}, {}
     for index, (name, value) in enumerate(zip(function.arg_names, args, strict=False)):
         is_tensor = isinstance(value, torch.Tensor)
@@ -78,6 +94,32 @@ def test_kernels_fit_an_h200(head_dim, form, reverse, tmp_path, monkeypatch):
 
 def test_kernels_compile_for_a_single_token(tmp_path, monkeypatch):
     check(torch.bfloat16, 16, "triton_chunkwise", False, tmp_path, monkeypatch, num_tokens=1)
+
+
+def check_layer(dtype, dim, bias, reverse, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    found = launches_of_a_layer(dtype, dim, bias, reverse)
+    assert sorted(kernel for kernel, *_ in found) == [
+        "conv_backward", "conv_forward", "conv_forward", "norm_backward", "norm_forward", "project_backward",
+        "project_forward",
+    ]  # fmt: skip
+    for kernel, *how in found:
+        result = compiled(kernel, *how, source="triton_neighbours")
+        assert result.asm["cubin"]
+        assert result.metadata.shared <= SHARED_MEMORY, f"{kernel}: {result.metadata.shared} bytes of shared memory"
+
+
+def test_neighbours_fit_an_h200(tmp_path, monkeypatch):
+    check_layer(torch.bfloat16, 768, True, True, tmp_path, monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dim", [192, 768])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_neighbours_of_every_kind_fit_an_h200(dtype, dim, bias, reverse, tmp_path, monkeypatch):
+    check_layer(dtype, dim, bias, reverse, tmp_path, monkeypatch)
 
 
 @pytest.mark.slow
