@@ -147,6 +147,16 @@ def test_a_network_is_the_same(how, kept, interpreter):
 
 
 @on_a_cpu
+def test_a_network_is_the_same_with_checkpointing(interpreter):
+    model, x = tiny(), torch.randn(1, 6, 8, dtype=torch.float64)
+    want = interpreter(interpreted_layers.of_model, model, x, None, True)
+    model.train().set_grad_checkpointing()
+    got = interpreter(interpreted_layers.of_model, model, x, None, True)
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)
+
+
+@on_a_cpu
 def test_a_network_compiles_without_a_break(interpreter):
     model, x = tiny(), torch.randn(1, 6, 8, dtype=torch.float64)
     got = interpreter(interpreted_layers.of_model, model, x, None, True, compiled=True)

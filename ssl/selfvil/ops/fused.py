@@ -39,9 +39,9 @@ class Cut(NamedTuple):
 
 
 CONV = Cut(tokens=16, channels=64, span=256, warps=4, stages=1)
-PROJECT = Cut(tokens=32, channels=64, span=0, warps=4, stages=2)
-PROJECT_BACKWARD = Cut(tokens=32, channels=32, span=512, warps=4, stages=2)
-NORM = Cut(tokens=8, channels=0, span=64, warps=4, stages=1)
+PROJECT = Cut(tokens=32, channels=32, span=0, warps=4, stages=2)
+PROJECT_BACKWARD = Cut(tokens=16, channels=32, span=512, warps=4, stages=2)
+NORM = Cut(tokens=8, channels=0, span=64, warps=8, stages=1)
 
 
 def applies(x: Tensor) -> bool:
@@ -108,8 +108,8 @@ def _conv_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 
 def _conv_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    _, weight, bias = ctx.saved_tensors
-    dx, sums = _conv_backward(dy, *ctx.saved_tensors, ctx.height, ctx.width, ctx.reverse)
+    x, weight, bias = ctx.saved_tensors  # once: checkpointing computes them anew for it
+    dx, sums = _conv_backward(dy, x, weight, bias, ctx.height, ctx.width, ctx.reverse)
     return dx, sums[:9].mT.reshape(weight.shape).to(weight.dtype), sums[9].to(bias.dtype), None, None, None
 
 
@@ -216,9 +216,9 @@ def _project_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 
 def _project_gradients(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-    _, _, *weights, c_gates, x_gates = ctx.saved_tensors
+    c, x, *weights, c_gates, x_gates = ctx.saved_tensors
     di, df = gradients[3:]
-    dc, dx, d_weights, d_biases, d_gates = _project_backward(*gradients, *ctx.saved_tensors)
+    dc, dx, d_weights, d_biases, d_gates = _project_backward(*gradients, c, x, *weights, c_gates, x_gates)
     return (
         dc, dx, *(dw.view(w.shape).to(w.dtype) for dw, w in zip(d_weights, weights, strict=True)),
         *(None if dtype is None else db.to(dtype) for db, dtype in zip(d_biases, ctx.bias_dtypes, strict=True)),
@@ -336,8 +336,8 @@ def _norm_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 
 def _norm_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    _, _, gate, weight, bias, skip = ctx.saved_tensors
-    dh, dc, dz, sums = _norm_backward(dy, *ctx.saved_tensors, ctx.eps)
+    h, c, gate, weight, bias, skip = ctx.saved_tensors
+    dh, dc, dz, sums = _norm_backward(dy, h, c, gate, weight, bias, skip, ctx.eps)
     d_weight, d_bias, d_skip = sums.unbind()
     return (
         dh, dc, None if gate is None else dz,
