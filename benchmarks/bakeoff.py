@@ -53,7 +53,7 @@ ROWS: dict[str, tuple[str, list[str]]] = {
 
 
 class Column(NamedTuple):
-    """Where its figures are: in the file of a command, under a protocol that begins so."""
+    """Where its figures are: in the file of a command, under a protocol whose first words up to a comma are these."""
 
     file: str
     protocol: str
@@ -62,7 +62,7 @@ class Column(NamedTuple):
 COLUMNS = {
     "k-NN, k = 20": Column("all", "k-NN, k = 20"),
     "linear probe": Column("all", "linear probe"),
-    "fine-tuned, 1 % of labels": Column("finetune", "fine-tune"),
+    "fine-tuned, 1 % of labels": Column("finetune", "fine-tuning"),
 }
 
 ONE_CORE = ["run.threads=1", "data.workers=0", "monitor.pictures_every=null", "monitor.doctor_every=null"]
@@ -140,7 +140,7 @@ def print_table(args: argparse.Namespace) -> None:
         for place, kind in enumerate(COLUMNS.values()):
             file = args.out / f"{name}-{kind.file}.json"
             for row in json.loads(file.read_text()) if file.exists() else []:
-                if row["protocol"].startswith(kind.protocol):
+                if f"{row['protocol']},".startswith(f"{kind.protocol},"):
                     network = name if row["network"] == "pretrained" else row["network"]
                     deviation = "" if row["deviation"] is None else f" ± {row['deviation']:.2f}"
                     figures.setdefault(network, [""] * len(COLUMNS))[place] = f"{row['value']:.2f}{deviation}"
