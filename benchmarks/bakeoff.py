@@ -51,6 +51,9 @@ ROWS: dict[str, tuple[str, list[str]]] = {
 }
 """Name of a row -> a packaged recipe, and what is changed in it."""
 
+BASELINES = ("mae", "autoregressive", "mae-vit")
+"""Rows whose network is scored untrained too: one for each kind of network."""
+
 
 class Column(NamedTuple):
     """Where its figures are: in the file of a command, under a protocol whose first words up to a comma are these."""
@@ -112,7 +115,7 @@ def train(args: argparse.Namespace, name: str, length: str, out: Path, *more: st
 def score(args: argparse.Namespace, name: str) -> None:
     labelled = ["--train", f"{args.data}/cifar10-train-{{000000..000001}}.tar",
                 "--test", f"{args.data}/cifar10-test-{{000000..000001}}.tar",
-                "--workers", "0", "--precision", "bf16", *(["--baselines"] if name == "mae" else [])]  # fmt: skip
+                "--workers", "0", "--precision", "bf16", *(["--baselines"] if name in BASELINES else [])]  # fmt: skip
     commands = {"all": ["all", "--probe-seeds", "3"], "finetune": ["finetune", *FINETUNE, "--readout", readout(name)]}
     for kind, (command, *options) in commands.items():
         file = args.out / f"{name}-{kind}.json"
@@ -141,7 +144,7 @@ def print_table(args: argparse.Namespace) -> None:
             file = args.out / f"{name}-{kind.file}.json"
             for row in json.loads(file.read_text()) if file.exists() else []:
                 if f"{row['protocol']},".startswith(f"{kind.protocol},"):
-                    network = name if row["network"] == "pretrained" else row["network"]
+                    network = name if row["network"] == "pretrained" else f"{row['network']} ({name})"
                     deviation = "" if row["deviation"] is None else f" ± {row['deviation']:.2f}"
                     figures.setdefault(network, [""] * len(COLUMNS))[place] = f"{row['value']:.2f}{deviation}"
                     seen = f"{row['samples_seen']:,}" if network == name else seen
