@@ -2,12 +2,15 @@
 
     python benchmarks/bakeoff.py --data ../shared/data/cifar10 --out runs/bakeoff --minutes 12
     python benchmarks/bakeoff.py --data ../shared/data/cifar10 --out runs/bakeoff --minutes 12 --rows mae simmim
+    python benchmarks/bakeoff.py --data ../shared/data/cifar10 --out runs/ablations --minutes 4 --rows mae-ablations \
+        --seeds 0 1 2 --frozen-only
 
 A row is a packaged recipe with a few keys changed. It runs on one core, for as many images as that core does in the
 given minutes; the rate is measured once, at the start, so that the budget is a number of images, and another row or a
 busy machine cannot change it. Then the network is scored: k-NN and linear probe on all labels, and fine-tuned on 1 % of
 them. Everything is kept under --out: a command that was stopped goes on where it stopped, and finished rows are only
-printed. Rows in one process run one after the other; for more cores start one process for each with its own --rows.
+printed. Rows in one process run one after the other, all of them with one seed before the next; for more cores start
+one process for each with its own --rows, after --rates-only has measured all on a machine that is loaded alike.
 """
 
 import argparse
@@ -16,6 +19,7 @@ import os
 import statistics
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,35 +27,90 @@ from selfvil.monitor.metrics import read_metrics
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
+
+class Row(NamedTuple):
+    """A packaged recipe and what is changed in it; `rate_of` names a row that takes as long, and so has its budget."""
+
+    recipe: str
+    changes: list[str]
+    rate_of: str = ""
+
+
 # 808,064 parameters, beside 802,560 of the ViL.
 VIT = ["model.name=vit_tiny_patch16_224", "model.embed_dim=128", "model.depth=4", "model.num_heads=4"]
 # In so short a run the last layer learns from the start, and steps are many and small.
 SHORT = ["optim.batch_size=32", "optim.base_lr=16e-3", "objective.freeze_last_layer_epochs=0"]
-MAE, DINO, IBOT, LEJEPA = ("cifar10_mae", []), ("cifar10_dino", SHORT), ("cifar10_ibot", SHORT), ("cifar10_lejepa", [])
 
-ROWS: dict[str, tuple[str, list[str]]] = {
-    "mae": MAE,
-    "simmim": ("cifar10_simmim", []),
-    "autoregressive": ("cifar10_autoregressive", []),
-    "dino": DINO,
-    "ibot": IBOT,
-    "lejepa": LEJEPA,
-    "mae-vit": (MAE[0], [*VIT, "objective.decoder=vit", "objective.decoder_heads=4"]),
-    "dino-vit": (DINO[0], [*SHORT, *VIT]),
-    # Ablations.
-    "mae-ratio-0.5": (MAE[0], ["objective.mask_ratio=0.5"]),
-    "mae-ratio-0.6": (MAE[0], ["objective.mask_ratio=0.6"]),
-    "mae-gap-aware": (MAE[0], ["objective.gap_aware=true"]),
-    "mae-conv-sequence": (MAE[0], ["model.conv=causal1d"]),
-    "mae-conv-none": (MAE[0], ["model.conv=none"]),
-    "mae-decoder-vit": (MAE[0], ["objective.decoder=vit", "objective.decoder_heads=4"]),
-    "mae-layerscale-1e-5": (MAE[0], ["model.init_values=1e-5"]),
-    "mae-layerscale-0.1": (MAE[0], ["model.init_values=0.1"]),
-    "dino-readout-mean": (DINO[0], [*SHORT, "objective.readout=mean"]),
+BAKEOFF: dict[str, Row] = {
+    "mae": Row("cifar10_mae", []),
+    "simmim": Row("cifar10_simmim", []),
+    "autoregressive": Row("cifar10_autoregressive", []),
+    "dino": Row("cifar10_dino", SHORT),
+    "ibot": Row("cifar10_ibot", SHORT),
+    "lejepa": Row("cifar10_lejepa", []),
+    "mae-vit": Row("cifar10_mae", [*VIT, "objective.decoder=vit", "objective.decoder_heads=4"]),
+    "dino-vit": Row("cifar10_dino", [*SHORT, *VIT]),
 }
-"""Name of a row -> a packaged recipe, and what is changed in it."""
 
-BASELINES = ("mae", "autoregressive", "mae-vit")
+# Ablations have half the depth, so that there is time for more of them, and smaller steps at the same rate for a step.
+SMALL = ["model.depth=3"]
+SMALL_MAE = [*SMALL, "optim.batch_size=128", "optim.base_lr=8e-3"]
+VIT_DECODER = ["objective.decoder=vit", "objective.decoder_heads=4"]
+REGISTERS = ["model.global_pool=registers", "model.num_registers=4"]
+
+
+def mae(*changes: str, rate_of: str = "") -> Row:
+    return Row("cifar10_mae", [*SMALL_MAE, *changes], rate_of)
+
+
+def two_crops(recipe: str, *changes: str) -> Row:
+    return Row(recipe, [*SMALL, "objective.local_crops=2", *changes])
+
+
+MAE_ABLATIONS = {
+    "mae-base": mae(),
+    "mae-ratio-0.5": mae("objective.mask_ratio=0.5"),
+    "mae-ratio-0.6": mae("objective.mask_ratio=0.6"),
+    "mae-mask-block": mae("objective.mask=block", rate_of="mae-base"),
+    "mae-mask-row": mae("objective.mask=row", rate_of="mae-base"),
+    "mae-gap-aware": mae("objective.gap_aware=true", rate_of="mae-base"),
+    "mae-conv-sequence": mae("model.conv=causal1d"),
+    "mae-conv-none": mae("model.conv=none"),
+    "mae-decoder-vit": mae(*VIT_DECODER),
+    "mae-decoder-deep": mae("objective.decoder_depth=2"),
+    "mae-decoder-wide": mae("objective.decoder_dim=128"),
+}
+"""Masks, convolution on the grid, on the kept tokens in a row, or none, and decoders: one thing changed in each."""
+
+LAYERSCALE_ABLATIONS = {
+    f"mae-layerscale-{scale}-lr-{rate}": mae(
+        f"model.init_values={'null' if scale == 'none' else scale}", f"optim.base_lr={rate}", rate_of="mae-base"
+    )
+    for scale in ("none", "1e-5", "0.1")
+    for rate in ("4e-3", "8e-3", "16e-3")
+    if (scale, rate) != ("none", "8e-3")  # which is mae-base
+}
+READOUT_ABLATIONS = {
+    "lejepa-readout-ends": two_crops("cifar10_lejepa"),
+    "lejepa-readout-mean": two_crops("cifar10_lejepa", "objective.readout=mean"),
+    "lejepa-readout-registers": two_crops("cifar10_lejepa", *REGISTERS),
+    "dino-readout-ends": two_crops("cifar10_dino", *SHORT),
+    "dino-readout-mean": two_crops("cifar10_dino", *SHORT, "objective.readout=mean"),
+    "dino-readout-registers": two_crops("cifar10_dino", *SHORT, *REGISTERS),
+}
+
+GROUPS = {
+    "bakeoff": BAKEOFF,
+    "mae-ablations": MAE_ABLATIONS,
+    "layerscale-ablations": LAYERSCALE_ABLATIONS,
+    "readout-ablations": READOUT_ABLATIONS,
+}
+ROWS = {name: row for group in GROUPS.values() for name, row in group.items()}
+
+BASELINES = (
+    "mae", "autoregressive", "mae-vit",
+    "mae-base", "mae-conv-sequence", "mae-conv-none", "lejepa-readout-registers",
+)  # fmt: skip
 """Rows whose network is scored untrained too: one for each kind of network."""
 
 
@@ -78,54 +137,66 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of the CIFAR-10 shards")
     parser.add_argument("--out", type=Path, required=True, help="folder for runs and scores")
     parser.add_argument("--minutes", type=float, required=True, help="budget of a row, on one core")
-    parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rows", nargs="+", default=["bakeoff"], choices=[*GROUPS, *ROWS], metavar="ROW",
+                        help=f"rows, or groups of them: {', '.join(GROUPS)}")  # fmt: skip
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16", help="fp32 where bf16 is no faster")
     parser.add_argument("--frozen-only", action="store_true", help="do not fine-tune")
     parser.add_argument("--rates-only", action="store_true", help="measure how fast each row is, and no more")
     parser.add_argument("--print-only", action="store_true", help="print the rows that are finished, and no more")
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
+    args.rows = [name for given in args.rows for name in GROUPS.get(given, [given])]
+    args.data, args.out = args.data.resolve(), args.out.resolve()
     if not args.print_only:
         for name in args.rows:
-            samples = budget(args, name)
-            if not args.rates_only:
-                train(args, name, f"budget.samples={samples}", args.out / name)
-                score(args, name)
+            budget(args, name)
+        for seed, name in product(args.seeds, [] if args.rates_only else args.rows):
+            train(args, name, seed, f"budget.samples={budget(args, name)}", folder(args, name, seed))
+            score(args, name, seed)
     print_table(args)
+
+
+def folder(args: argparse.Namespace, name: str, seed: int) -> Path:
+    return args.out / name / f"seed-{seed}"
 
 
 def budget(args: argparse.Namespace, name: str) -> int:
     """Images that the row trains on."""
-    file = args.out / f"{name}-rate.json"
+    name = ROWS[name].rate_of or name
+    file = args.out / name / "rate.json"
     if not file.exists():
-        train(args, name, "budget.steps=30", args.out / f"{name}-rate", "monitor.log_every=5")
-        rates = [record["images_per_second"] for record in read_metrics(args.out / f"{name}-rate" / "metrics.jsonl")]
+        train(args, name, 0, "budget.steps=12", file.with_name("rate"), "monitor.log_every=3")
+        rates = [record["images_per_second"] for record in read_metrics(file.with_name("rate") / "metrics.jsonl")]
         # The first has the start in it.
         file.write_text(json.dumps({"images_per_second": statistics.median(rates[1:])}))
     return round(json.loads(file.read_text())["images_per_second"] * 60 * args.minutes)
 
 
-def train(args: argparse.Namespace, name: str, length: str, out: Path, *more: str) -> None:
-    recipe, changes = ROWS[name]
+def train(args: argparse.Namespace, name: str, seed: int, length: str, out: Path, *more: str) -> None:
     shards = f"data.train={args.data}/cifar10-train-{{000000..000001}}.tar"
-    run("launch/pretrain.py", recipe, shards, *ONE_CORE, *changes, f"run.seed={args.seed}", f"run.out={out}", length,
-        "budget.epochs=null", *(["budget.samples=null"] if "steps" in length else []), *more)  # fmt: skip
+    run("launch/pretrain.py", ROWS[name].recipe, shards, *ONE_CORE, *ROWS[name].changes, f"run.seed={seed}",
+        f"run.precision={args.precision}", f"run.out={out}", length, "budget.epochs=null",
+        *(["budget.samples=null"] if "steps" in length else []), *more)  # fmt: skip
 
 
-def score(args: argparse.Namespace, name: str) -> None:
+def score(args: argparse.Namespace, name: str, seed: int) -> None:
     labelled = ["--train", f"{args.data}/cifar10-train-{{000000..000001}}.tar",
                 "--test", f"{args.data}/cifar10-test-{{000000..000001}}.tar",
-                "--workers", "0", "--precision", "bf16", *(["--baselines"] if name in BASELINES else [])]  # fmt: skip
+                "--workers", "0", "--precision", args.precision,
+                *(["--baselines"] if name in BASELINES and seed == 0 else [])]  # fmt: skip
     commands = {"all": ["all", "--probe-seeds", "3"], "finetune": ["finetune", *FINETUNE, "--readout", readout(name)]}
     for kind, (command, *options) in commands.items():
-        file = args.out / f"{name}-{kind}.json"
+        file = folder(args, name, seed).with_suffix(f".{kind}.json")
         if not file.exists() and not (kind == "finetune" and args.frozen_only):
             cli = str(Path(sys.executable).with_name("selfvil"))
-            run(cli, "eval", command, str(args.out / name), *options, *labelled, "--json", str(file))
+            source = str(folder(args, name, seed))
+            run(cli, "eval", command, source, *options, *labelled, "--json", str(file))
 
 
 def readout(name: str) -> str:
-    return "cls" if "vit" in name and "decoder" not in name else "bilateral_concat"
+    if "vit_tiny" in " ".join(ROWS[name].changes):
+        return "cls"
+    return "registers" if ROWS[name].changes[-2:] == REGISTERS else "bilateral_concat"
 
 
 def run(*arguments: str) -> None:
@@ -135,23 +206,34 @@ def run(*arguments: str) -> None:
 
 
 def print_table(args: argparse.Namespace) -> None:
-    """Finished rows in Markdown, each with its recipe and what is changed in it."""
-    print("| row | images seen | " + " | ".join(COLUMNS) + " | recipe |\n|" + "---|" * (len(COLUMNS) + 3))
+    """Finished rows in Markdown, each with its recipe and what is changed in it.
+
+    A deviation is that of runs from several seeds, or, of one run, of its probes.
+    """
+    print("| row | seeds | images seen | " + " | ".join(COLUMNS) + " | recipe |\n|" + "---|" * (len(COLUMNS) + 4))
     for name in args.rows:
-        figures: dict[str, list[str]] = {}
-        seen = ""
-        for place, kind in enumerate(COLUMNS.values()):
-            file = args.out / f"{name}-{kind.file}.json"
-            for row in json.loads(file.read_text()) if file.exists() else []:
-                if f"{row['protocol']},".startswith(f"{kind.protocol},"):
-                    network = name if row["network"] == "pretrained" else f"{row['network']} ({name})"
-                    deviation = "" if row["deviation"] is None else f" ± {row['deviation']:.2f}"
-                    figures.setdefault(network, [""] * len(COLUMNS))[place] = f"{row['value']:.2f}{deviation}"
-                    seen = f"{row['samples_seen']:,}" if network == name else seen
-        recipe = " ".join([ROWS[name][0], *ROWS[name][1]])
-        for network, values in figures.items():
-            own = network == name
-            print("|", " | ".join([network, seen if own else "", *values, recipe if own else ""]), "|")
+        found: dict[str, list[list[dict]]] = {}
+        for place, column in enumerate(COLUMNS.values()):
+            for seed in args.seeds:
+                file = folder(args, name, seed).with_suffix(f".{column.file}.json")
+                for row in json.loads(file.read_text()) if file.exists() else []:
+                    if f"{row['protocol']},".startswith(f"{column.protocol},"):
+                        found.setdefault(row["network"], [[] for _ in COLUMNS])[place].append(row)
+        for network, columns in found.items():
+            own = network == "pretrained"
+            runs = max(columns, key=len)
+            cells = [name if own else f"{network} ({name})", str(len(runs)), f"{runs[0]['samples_seen']:,}" * own]
+            recipe = " ".join([ROWS[name].recipe, *ROWS[name].changes]) * own
+            print("|", " | ".join([*cells, *map(figure, columns), recipe]), "|")
+
+
+def figure(rows: list[dict]) -> str:
+    """Mean and deviation of the rows of several seeds, or the value and deviation of one."""
+    values = [row["value"] for row in rows]
+    if not values:
+        return ""
+    deviation = statistics.stdev(values) if len(values) > 1 else rows[0]["deviation"]
+    return f"{statistics.mean(values):.2f}" + ("" if deviation is None else f" ± {deviation:.2f}")
 
 
 if __name__ == "__main__":

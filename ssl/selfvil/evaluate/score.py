@@ -75,7 +75,7 @@ def score(
     baselines: bool = False,
     readout: str | None = None,
     network: str | None = None,
-    batch_size: int = 256,
+    batch_size: int | None = None,
     workers: int = 2,
     device: torch.device | str | None = None,
     precision: Precision = "fp32",
@@ -110,8 +110,7 @@ def score(
             title = f"{name}, {part} images"
             if isinstance(subject, Normalisation):
                 yield raw_pixels(
-                    each, _raw_size(subject), channels=subject.channels, batch_size=batch_size, workers=workers,
-                    title=title,
+                    each, _raw_size(subject), channels=subject.channels, workers=workers, title=title,
                 )  # fmt: skip
             else:
                 look = subject.normalisation
