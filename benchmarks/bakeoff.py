@@ -6,11 +6,11 @@
         --seeds 0 1 2 --frozen-only
 
 A row is a packaged recipe with a few keys changed. It runs on one core, for as many images as that core does in the
-given minutes; the rate is measured once, at the start, so that the budget is a number of images, and another row or a
-busy machine cannot change it. Then the network is scored: k-NN and linear probe on all labels, and fine-tuned on 1 % of
-them. Everything is kept under --out: a command that was stopped goes on where it stopped, and finished rows are only
-printed. Rows in one process run one after the other, all of them with one seed before the next; for more cores start
-one process for each with its own --rows, after --rates-only has measured all on a machine that is loaded alike.
+given minutes; rates are measured once, at the start, for all rows by turns, so that the budget is a number of images,
+and another row or a busy machine cannot change it. Then the network is scored: k-NN and linear probe on all labels, and
+fine-tuned on 1 % of them. Everything is kept under --out: a command that was stopped goes on where it stopped, and
+finished rows are only printed. Rows in one process run one after the other, all of them with one seed before the next;
+for more cores start one process for each with its own --rows, after --rates-only has measured all of them.
 """
 
 import argparse
@@ -19,11 +19,20 @@ import os
 import statistics
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
-from selfvil.monitor.metrics import read_metrics
+import torch
+
+from selfvil.data.index import open_shards
+from selfvil.data.loader import train_batches
+from selfvil.objectives.base import Progress
+from selfvil.optim import adamw, parameter_groups
+from selfvil.pretrain import build_objective
+from selfvil.recipe import load
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -127,6 +136,7 @@ COLUMNS = {
     "fine-tuned, 1 % of labels": Column("finetune", "fine-tuning"),
 }
 
+ROUNDS = 9
 ONE_CORE = ["run.threads=1", "data.workers=0", "monitor.pictures_every=null", "monitor.doctor_every=null"]
 FINETUNE = ["--labels-per-class", "10", "--epochs", "40", "--batch-size", "20", "--base-lr", "8e-3",
             "--layer-decay", "0.9", "--min-crop", "0.5", "--drop-path", "0"]  # fmt: skip
@@ -148,10 +158,9 @@ def main() -> None:
     args.rows = [name for given in args.rows for name in GROUPS.get(given, [given])]
     args.data, args.out = args.data.resolve(), args.out.resolve()
     if not args.print_only:
-        for name in args.rows:
-            budget(args, name)
+        measure_rates(args)
         for seed, name in product(args.seeds, [] if args.rates_only else args.rows):
-            train(args, name, seed, f"budget.samples={budget(args, name)}", folder(args, name, seed))
+            train(args, name, seed)
             score(args, name, seed)
     print_table(args)
 
@@ -162,21 +171,53 @@ def folder(args: argparse.Namespace, name: str, seed: int) -> Path:
 
 def budget(args: argparse.Namespace, name: str) -> int:
     """Images that the row trains on."""
-    name = ROWS[name].rate_of or name
-    file = args.out / name / "rate.json"
-    if not file.exists():
-        train(args, name, 0, "budget.steps=12", file.with_name("rate"), "monitor.log_every=3")
-        rates = [record["images_per_second"] for record in read_metrics(file.with_name("rate") / "metrics.jsonl")]
-        # The first has the start in it.
-        file.write_text(json.dumps({"images_per_second": statistics.median(rates[1:])}))
-    return round(json.loads(file.read_text())["images_per_second"] * 60 * args.minutes)
+    rate = json.loads((args.out / "rates.json").read_text())[ROWS[name].rate_of or name]
+    return round(rate * 60 * args.minutes)
 
 
-def train(args: argparse.Namespace, name: str, seed: int, length: str, out: Path, *more: str) -> None:
+def measure_rates(args: argparse.Namespace) -> None:
+    """Images a second of each row on one core, for those not measured yet, into rates.json.
+
+    Rows take steps by turns in one process, so that a machine that is busy is busy for all of them alike.
+    """
+    file = args.out / "rates.json"
+    known = json.loads(file.read_text()) if file.exists() else {}
+    names = dict.fromkeys(ROWS[name].rate_of or name for name in args.rows)
+    steppers = {name: steps(args, name) for name in names if name not in known}
+    rounds = [{name: next(stepper) for name, stepper in steppers.items()} for _ in range(ROUNDS)]
+    for name in steppers:
+        known[name] = statistics.median(each[name] for each in rounds[1:])  # the first has the start in it
+    file.write_text(json.dumps(known, indent=1) + "\n")
+
+
+def steps(args: argparse.Namespace, name: str) -> Iterator[float]:
+    """Takes a training step of a row whenever it is asked for the next rate, in images a second."""
+    torch.set_num_threads(1)
+    recipe = load(ROWS[name].recipe, overrides(args, name, 0))
+    objective, size = build_objective(recipe), recipe.optim.batch_size
+    optimizer = adamw(parameter_groups(objective), recipe.optim.betas)
+    shards = open_shards(recipe.data.train)
+    batches = train_batches(shards, objective.views(), seed=0, batch_size=size, stop_step=ROUNDS)
+    for step in range(ROUNDS):
+        began, progress = time.perf_counter(), Progress(step, ROUNDS, len(shards) / size, seed=0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=args.precision == "bf16"):
+            loss = objective(next(batches), progress).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        objective.after_step(progress)
+        yield size / (time.perf_counter() - began)
+
+
+def train(args: argparse.Namespace, name: str, seed: int) -> None:
+    length = ["budget.epochs=null", f"budget.samples={budget(args, name)}"]
+    run("launch/pretrain.py", ROWS[name].recipe, *overrides(args, name, seed), *length)
+
+
+def overrides(args: argparse.Namespace, name: str, seed: int) -> list[str]:
     shards = f"data.train={args.data}/cifar10-train-{{000000..000001}}.tar"
-    run("launch/pretrain.py", ROWS[name].recipe, shards, *ONE_CORE, *ROWS[name].changes, f"run.seed={seed}",
-        f"run.precision={args.precision}", f"run.out={out}", length, "budget.epochs=null",
-        *(["budget.samples=null"] if "steps" in length else []), *more)  # fmt: skip
+    return [shards, *ONE_CORE, *ROWS[name].changes, f"run.seed={seed}", f"run.precision={args.precision}",
+            f"run.out={folder(args, name, seed)}"]  # fmt: skip
 
 
 def score(args: argparse.Namespace, name: str, seed: int) -> None:
