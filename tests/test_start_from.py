@@ -15,7 +15,9 @@ from selfvil import checkpoint
 from selfvil.errors import UserError
 from selfvil.export import export, load_export
 from selfvil.models.positions import resample_positions
+from selfvil.monitor.metrics import read_metrics
 from selfvil.pretrain import build_objective, pretrain
+from selfvil.recipe import load
 
 
 @pytest.fixture(scope="module", params=["mae", "dino", "ibot"])
@@ -78,6 +80,25 @@ def test_a_vit_sees_larger_images_too(digit_shards, tmp_path):
         build_objective(recipe).backbone.pos_embed, resample_abs_pos_embed(before, [6, 6], num_prefix_tokens=1)
     )
     assert pretrain(recipe).finished
+
+
+def test_the_high_resolution_recipe_goes_on_from_the_first_phase(digit_shards, tmp_path):
+    """Both packaged recipes, made small; with patches held to what the first phase left, as the header offers."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert pretrain(load("dinov2_vil_b", runs.overrides("dinov2", digit_shards, first, "budget.steps=2"))).finished
+    more = ["model.img_size=24", f"model.start_from={first}", "objective.gram_weight=1.5",
+            f"objective.gram_from={first}", "budget.steps=2"]  # fmt: skip
+    recipe = load("dinov2_vil_b_highres", runs.overrides("dinov2", digit_shards, second, *more))
+    before = checkpoint.newest(first / "checkpoints").tensors("objective")
+    started = build_objective(recipe).state_dict()
+    for key in ("head.last_layer", "teacher.patch_head.last_layer", "patch_center.value", "backbone.norm.weight"):
+        assert torch.equal(started[key], before[key])
+    assert started["teacher.backbone.pos_embed"].shape[1:3] == (6, 6)
+    assert torch.equal(started["gram.backbone.norm.weight"], before["teacher.backbone.norm.weight"])
+    assert pretrain(recipe).finished
+    assert read_metrics(second / "metrics.jsonl")[-1]["gram"] > 0
+    third = runs.overrides("dinov2", digit_shards, tmp_path / "third", "model.img_size=24", "budget.steps=1")
+    assert pretrain(load("dinov2_vil_b_highres", [*third, f"model.start_from={second}"])).finished  # without an anchor
 
 
 def test_missing_heads_are_told_before_training(old, digit_shards, tmp_path):

@@ -212,6 +212,8 @@ def _read_file(backbone: nn.Module, file: Path) -> dict[str, Tensor]:
 def start_objective(objective: nn.Module, source: str | Path) -> None:
     """Give an objective all its weights, heads and teacher too, from a run, a checkpoint or an export with heads.
 
+    What the objective `brings` itself stays as it is, whether the source has such weights or not.
+
     Raises UserError if the source is none of these, lacks the heads, or was made by other settings.
     """
     folder = Path(source)
@@ -234,7 +236,10 @@ def start_objective(objective: nn.Module, source: str | Path) -> None:
         weights = backbone | load_file(heads)
     else:
         weights = open_checkpoint(folder).tensors("objective")
-    weights = _on_its_grid(objective, weights)
+    brings: tuple[str, ...] = getattr(objective, "brings", ())
+    ours = {name: tensor for name, tensor in objective.state_dict().items() if name.startswith(brings)}
+    theirs = {name: tensor for name, tensor in weights.items() if not name.startswith(brings)}
+    weights = _on_its_grid(objective, theirs) | ours
     where = f"model.start_from = {source} was made by another objective or architecture than the recipe's"
     _fit(objective, weights, where, "take its settings, or set model.start_heads=new to take its backbone alone")
     objective.load_state_dict(weights)

@@ -209,6 +209,31 @@ def test_the_teacher_is_copied_once_and_held_on_to_from_then_on():
     assert not torch.equal(held["patch_embed.proj.weight"], objective.teacher.backbone.patch_embed.proj.weight)
 
 
+@pytest.mark.parametrize("finished", [True, False])
+def test_the_anchor_is_refreshed_as_often_as_asked(digit_shards, tmp_path, finished):
+    """It is the teacher of the last refresh, whether it began as a finished run or as the run's own teacher."""
+    more = ["objective.gram_weight=1", "objective.gram_refreshes=2", "budget.steps=8", "run.checkpoint_every=1",
+            "run.keep_checkpoints=9"]  # fmt: skip
+    if finished:
+        pretrain(runs.small("dinov2", digit_shards, tmp_path / "old", "budget.steps=1"))
+        more += [f"objective.gram_from={tmp_path / 'old'}"]
+        expected = {1: "old/1", 2: "run/2", 3: "run/2", 4: "run/2", 5: "run/5", 8: "run/5"}
+    else:
+        more += ["objective.gram_start=0.25"]
+        expected = {2: "run/2", 3: "run/2", 4: "run/4", 5: "run/4", 6: "run/6", 8: "run/6"}
+    pretrain(runs.small("dinov2", digit_shards, tmp_path / "run", *more))
+
+    def saved(name: str) -> dict[str, Tensor]:
+        run, step = name.split("/")
+        return checkpoint.load(tmp_path / run / "checkpoints" / f"step-{int(step):08d}").tensors("objective")
+
+    for step, origin in expected.items():
+        teacher, held = saved(origin), saved(f"run/{step}")
+        anchor = [name for name in held if name.startswith("gram.")]
+        assert anchor
+        assert all(torch.equal(held[name], teacher[name.replace("gram.", "teacher.")]) for name in anchor), step
+
+
 def test_a_finished_run_can_be_held_on_to(digit_shards, tmp_path):
     """A run, and an export of it; of another width; and a run that was stopped goes on with the same one."""
     pretrain(runs.small("ibot", digit_shards, tmp_path / "old", "budget.steps=2", "model.embed_dim=48"))
@@ -251,6 +276,7 @@ def test_a_run_learns_without_collapse(digit_shards, tmp_path, centring):
         (["optim.batch_size=1"], "one of a single image has none: raise optim.batch_size"),
         (["objective.koleo_weight=0", "optim.batch_size=4", "objective.centring=sinkhorn"], "one of 4 images on all"),
         (["objective.koleo_weight=-1"], "objective.koleo_weight = -1"),
+        (["objective.gram_refreshes=3"], "gram_refreshes = 3 without an anchor: set gram_weight"),
     ],
 )
 def test_a_users_mistake_is_one_sentence(digit_shards, tmp_path, overrides, expected):
@@ -268,4 +294,11 @@ def test_a_network_of_another_grid_or_normalisation_is_refused(digit_shards, tmp
         build_objective(runs.small("dinov2", digit_shards, tmp_path / "run", *more))
     more += ["model.patch_size=8"]
     with pytest.raises(UserError, match=r"old was trained on images of mean \[0\.5\] .* set data\.mean"):
+        build_objective(runs.small("dinov2", digit_shards, tmp_path / "run", *more))
+
+
+def test_a_network_that_cannot_be_refreshed_is_refused(digit_shards, tmp_path):
+    pretrain(runs.small("ibot", digit_shards, tmp_path / "old", "budget.steps=1", "model.embed_dim=48"))
+    more = ["objective.gram_weight=1", f"objective.gram_from={tmp_path / 'old'}", "objective.gram_refreshes=1"]
+    with pytest.raises(UserError, match=r"gram_refreshes = 1 puts .* another architecture .* set it to 0"):
         build_objective(runs.small("dinov2", digit_shards, tmp_path / "run", *more))

@@ -73,12 +73,14 @@ class Objective(nn.Module):
 
     `backbone` is the network that is trained. `networks` names each exportable backbone with its prefix in
     `state_dict()`; `export` is the one exported unless another is asked for. One that is called "teacher" is a running
-    mean of `backbone`: the doctor expects it to follow.
+    mean of `backbone`: the doctor expects it to follow. `brings` are prefixes in `state_dict()` of what an objective
+    brings itself, and does not take from the run that it starts from.
     """
 
     backbone: nn.Module
     networks: Mapping[str, str] = {"student": "backbone."}
     export: str = "student"
+    brings: tuple[str, ...] = ()
 
     def views(self) -> list[View]:
         """The views of one sample, in the order in which `forward` finds them in `batch.views`."""

@@ -61,6 +61,9 @@ class DINOv2Settings(IBOTSettings):
     at gram_start."""
     gram_start: float = Field(0.0, ge=0, lt=1)
     """Share of the budget after which they are held on to."""
+    gram_refreshes: int = Field(0, ge=0)
+    """Times that the run's teacher takes the anchor's place, spread evenly from gram_start to the end (DINOv3: 3 times,
+    after every 10,000 steps); 0 holds on to the same network throughout."""
 
     @model_validator(mode="after")
     def _something_to_hold_on_to(self) -> "DINOv2Settings":
@@ -69,6 +72,8 @@ class DINOv2Settings(IBOTSettings):
                 f"gram_weight = {self.gram_weight} has nothing trained to hold on to: set gram_from to a finished run, "
                 "or gram_start to the share of the budget after which the teacher is good enough"
             )
+        if self.gram_refreshes and not self.gram_weight:
+            raise ValueError(f"gram_refreshes = {self.gram_refreshes} without an anchor: set gram_weight, such as to 1")
         return self
 
 
@@ -76,10 +81,12 @@ class DINOv2(IBOT):
     """DINOv2 around `backbone`: a `VisionLSTM`, or timm's `VisionTransformer` for comparison.
 
     Raises:
-        UserError: as `IBOT`; or gram_from is no trained network, or of another grid or normalisation.
+        UserError: as `IBOT`; or gram_from is no trained network, or of another grid or normalisation; or it is to be
+            refreshed and of another architecture.
     """
 
     settings: DINOv2Settings
+    brings = ("gram.",)
 
     def __init__(self, backbone: nn.Module, settings: DINOv2Settings, image: ImageSpec) -> None:
         super().__init__(backbone, settings, image)
@@ -99,6 +106,13 @@ class DINOv2(IBOT):
             raise UserError(
                 f"objective.gram_from = {source} sees {grid[0]}x{grid[1]} patches where the recipe's model sees "
                 f"{self.grid[0]}x{self.grid[1]}: take a run with the same model.patch_size"
+            )
+        shapes = [{name: x.shape for name, x in net.state_dict().items()} for net in (found.backbone, self.backbone)]
+        if self.settings.gram_refreshes and shapes[0] != shapes[1]:
+            raise UserError(
+                f"objective.gram_refreshes = {self.settings.gram_refreshes} puts the run's teacher in the place of "
+                f"gram_from = {source}, which is of another architecture than the recipe's model: set it to 0, or take "
+                "a run of the same model"
             )
         theirs, ours = found.normalisation, (tuple(self.image.mean), tuple(self.image.std))
         if (theirs.mean, theirs.std) != ours:
@@ -136,13 +150,18 @@ class DINOv2(IBOT):
     @torch.no_grad()
     def after_step(self, progress: Progress) -> None:
         super().after_step(progress)
-        own = self.settings.gram_weight and self.settings.gram_from is None
-        if own and progress.step + 1 == self._gram_step(progress):
+        if self.settings.gram_weight and progress.step + 1 in self._refresh_steps(progress):
             self.gram.follow(self.teacher, momentum=0.0)
 
     def _gram_step(self, progress: Progress) -> int:
         """The first step at which patches are held on to the anchor."""
         return math.ceil(self.settings.gram_start * progress.total_steps)
+
+    def _refresh_steps(self, progress: Progress) -> set[int]:
+        """Steps before which the anchor becomes the run's teacher as it is then."""
+        first, parts = self._gram_step(progress), self.settings.gram_refreshes + 1
+        again = {first + (progress.total_steps - first) * part // parts for part in range(1, parts)}
+        return again | ({first} if self.settings.gram_from is None else set())
 
 
 def gram_distance(patches: Tensor, anchor: Tensor) -> Tensor:
