@@ -111,7 +111,8 @@ def create_backbone(meta: Mapping[str, Any]) -> Network:
         backbone: Any = timm.create_model(name, **kwargs)
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
         raise UserError(f"timm {timm.__version__} cannot build {name} with {kwargs}: {error}") from error
-    size = kwargs.get("img_size") or backbone.pretrained_cfg["input_size"][1:]
+    # Runs of before 2026-11-26 say it among the model's arguments alone.
+    size = meta["data"].get("img_size") or kwargs.get("img_size") or backbone.pretrained_cfg["input_size"][1:]
     height, width = (size, size) if isinstance(size, int) else size
     normalisation = Normalisation(tuple(meta["data"]["mean"]), tuple(meta["data"]["std"]), (height, width))
     return Network(backbone, normalisation, samples_seen=0)

@@ -282,13 +282,24 @@ def build_objective(recipe: Recipe, start: bool = True) -> Objective:
     try:
         backbone = timm.create_model(name, **kwargs)
     except (RuntimeError, TypeError, ValueError, AssertionError) as error:
-        raise UserError(f"model: {name} cannot be built with {kwargs}: {error}") from None
+        advice = ""
+        if "'img_size'" in str(error) or "'patch_size'" in str(error):
+            advice = (
+                "; a masked objective needs a vil_* model or one of timm's plain vision transformers (vit_*), and for "
+                "any other objective on a network without patches model.patch_size must be null"
+            )
+        raise UserError(f"model: {name} cannot be built with {kwargs}: {error}{advice}") from None
+    if recipe.model.patch_size is None and getattr(getattr(backbone, "patch_embed", None), "patch_size", None):
+        raise UserError(
+            f"model.patch_size = null is for networks without patches, and {name} has them: set it to their side, "
+            "such as 16"
+        )
     source = recipe.model.start_from if start else None
     if source is not None and recipe.model.start_heads == "new":
         with torch.random.fork_rng(devices=[]):  # the heads are those that the seed gives without a start
             start_backbone(backbone, source)  # now, since the objective's teacher begins as a copy of it
     image = ImageSpec(
-        recipe.model.img_size, recipe.model.patch_size, recipe.model.in_chans, recipe.data.mean, recipe.data.std
+        recipe.model.img_size, recipe.model.patch_size or 1, recipe.model.in_chans, recipe.data.mean, recipe.data.std
     )
     objective = objective_class(recipe.objective.name)(backbone, recipe.objective, image)
     if source is not None and recipe.model.start_heads == "load":
@@ -386,6 +397,7 @@ def _meta(recipe: Recipe, shards: Shards, objective: Objective, step: int, secon
             "pattern": train if isinstance(train, str) else " ".join(train),
             "mean": recipe.data.mean,
             "std": recipe.data.std,
+            "img_size": list(recipe.model.img_size),
             "fingerprint": shards.fingerprint,
             "num_samples": len(shards),
         },

@@ -42,8 +42,8 @@ class ModelSection(Section):
     """Name of a timm model, such as vil_tiny_patch16_224."""
     img_size: Size = (224, 224)
     """Height and width of a training image, in pixels; both divisible by patch_size."""
-    patch_size: int = Field(16, ge=1)
-    """Side of a square patch, in pixels."""
+    patch_size: int | None = Field(16, ge=1)
+    """Side of a square patch, in pixels; null for networks without patches, such as convnext_tiny."""
     in_chans: Literal[1, 3, 4] = 3
     """Channels of an image: 1 (grey), 3 (RGB) or 4 (RGBA)."""
     embed_dim: int | None = Field(None, ge=16)
@@ -92,9 +92,9 @@ class ModelSection(Section):
 
     @model_validator(mode="after")
     def _image_is_whole_patches(self) -> "ModelSection":
-        for side in self.img_size:
-            if side < self.patch_size or side % self.patch_size:
-                raise ValueError(f"img_size {list(self.img_size)} is not divisible by patch_size {self.patch_size}")
+        patch = self.patch_size or 1
+        if any(side < patch or side % patch for side in self.img_size):
+            raise ValueError(f"img_size {list(self.img_size)} is not divisible by patch_size {self.patch_size}")
         return self
 
     @model_validator(mode="after")
@@ -116,12 +116,12 @@ class ModelSection(Section):
     def create_kwargs(self) -> dict[str, Any]:
         """Arguments for `timm.create_model(self.name, ...)`: a backbone without a classifier."""
         kwargs: dict[str, Any] = {
-            "img_size": list(self.img_size),
-            "patch_size": self.patch_size,
             "in_chans": self.in_chans,
             "num_classes": 0,
             "drop_path_rate": self.drop_path_rate,
         }
+        if self.patch_size is not None:  # a network without patches is built for no size of image
+            kwargs = {"img_size": list(self.img_size), "patch_size": self.patch_size} | kwargs
         optional = (
             "embed_dim", "depth", "num_heads", "drop_path_uniform", "init_values", "traversal", "conv", "global_pool",
             "num_registers", "pos_embed",

@@ -340,5 +340,5 @@ def test_a_users_mistake_is_one_sentence(digit_shards, tmp_path, overrides, expe
 @pytest.mark.parametrize("name", ["convnext_atto", "resnet10t", "swin_tiny_patch4_window7_224"])
 def test_a_backbone_without_a_grid_of_patches_is_refused(name):
     spec = ImageSpec((32, 32), 4, 3, (0.5,) * 3, (0.2,) * 3)
-    with pytest.raises(UserError, match=r"cannot take crops of several sizes: use a vil_\* model"):
+    with pytest.raises(UserError, match=r"cannot leave tokens out: a masked objective needs a vil_\* model"):
         IBOT(timm.create_model(name, num_classes=0), IBOTSettings(out_dim=8), spec)

@@ -170,5 +170,5 @@ def test_a_users_mistake_is_one_sentence(digit_shards, tmp_path, override, expec
 
 
 def test_a_backbone_that_cannot_take_crops_is_refused():
-    with pytest.raises(UserError, match="ResNet cannot take crops of several sizes"):
-        lejepa(backbone=timm.create_model("resnet10t", num_classes=0))
+    with pytest.raises(UserError, match="SwinTransformer cannot take crops of several sizes"):
+        lejepa(backbone=timm.create_model("swin_tiny_patch4_window7_224", num_classes=0))

@@ -114,16 +114,17 @@ def patch_grid(backbone: nn.Module, features: Tensor, images: Tensor) -> tuple[i
 def take_any_size(backbone: nn.Module) -> None:
     """Let `backbone` take images of any size that its patches divide, with positions resampled to their grid.
 
-    A `VisionLSTM` does so by itself. One of timm's plain vision transformers is changed to what `dynamic_img_size=True`
-    would have made of it; its parameters stay the same. Raises UserError for any other architecture.
+    A `VisionLSTM` does so by itself, as do networks without patches, such as ConvNeXt. One of timm's plain vision
+    transformers is changed to what `dynamic_img_size=True` would have made of it; its parameters stay the same. Raises
+    UserError for any other architecture.
     """
-    if isinstance(backbone, VisionLSTM):
-        return
     embed: Any = getattr(backbone, "patch_embed", None)
+    if isinstance(backbone, VisionLSTM) or (embed is None and hasattr(backbone, "forward_features")):
+        return
     if not isinstance(backbone, VisionTransformer) or not isinstance(embed, PatchEmbed):
         raise UserError(
-            f"{type(backbone).__name__} cannot take crops of several sizes: use a vil_* model or one of timm's plain "
-            f"vision transformers (vit_*)"
+            f"{type(backbone).__name__} cannot take crops of several sizes: use a vil_* model, one of timm's plain "
+            f"vision transformers (vit_*), or a network without patches, such as convnext_tiny"
         )
     backbone.dynamic_img_size = True  # type: ignore[misc]  # final for TorchScript alone
     embed.strict_img_size, embed.flatten, embed.output_fmt = False, False, Format.NHWC

@@ -29,7 +29,10 @@ class Batch(Protocol):
 
 @dataclass(frozen=True)
 class ImageSpec:
-    """The images an objective works on: sides in pixels, patch side in pixels, statistics for each channel."""
+    """The images an objective works on: sides in pixels, patch side in pixels, statistics for each channel.
+
+    `patch_size` is 1 for a backbone without patches, which every objective that needs them refuses.
+    """
 
     size: tuple[int, int]
     patch_size: int

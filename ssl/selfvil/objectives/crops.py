@@ -8,7 +8,7 @@ Shapes: B images, V crops of each, C channels of an image, D features of a crop.
 
 from collections.abc import Sequence
 from itertools import groupby
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from selfvil.data.views import DINOCrop
 from selfvil.errors import UserError
-from selfvil.models.heads import read_out
+from selfvil.models.heads import read_out, take_any_size
 from selfvil.objectives.base import ImageSpec, View
 from selfvil.recipe import Section, Size
 
@@ -32,6 +32,10 @@ Scale = Annotated[tuple[float, float], AfterValidator(_ascending_share)]
 """Range of the share of an image's area that a random crop covers."""
 
 
+Readout = Literal["bilateral_concat", "mean", "first", "last", "cls", "registers"] | None
+"""Tokens that stand for a crop, by a name from `selfvil.models.heads.READOUTS`; None: what the backbone is made for."""
+
+
 class CropSettings(Section):
     """Settings of the crops; the defaults are DINO's."""
 
@@ -42,20 +46,45 @@ class CropSettings(Section):
     local_crops: int = Field(8, ge=0, le=64)
     """Small crops of each image."""
     local_crop_size: Size = (96, 96)
-    """Height and width of a small crop, in pixels; both divisible by model.patch_size."""
+    """Height and width of a small crop, in pixels; both divisible by model.patch_size, if there is one."""
     blur: bool = True
     """Blur some crops by up to 2 pixels, as published for 224-pixel images; too much for images of 32."""
     flip: bool = True
     """Flip half of the crops left to right; false where a mirror image means something else, as with digits."""
 
 
-def refuse_cut_patches(settings: CropSettings, image: ImageSpec) -> None:
-    """Raises UserError where small crops are not whole patches."""
-    if settings.local_crops and any(side < 1 or side % image.patch_size for side in settings.local_crop_size):
+def prepare_for_crops(backbone: nn.Module, settings: CropSettings, image: ImageSpec) -> None:
+    """Let `backbone` take large and small crops.
+
+    Raises UserError where small crops are not whole patches, or the backbone cannot take crops of these sizes.
+    """
+    small = settings.local_crop_size
+    if settings.local_crops and any(side < 1 or side % image.patch_size for side in small):
         raise UserError(
-            f"objective.local_crop_size = {list(settings.local_crop_size)} is not divisible by "
-            f"model.patch_size = {image.patch_size}: both sides must be multiples of it"
+            f"objective.local_crop_size = {list(small)} is not divisible by model.patch_size = {image.patch_size}: "
+            "both sides must be multiples of it"
         )
+    take_any_size(backbone)
+    if not hasattr(backbone, "patch_embed"):  # such a network tells how small images may be by taking them or not
+        for key, size in (("model.img_size", image.size), ("objective.local_crop_size", small)):
+            if key == "model.img_size" or settings.local_crops:
+                need_size(backbone, image, size, key)
+
+
+@torch.no_grad()
+def need_size(backbone: nn.Module, image: ImageSpec, size: tuple[int, int], key: str) -> None:
+    """Raises UserError where `backbone` cannot take images of that size, which the recipe has under `key`."""
+    training = backbone.training
+    backbone.eval()  # a mere look
+    try:
+        backbone.forward_features(torch.zeros(1, image.in_chans, *size))  # type: ignore[operator]
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise UserError(
+            f"{type(backbone).__name__} cannot take crops of {size[0]}x{size[1]} pixels ({' '.join(str(error).split())}"
+            f"): raise {key}"
+        ) from None
+    finally:
+        backbone.train(training)
 
 
 def multi_crop(settings: CropSettings, image: ImageSpec) -> list[View]:

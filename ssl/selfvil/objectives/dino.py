@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, distributed, nn
 
-from selfvil.models.heads import ProjectionHead, choose_readout, take_any_size
+from selfvil.models.heads import ProjectionHead, choose_readout
 from selfvil.objectives.base import Batch, ImageSpec, Objective, Progress, StepOutput, View
-from selfvil.objectives.crops import CropSettings, multi_crop, read_crops, refuse_cut_patches, sheet_of_crops
+from selfvil.objectives.crops import CropSettings, Readout, multi_crop, prepare_for_crops, read_crops, sheet_of_crops
 from selfvil.optim import cosine
 
 
@@ -28,9 +28,9 @@ class DINOSettings(CropSettings):
     """Settings of DINO; the defaults are those of the published code. An epoch is a pass over the training images."""
 
     name: Literal["dino"] = "dino"
-    readout: Literal["bilateral_concat", "mean", "first", "last", "cls"] | None = None
-    """Tokens that the head sees: first and last side by side, the mean of all, one of them, or a ViT's class token.
-    null takes bilateral_concat for ViL and cls for ViT."""
+    readout: Readout = None
+    """Tokens that the head sees: first and last side by side, the mean of all, one of them, the class token, or all
+    registers. null takes bilateral_concat for ViL, or registers or cls where model.global_pool says so; cls for ViT."""
     out_dim: int = Field(65536, ge=2)
     """Prototypes K: width of the head's output. Small sets of images need fewer."""
     hidden_dim: int = Field(2048, ge=1)
@@ -66,7 +66,7 @@ class DINOSettings(CropSettings):
 
 
 class DINO(Objective):
-    """DINO around `backbone`: a `VisionLSTM`, or timm's `VisionTransformer` for comparison.
+    """DINO around `backbone`: a `VisionLSTM`, or for comparison timm's `VisionTransformer` or a convolutional network.
 
     Raises:
         UserError: small crops are not whole patches, the backbone cannot take crops of several sizes, or it has no
@@ -79,8 +79,7 @@ class DINO(Objective):
     def __init__(self, backbone: nn.Module, settings: DINOSettings, image: ImageSpec) -> None:
         super().__init__()
         self.settings, self.image = settings, image
-        refuse_cut_patches(settings, image)
-        take_any_size(backbone)
+        prepare_for_crops(backbone, settings, image)
         self.readout, width = choose_readout(backbone, settings.readout)
         self.backbone = backbone
         self.head = self.new_head(width)

@@ -27,7 +27,7 @@ from selfvil.errors import UserError
 from selfvil.export import Normalisation, load_export
 from selfvil.models.heads import READOUTS, choose_readout, patch_grid, split_tokens, take_any_size, usable_readouts
 from selfvil.objectives.base import Batch, ImageSpec, Objective, Progress, StepOutput, View
-from selfvil.objectives.crops import Scale
+from selfvil.objectives.crops import Readout, Scale
 from selfvil.objectives.dino import StaysFloat32
 from selfvil.recipe import Section, Size
 
@@ -44,7 +44,7 @@ class DistillSettings(Section):
     """Height and width to which images are resized for the teacher, in pixels; null shows it the student's."""
     teacher_readout: Literal["bilateral_concat", "mean", "cls"] | None = None
     """The teacher's tokens that stand for the image; null takes cls where there is one, for ViL bilateral_concat."""
-    readout: Literal["bilateral_concat", "mean", "first", "last", "cls"] | None = None
+    readout: Readout = None
     """The student's tokens that stand for the image; null takes bilateral_concat for ViL and cls for ViT."""
     readout_weight: float = Field(1.0, ge=0)
     """Weight of the loss of the image's features; 0 leaves it out."""

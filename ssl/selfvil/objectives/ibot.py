@@ -66,8 +66,9 @@ class IBOT(DINO):
     settings: IBOTSettings
 
     def __init__(self, backbone: nn.Module, settings: IBOTSettings, image: ImageSpec) -> None:
+        grid = token_grid(backbone, image.size)  # first, since it refuses what has no patches to mask
         super().__init__(backbone, settings, image)
-        self.grid = token_grid(backbone, image.size)
+        self.grid = grid
         num_patches = self.grid[0] * self.grid[1]
         most = int(num_patches * settings.mask_ratios[1])
         if not 0 < most < num_patches:

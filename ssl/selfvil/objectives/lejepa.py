@@ -15,14 +15,15 @@ from lightly.loss import LeJEPALoss
 from pydantic import Field
 from torch import Tensor, nn
 
-from selfvil.models.heads import MLPHead, choose_readout, take_any_size
+from selfvil.models.heads import MLPHead, choose_readout
 from selfvil.objectives.base import Batch, ImageSpec, Objective, Progress, StepOutput, View
 from selfvil.objectives.crops import (
     CropSettings,
+    Readout,
     Scale,
     multi_crop,
+    prepare_for_crops,
     read_crops,
-    refuse_cut_patches,
     sheet_of_crops,
 )
 
@@ -35,9 +36,9 @@ class LeJEPASettings(CropSettings):
     """
 
     name: Literal["lejepa"] = "lejepa"
-    readout: Literal["bilateral_concat", "mean", "first", "last", "cls"] | None = None
-    """Tokens that the head sees: first and last side by side, the mean of all, one of them, or a ViT's class token.
-    null takes bilateral_concat for ViL and cls for ViT."""
+    readout: Readout = None
+    """Tokens that the head sees: first and last side by side, the mean of all, one of them, the class token, or all
+    registers. null takes bilateral_concat for ViL, or registers or cls where model.global_pool says so; cls for ViT."""
     out_dim: int = Field(64, ge=1)
     """Width K of the projections that are made Gaussian."""
     hidden_dim: int = Field(2048, ge=1)
@@ -55,7 +56,8 @@ class LeJEPASettings(CropSettings):
 
 
 class LeJEPA(Objective):
-    """LeJEPA around `backbone`: a `VisionLSTM`, or timm's `VisionTransformer` for comparison.
+    """LeJEPA around `backbone`: a `VisionLSTM`, or for comparison timm's `VisionTransformer` or a convolutional
+    network.
 
     Raises:
         UserError: small crops are not whole patches, the backbone cannot take crops of several sizes, or it has no
@@ -65,8 +67,7 @@ class LeJEPA(Objective):
     def __init__(self, backbone: nn.Module, settings: LeJEPASettings, image: ImageSpec) -> None:
         super().__init__()
         self.settings, self.image = settings, image
-        refuse_cut_patches(settings, image)
-        take_any_size(backbone)
+        prepare_for_crops(backbone, settings, image)
         self.readout, width = choose_readout(backbone, settings.readout)
         self.backbone = backbone
         self.head = MLPHead(width, settings.out_dim, settings.hidden_dim)
