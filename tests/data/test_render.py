@@ -4,6 +4,8 @@ Changes of colour, grey, solarisation, flips and parts that are not resized are 
 off where the sum lies between two, which later changes magnify.
 """
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
@@ -249,6 +251,16 @@ def test_sums_are_exact_in_float32(size):
         assert torch.equal(weights, weights.round())
         assert 255 * weights.abs().sum(-1).max() < 2**24
         assert ((weights.sum(-1) / 2**15 - 1).abs() < 2e-3).all()
+
+
+def test_the_host_asks_the_device_nothing(monkeypatch):
+    """A meta tensor has no values: whatever had to wait for one would fail."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # there is none for this device
+    alpha = DINOCrop(16, (0.4, 1), **levels(4), blur=0.5)
+    for batch in (drawn(pictures(3, 8), CROPS), drawn(pictures(4, 8), [alpha])):
+        there = batch.render("meta")
+        assert [view.shape for view in there] == [view.shape for view in batch.render("cpu")]
+        assert {view.device.type for view in there} == {"meta"}
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
