@@ -8,8 +8,10 @@ import torch
 
 import runs
 from selfvil import checkpoint
+from selfvil.data.views import CenterCrop
 from selfvil.errors import UserError
 from selfvil.monitor.metrics import read_metrics
+from selfvil.objectives.mae import MAE
 from selfvil.pretrain import build_objective, pretrain
 from selfvil.recipe import Recipe, load
 
@@ -53,6 +55,31 @@ def test_accumulated_micro_batches_make_the_same_step(digit_shards, tmp_path):
     ours, theirs = runs.state(tmp_path / "whole"), runs.state(tmp_path / "split")
     for key in ours:
         torch.testing.assert_close(ours[key], theirs[key], rtol=1e-4, atol=1e-5, msg=lambda text, key=key: key + text)
+
+
+@pytest.mark.parametrize("objective", ["mae", "dino"])
+def test_views_may_be_made_on_the_device(digit_shards, tmp_path, objective):
+    """A run learns from them what it learns from those of the workers, and goes on bit for bit after a stop."""
+    more = ["data.augment=device", "data.workers=1", "budget.steps=8", "optim.warmup=0"]
+    whole = pretrain(runs.small(objective, digit_shards, tmp_path / "whole", *more))
+    pretrain(runs.small(objective, digit_shards, tmp_path / "paused", *more, "budget.pause_minutes=1e-6"))
+    pretrain(runs.small(objective, digit_shards, tmp_path / "paused", *more))
+    runs.assert_same_state(tmp_path / "whole", tmp_path / "paused")
+    by_workers = pretrain(
+        runs.small(objective, digit_shards, tmp_path / "workers", *more, "data.augment=workers")
+    )  # fmt: skip
+    first, later = (r["loss"] for r in read_metrics(tmp_path / "whole" / "metrics.jsonl") if r["kind"] == "train")
+    assert whole.loss == later < first
+    assert whole.loss == pytest.approx(by_workers.loss, rel=0.01)
+    with pytest.raises(UserError, match=r"data\.augment: device -> workers"):
+        pretrain(runs.small(objective, digit_shards, tmp_path / "whole", *more, "data.augment=workers"))
+
+
+def test_a_view_that_only_workers_can_make_is_refused_before_training(digit_shards, tmp_path, monkeypatch):
+    monkeypatch.setattr(MAE, "views", lambda self: [CenterCrop(16, self.image.mean, self.image.std)])
+    with pytest.raises(UserError, match=r"data\.augment = device: CenterCrop"):
+        pretrain(small(digit_shards, tmp_path / "run", "data.augment=device"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_heads_can_go_first(digit_shards, tmp_path):

@@ -58,6 +58,7 @@ def test_a_square_size_may_be_one_number():
         ("optim.schedule=wds", ["optim.schedule", "cosine", "wsd", "constant"]),
         ("optim.layer_decay=0", ["optim.layer_decay = 0", "greater than 0"]),
         ("budget.epochs=3", ["exactly one of epochs, samples and steps"]),
+        ("data.augment=gpu", ["data.augment = 'gpu'", "workers", "device"]),
         ("data.mean=[0.5]", ["data.mean has 1 values, but model.in_chans is 3"]),
         ("eval.train=a.tar", ["give both train and test"]),
         ("optimiser.base_lr=1", ["no section 'optimiser'", "did you mean optim?"]),

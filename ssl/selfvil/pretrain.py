@@ -24,6 +24,7 @@ from accelerate.utils import DistributedType
 from selfvil import checkpoint, optim, runtime
 from selfvil.data.index import Shards, open_shards
 from selfvil.data.loader import Batch, Ledger, train_batches
+from selfvil.data.render import drawable
 from selfvil.errors import UserError
 from selfvil.export import start_backbone, start_objective
 from selfvil.memory import need_memory
@@ -89,6 +90,8 @@ def pretrain(recipe: Recipe) -> Summary:
     objective = build_objective(recipe, start=resumed is None).to(accelerator.device)
     micro_batch, channels = recipe.optim.batch_size // per_step, recipe.model.in_chans
     objective.check_batch(micro_batch * world_size)
+    if recipe.data.augment == "device":
+        drawable(objective.views())
     autocast = runtime.autocast(accelerator.device, recipe.run.precision)
     parts = accelerator.num_processes if divided else 1
     need_memory(objective, micro_batch, channels, accelerator.device, autocast, parts)
@@ -141,7 +144,7 @@ def pretrain(recipe: Recipe) -> Summary:
     batches = train_batches(
         shards, objective.views(), seed=seed, batch_size=batch_size, rank=rank, world_size=world_size,
         accumulate=recipe.optim.accumulate, start_step=first_step, stop_step=total_steps, workers=recipe.data.workers,
-        channels=recipe.model.in_chans,
+        channels=recipe.model.in_chans, augment=recipe.data.augment,
     )  # fmt: skip
 
     model.train()

@@ -140,6 +140,9 @@ class DataSection(Section):
     """Standard deviation of each channel, on a scale of 0 to 1."""
     workers: int = Field(8, ge=0, le=128)
     """Processes that decode and augment, for each training process; 0 does it in the training process."""
+    augment: Literal["workers", "device"] = "workers"
+    """Who crops images and disturbs their colours: workers; or device, a batch at a time, for small images (32 pixels,
+    not 500) on a GPU too fast for workers. The same draws, and the same views to the rounding of 8 bits."""
     max_bad: float = Field(0.001, ge=0, le=1)
     """Share of samples that may be damaged (replaced, and entered in ledger.jsonl) before the run stops."""
 

@@ -18,7 +18,7 @@ from PIL import Image
 from selfvil.data.index import open_shards
 from selfvil.data.loader import BadSample, Batch, Ledger, ordered_batches, train_batches
 from selfvil.data.order import Order
-from selfvil.data.views import CenterCrop, RandomCropFlip
+from selfvil.data.views import CenterCrop, DINOCrop, RandomCropFlip
 from selfvil.errors import UserError
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
@@ -203,6 +203,73 @@ def test_real_images_through_workers(shared_data):
     assert 0.5 < batch.views[0].std() < 2
 
 
+# --- views made on the device -------------------------------------------------------------------------------------
+
+COLOURS = [
+    DINOCrop(16, (0.4, 1), MEAN, STD, blur=1.0),
+    DINOCrop((8, 12), (0.1, 0.4), MEAN, STD, blur=0.5, solarise=0.2),
+    RandomCropFlip(16, (0.2, 1), MEAN, STD),
+]
+
+
+def on_device(shards, **settings) -> list[Batch]:
+    return [b.to("cpu") for b in train_batches(shards, COLOURS, seed=5, batch_size=8, augment="device", **settings)]
+
+
+@pytest.fixture(scope="module")
+def rendered(shards):
+    return joined(on_device(shards, stop_step=10))
+
+
+def test_the_device_makes_the_views_of_the_workers(shards, rendered):
+    """From the same draws for the same images: what differs is rounding, as test_render.py has it."""
+    expected = joined(list(train_batches(shards, COLOURS, seed=5, batch_size=8, stop_step=10)))
+    assert_same(rendered[3:], expected[3:])
+    for ours, theirs in zip(rendered[:3], expected[:3]):
+        assert ours.shape == theirs.shape
+        assert ours.dtype == theirs.dtype
+        assert (ours - theirs).abs().mean() * 255 * STD[0] < 0.3
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(("world_size", "accumulate", "start"), [(1, 1, 0), (2, 1, 0), (2, 2, 0), (8, 1, 0), (1, 1, 7)])
+def test_rendered_batches_do_not_depend_on_topology(shards, rendered, world_size, accumulate, start, workers):
+    parts = [
+        on_device(
+            shards, stop_step=10, start_step=start, rank=rank, world_size=world_size, accumulate=accumulate,
+            workers=workers,
+        )
+        for rank in range(world_size)
+    ]  # fmt: skip
+    assert_same(joined([batch for part in parts for batch in part]), [column[start * 8 :] for column in rendered])
+
+
+def test_a_batch_has_views_once_it_is_on_the_device(shards):
+    (batch,) = train_batches(shards, COLOURS, seed=5, batch_size=8, stop_step=1, augment="device")
+    assert batch.views == []
+    assert batch.drawn is not None
+    assert batch.drawn.images.dtype == torch.uint8
+    assert batch.drawn.images.shape == (8, 3, 10, 12)
+    there = batch.to("cpu")
+    assert there.drawn is None
+    assert len(there.views) == 3
+    assert all(torch.equal(ours, again) for ours, again in zip(there.views, there.to("cpu").views))
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_grey_and_alpha_are_rendered_too(shards, channels):
+    view = DINOCrop(16, (0.4, 1), [0.5] * channels, [0.25] * channels, blur=0.5)
+    settings = {"seed": 0, "batch_size": 8, "stop_step": 1, "channels": channels}
+    (found,) = train_batches(shards, [view], **settings, augment="device")
+    (expected,) = train_batches(shards, [view], **settings)
+    assert (found.to("cpu").views[0] - expected.views[0]).abs().mean() * 255 / 4 < 0.3
+
+
+def test_a_view_that_only_workers_can_make_is_refused_at_once(shards):
+    with pytest.raises(UserError, match=r"data\.augment = device: CenterCrop .* set data\.augment to workers"):
+        train_batches(shards, [CenterCrop(8, MEAN, STD)], seed=0, batch_size=8, stop_step=1, augment="device")
+
+
 # --- damage -------------------------------------------------------------------------------------------------------
 
 DAMAGE = {3: b"", 20: b"this is no image", 36: png(36)[:150]}
@@ -251,6 +318,15 @@ def test_replacements_do_not_depend_on_topology(damaged):
 
     reports = [sorted([bad for batch in each for bad in batch.bad], key=key) for each in (one, parts)]
     assert reports[0] == reports[1]
+
+
+def test_replacements_are_rendered_on_the_device(damaged):
+    settings = {"seed": 5, "batch_size": 8, "stop_step": 10}
+    by_workers = list(train_batches(damaged, COLOURS, **settings))
+    for workers in (0, 2):
+        by_device = on_device(damaged, stop_step=10, workers=workers)
+        assert [batch.bad for batch in by_device] == [batch.bad for batch in by_workers]
+        assert_same(joined(by_device)[3:], joined(by_workers)[3:])
 
 
 def test_bytes_that_changed_after_indexing_are_replaced(damaged):

@@ -11,7 +11,7 @@ import signal
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -22,7 +22,8 @@ from torch.utils.data import DataLoader, Dataset
 from selfvil.data.index import Shards
 from selfvil.data.order import Order
 from selfvil.data.read import DamagedImage, decode_image
-from selfvil.data.views import preserved_randomness, seed_randomness
+from selfvil.data.render import Drawn, drawable
+from selfvil.data.views import RandomCropFlip, preserved_randomness, seed_randomness
 from selfvil.errors import UserError
 
 View = Callable[[Image], Tensor]
@@ -48,7 +49,8 @@ class BadSample:
 class Batch:
     """B samples. `views[i]` float32 (B, C, H_i, W_i); `positions`, `ids`, `labels` int64 (B,), labels -1 for none.
 
-    `ids` name what was really read, replacements included; `bad` lists what was replaced.
+    `ids` name what was really read, replacements included; `bad` lists what was replaced. A batch that is augmented on
+    the device has no views until it gets there, but `drawn`, from which they are made.
     """
 
     views: list[Tensor]
@@ -56,15 +58,24 @@ class Batch:
     ids: Tensor
     labels: Tensor
     bad: list[BadSample] = field(default_factory=list)
+    drawn: Drawn | None = None
 
     def to(self, device: torch.device | str) -> "Batch":
         """A batch with views and labels on `device`; positions and ids stay on the CPU, where they are used."""
-        views = [view.to(device, non_blocking=True) for view in self.views]
-        return replace(self, views=views, labels=self.labels.to(device, non_blocking=True))
+        if self.drawn is not None:
+            views = self.drawn.render(device)
+        else:
+            views = [view.to(device, non_blocking=True) for view in self.views]
+        return replace(self, views=views, labels=self.labels.to(device, non_blocking=True), drawn=None)
 
     def pin_memory(self) -> "Batch":
         """Called by DataLoader: views and labels in pinned memory, from which a GPU copies without waiting."""
-        return replace(self, views=[view.pin_memory() for view in self.views], labels=self.labels.pin_memory())
+        return replace(
+            self,
+            views=[view.pin_memory() for view in self.views],
+            labels=self.labels.pin_memory(),
+            drawn=self.drawn and self.drawn.pin_memory(),
+        )
 
 
 def train_batches(
@@ -80,6 +91,7 @@ def train_batches(
     stop_step: int,
     workers: int = 0,
     channels: int = 3,
+    augment: Literal["workers", "device"] = "workers",
 ) -> Generator[Batch, None, None]:
     """Micro-batches of steps [start_step, stop_step) for one rank: `accumulate` of them for each step, in order.
 
@@ -87,10 +99,12 @@ def train_batches(
         batch_size: samples in one optimizer step, over all ranks and micro-batches together.
         workers: processes that decode and augment; 0 does it in this process. Results are the same.
         channels: of the decoded images: 1 (grey), 3 (RGB) or 4 (RGBA).
+        augment: where views are made: by the workers; or by `Batch.to` on the device, from what the workers decoded and
+            drew, which is the same to the rounding of 8 bits.
 
     Raises:
-        UserError: batch_size is not divisible by world_size * accumulate; or, while iterating, images are damaged in
-            such numbers that no replacement is found, or a worker process dies.
+        UserError: batch_size is not divisible by world_size * accumulate, or a view cannot be made on the device; or,
+            while iterating, images are damaged in such numbers that no replacement is found, or a worker process dies.
     """
     parts = world_size * accumulate
     if batch_size < 1 or batch_size % parts:
@@ -98,7 +112,8 @@ def train_batches(
             f"a batch size of {batch_size} is not divisible by {parts} ({world_size} processes × {accumulate} "
             "micro-batches); change optim.batch_size, optim.accumulate or the number of processes"
         )
-    samples = _Samples(shards, views, channels, seed, Order(len(shards), seed))
+    crops = drawable(views) if augment == "device" else None
+    samples = _Samples(shards, views, channels, seed, Order(len(shards), seed), crops)
     micro = batch_size // parts
     firsts = (
         step * batch_size + (rank * accumulate + part) * micro
@@ -176,18 +191,23 @@ class Ledger:
 
 @dataclass
 class _Samples(Dataset):
-    """Map-style data set whose item is a whole batch: positions [first, last) of the order, or of the shards."""
+    """Map-style data set whose item is a whole batch: positions [first, last) of the order, or of the shards.
+
+    With `crops`, the same views, they are only drawn.
+    """
 
     shards: Shards
     views: Sequence[View]
     channels: int
     seed: int
     order: Order | None
+    crops: Sequence[RandomCropFlip] | None = None
 
     def __getitem__(self, span: tuple[int, int]) -> Batch | UserError:
         positions = np.arange(*span)
         ids = positions.copy() if self.order is None else self.order.ids(positions)
-        tensors: list[list[Tensor]] = [[] for _ in self.views]
+        made: list[list[Any]] = [[] for _ in self.views]
+        images: list[Image] = []
         bad: list[BadSample] = []
         with preserved_randomness():
             for row, position in enumerate(positions.tolist()):
@@ -197,10 +217,14 @@ class _Samples(Dataset):
                     return error
                 for number, view in enumerate(self.views):
                     seed_randomness(self.seed, position, number)
-                    tensors[number].append(view(image))
+                    crop = self.crops and self.crops[number]
+                    made[number].append(crop.draw(*image.size, image.mode) if crop else view(image))
+                if self.crops:
+                    images.append(image)
         labels = np.full(len(ids), -1) if self.shards.labels is None else self.shards.labels[ids]
-        stacked = [torch.stack(rows) for rows in tensors]
-        return Batch(stacked, torch.from_numpy(positions), torch.from_numpy(ids), torch.from_numpy(labels), bad)
+        drawn = Drawn.collate(images, made, self.crops) if self.crops else None
+        stacked = [] if drawn else [torch.stack(rows) for rows in made]
+        return Batch(stacked, torch.from_numpy(positions), torch.from_numpy(ids), torch.from_numpy(labels), bad, drawn)
 
     def _image(self, position: int, first: int, bad: list[BadSample]) -> tuple[Image, int]:
         """The image for a position, and its id. Where `first` is damaged, what another seed's order has at the position

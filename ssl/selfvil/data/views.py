@@ -2,6 +2,8 @@
 
 A view takes its randomness from the global generators of torch, numpy and Python. The loader seeds them by (seed,
 position, view) before each call, so what a sample looks like depends on nothing else: not on workers, ranks or resumes.
+
+A random view draws first and applies afterwards, so that `render.py` can do the second part for a whole batch.
 """
 
 import math
@@ -10,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import blake2b
 from struct import pack
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -62,6 +65,20 @@ class _Normalise:
         return torch.from_numpy(channels_first)
 
 
+class Draw(NamedTuple):
+    """All that is random in one view of one image."""
+
+    box: tuple[int, int, int, int]
+    """Left, top, width and height of the part that is shown, in pixels of the image."""
+    flip: bool
+    changes: tuple[tuple[int, float], ...] = ()
+    """Changes of colour in their order: 0 brightness, 1 contrast, 2 saturation or 3 hue, and the amount of each."""
+    grey: bool = False
+    blur: float = 0.0
+    """Standard deviation of the Gaussian, in pixels of the view; 0 for none."""
+    solarise: bool = False
+
+
 class RandomCropFlip:
     """A random part of the image, resized by bicubic interpolation, flipped left to right half of the time.
 
@@ -86,13 +103,21 @@ class RandomCropFlip:
         self.normalise = _Normalise(mean, std)
 
     def __call__(self, image: Image.Image) -> Tensor:
-        return self.normalise(self._crop(image), flip=self._flips())
+        return self.apply(image, self.draw(*image.size, image.mode))
+
+    def draw(self, width: int, height: int, mode: str) -> Draw:
+        """Of a view of an image of this size, in pixels, and Pillow's mode (L, RGB or RGBA)."""
+        return Draw(self._box(width, height), self._flips())
+
+    def apply(self, image: Image.Image, draw: Draw) -> Tensor:
+        """The view (C, H, W) that `draw` describes, for an image of the size and mode it was drawn for."""
+        return self.normalise(self._crop(image, draw), flip=draw.flip)
 
     def _flips(self) -> bool:
         return self.flip and random.random() < 0.5
 
-    def _crop(self, image: Image.Image) -> Image.Image:
-        left, top, width, height = self._box(*image.size)
+    def _crop(self, image: Image.Image, draw: Draw) -> Image.Image:
+        left, top, width, height = draw.box
         if (left, top, width, height) != (0, 0, *image.size):
             image = image.crop((left, top, left + width, top + height))
         if (width, height) != (self.width, self.height):
@@ -141,27 +166,36 @@ class DINOCrop(RandomCropFlip):
             )
         self.blur, self.solarise, self.jitter = blur, solarise, jitter
 
-    def __call__(self, image: Image.Image) -> Tensor:
-        image = self._crop(image)
+    def draw(self, width: int, height: int, mode: str) -> Draw:
+        box, in_colour = self._box(width, height), mode in ("RGB", "RGBA")
+        changes: list[tuple[int, float]] = []
+        if random.random() < 0.8:
+            reaches = list(enumerate(self.jitter))[: None if in_colour else 2]
+            random.shuffle(reaches)
+            changes = [(change, random.uniform(-reach, reach)) for change, reach in reaches]
+        grey = in_colour and random.random() < 0.2
+        blur = random.uniform(0.1, 2.0) if random.random() < self.blur else 0.0
+        solarise = random.random() < self.solarise
+        return Draw(box, self._flips(), tuple(changes), grey, blur, solarise)
+
+    def apply(self, image: Image.Image, draw: Draw) -> Tensor:
+        image = self._crop(image, draw)
         if image.mode == "RGBA":
-            alpha, image = image.getchannel("A"), self._disturb(image.convert("RGB"))
+            alpha, image = image.getchannel("A"), self._disturb(image.convert("RGB"), draw)
             image.putalpha(alpha)
         else:
-            image = self._disturb(image)
-        return self.normalise(image, flip=self._flips())
+            image = self._disturb(image, draw)
+        return self.normalise(image, flip=draw.flip)
 
-    def _disturb(self, image: Image.Image) -> Image.Image:
-        in_colour = image.mode == "RGB"
-        if random.random() < 0.8:
-            changes = list(zip((_brightness, _contrast, _saturation, _hue), self.jitter))[: None if in_colour else 2]
-            random.shuffle(changes)
-            for change, amount in changes:
-                image = change(image, random.uniform(-amount, amount))
-        if in_colour and random.random() < 0.2:
+    def _disturb(self, image: Image.Image, draw: Draw) -> Image.Image:
+        kinds = (_brightness, _contrast, _saturation, _hue)
+        for change, amount in draw.changes:
+            image = kinds[change](image, amount)
+        if draw.grey:
             image = image.convert("L").convert("RGB")
-        if random.random() < self.blur:
-            image = image.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2.0)))
-        if random.random() < self.solarise:
+        if draw.blur:
+            image = image.filter(ImageFilter.GaussianBlur(draw.blur))
+        if draw.solarise:
             image = image.point(_SOLARISED * len(image.getbands()))
         return image
 
