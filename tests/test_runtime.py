@@ -102,3 +102,12 @@ def test_draws_of_a_step_depend_on_seed_step_and_rank_only():
 
     assert draw(0, 5, 0) == draw(0, 5, 0)
     assert len({draw(seed, step, rank) for seed in range(3) for step in range(20) for rank in range(3)}) == 180
+
+
+@pytest.mark.parametrize(("busy", "threads", "processes", "warned"), [
+    (0.3, 2, 1, False), (1.0, 2, 1, True), (1.0, 1, 1, False), (0.0, 2, 2, True), (2.0, 4, 1, True),
+])  # fmt: skip
+def test_threads_without_a_core_of_their_own_are_told(busy, threads, processes, warned):
+    sentence = runtime.crowded(busy, 2, threads, processes)
+    assert (sentence is not None) == warned
+    assert not warned or "set run.threads=1" in sentence

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, TypeVar
 
+import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import (
@@ -72,7 +73,26 @@ def start(precision: Literal["fp32", "bf16"], accumulate: int, threads: int | No
         log.warning(sentence)
     if threads is not None:
         torch.set_num_threads(threads)
+    if (used := torch.get_num_threads()) > 1 and accelerator.device.type == "cpu" and accelerator.is_local_main_process:
+        cores, processes = os.cpu_count() or 1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        busy = cores * psutil.cpu_percent(interval=0.3) / 100  # seconds; what others do while we wait
+        if sentence := crowded(busy, cores, used, processes):
+            log.warning(sentence)
     return accelerator
+
+
+def crowded(busy: float, cores: int, threads: int, processes: int) -> str | None:
+    """A warning, if threads of this launch will share cores with others: `busy` of `cores` are in use already.
+
+    They wait for each other in loops, so that one without a core holds up the rest: beside two other processes on two
+    cores, two threads made between 0.2 and 1 times the steps of one.
+    """
+    if busy + threads * processes <= cores + 0.5:
+        return None
+    return (
+        f"{busy:.1f} of {cores} cores are busy with other work, and {processes} x {threads} threads that wait for each "
+        f"other can be several times slower there than one: if it stays so, stop and set run.threads=1"
+    )
 
 
 def refuse_strategy(environ: Mapping[str, str]) -> None:
