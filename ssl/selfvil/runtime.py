@@ -76,8 +76,8 @@ def start(precision: Literal["fp32", "bf16"], accumulate: int, threads: int | No
     if (used := torch.get_num_threads()) > 1 and accelerator.device.type == "cpu" and accelerator.is_local_main_process:
         cores, processes = os.cpu_count() or 1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         busy = cores * psutil.cpu_percent(interval=0.3) / 100  # seconds; what others do while we wait
-        if sentence := crowded(busy, cores, used, processes):
-            log.warning(sentence)
+        if crowding := crowded(busy, cores, used, processes):
+            log.warning(crowding)
     return accelerator
 
 
