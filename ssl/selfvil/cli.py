@@ -154,7 +154,10 @@ def doctor(
         print(f"{run / 'metrics.jsonl'} ends in the middle of a line, as a killed run leaves it: that line is left out")
     examined = checkup.examine(record)
     console = Console()
-    console.print(checkup.as_table(examined, f"{run}, by its metrics"))
+    if checkup.rows(examined):
+        console.print(checkup.as_table(examined, f"{run}, by its metrics"))
+    else:
+        print(checkup.NOTHING_JUDGED)
     if measure:
         signs = checkup.measure(record)
         console.print(checkup.signs_table(signs, f"{run}, its newest checkpoint on its training images"))

@@ -134,6 +134,16 @@ def test_metrics_of_a_run_without_vital_signs_are_examined_too(copied):
     assert "constant_teacher" in examine(open_run(copied)).alarms
 
 
+def test_a_run_with_nothing_to_judge_says_so(digit_shards, tmp_path, capsys):
+    pretrain(runs.small("mae", digit_shards, tmp_path / "run", "budget.steps=2", "monitor.log_every=1"))
+    assert command("doctor", tmp_path / "run") == 0
+    assert "nothing to judge: the run took no vital signs" in capsys.readouterr().out
+    assert command("report", tmp_path / "run") == 0
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "Not shown: nothing to judge" in page
+    assert "No alarm" not in page
+
+
 @pytest.mark.parametrize("model", ["vil_nano_patch4_32", "vit_tiny_patch16_224"])
 def test_features_become_colours_and_the_readout_has_a_map(model):
     import timm

@@ -120,6 +120,12 @@ def training_images(record: Record, count: int, views: Sequence[View] | None = N
     )  # fmt: skip
 
 
+NOTHING_JUDGED = (
+    "nothing to judge: the run took no vital signs (monitor.doctor_every is null, or longer than the run so far), and "
+    "its objective logs none of a teacher"
+)
+
+
 def as_table(doctor: Doctor, title: str) -> Table:
     """Symptom, value, healthy range, verdict and advice, one row for each rule that has a value."""
     table = Table(title=title)

@@ -16,7 +16,7 @@ import torch
 
 from selfvil.errors import UserError
 from selfvil.export import load_network, open_checkpoint
-from selfvil.monitor.checkup import Record, examine, rows, training_images
+from selfvil.monitor.checkup import NOTHING_JUDGED, Record, examine, rows, training_images
 from selfvil.monitor.collapse import RULES
 from selfvil.monitor.pictures import curves_figure, png
 from selfvil.monitor.saliency import pca_colours, readout_saliency
@@ -125,6 +125,8 @@ def _status(record: Record) -> str:
 
 def _doctor(record: Record) -> str:
     doctor = examine(record)
+    if not rows(doctor):
+        raise UserError(NOTHING_JUDGED)
     said = "".join(f"<p><b>Step {alarm.step:,}.</b> {escape(alarm.sentence)}</p>" for alarm in doctor.alarms.values())
     header = ["symptom", "value", "healthy", "verdict", "advice"]
     return (said or "<p>No alarm.</p>") + _table(header, rows(doctor))
