@@ -10,11 +10,8 @@ levels of 255, stand beside the speeds.
 """
 
 import argparse
-import datetime
 import json
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -23,8 +20,8 @@ from pathlib import Path
 import numpy as np
 import PIL
 import torch
+from about import about
 
-import selfvil
 from selfvil.data.index import Shards, open_shards
 from selfvil.data.loader import Batch, train_batches
 from selfvil.data.views import RandomCropFlip
@@ -50,7 +47,10 @@ def main() -> None:
     print_table(rows, args)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({"about": about(args), "rows": rows}, indent=2) + "\n")
+        args.json.write_text(
+            json.dumps({"about": about(args, pillow=PIL.__version__, numpy=np.__version__), "rows": rows}, indent=2)
+            + "\n"
+        )
 
 
 def measure(name: str, args: argparse.Namespace) -> dict:
@@ -119,7 +119,7 @@ def spread(values: list[float]) -> dict:
 
 
 def print_table(rows: list[dict], args: argparse.Namespace) -> None:
-    print(f"images/s on {device_name(args.device)}, batches of {args.batch}: median [quartiles]")
+    print(f"images/s on {about(args)['device']}, batches of {args.batch}: median [quartiles]")
     for row in rows:
         print(f"{row['recipe']}: {len(row['views'])} views of {sorted({tuple(view) for view in row['views']})}")
         for way, speed in row["images_per_s"].items():
@@ -130,37 +130,6 @@ def print_table(rows: list[dict], args: argparse.Namespace) -> None:
             f"    a core feeds {ratio:.1f} times as many; both ways differ by {levels['mean']:.3f} levels of 255 on "
             f"average, {levels['largest']:.0f} at most"
         )
-
-
-def about(args: argparse.Namespace) -> dict:
-    """What a reader needs to judge the figures, or to take them again."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
-    return {
-        "date": datetime.date.today().isoformat(),
-        # Where shards lie on this machine is nobody's business.
-        "command": " ".join(
-            ["python", "benchmarks/augmentation.py", *(Path(x).name if x.startswith("/") else x for x in sys.argv[1:])]
-        ),
-        "device": device_name(args.device),
-        "cores_of": device_name("cpu"),
-        "threads": args.threads,
-        "torch": torch.__version__,
-        "pillow": PIL.__version__,
-        "numpy": np.__version__,
-        "selfvil": selfvil.__version__,
-        "commit": commit.stdout.strip() or None,
-    }
-
-
-def device_name(device: str) -> str:
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 if __name__ == "__main__":

@@ -17,13 +17,10 @@ train. What is above it are products too small or narrow for that speed, and pas
 """
 
 import argparse
-import datetime
 import json
 import multiprocessing
-import platform
 import re
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -31,9 +28,9 @@ from pathlib import Path
 
 import timm
 import torch
+from about import about
 from torch import Tensor, nn
 
-import selfvil
 from selfvil.models.masking import encode_kept, keep_from_noise, token_grid
 from selfvil.models.published import checkpoint_filter_fn
 from selfvil.models.vision_lstm import VisionLSTM
@@ -92,7 +89,12 @@ def main() -> None:
             "peak memory of a training step, fp32: " + ", ".join(f"{n} {b / 2**20:,.0f} MiB" for n, b in memory.items())
         )
     if args.json:
-        record = {"about": about(args), "rows": rows, "floor_seconds": floors, "peak_bytes": memory}
+        record = {
+            "about": about(args, timm=timm.__version__),
+            "rows": rows,
+            "floor_seconds": floors,
+            "peak_bytes": memory,
+        }
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(record, indent=2) + "\n")
 
@@ -254,40 +256,6 @@ def print_table(rows: list[dict], args: argparse.Namespace) -> None:
             f"{row['dtype']:5} {row['mode']:16} {row['network']:22} {row['images_per_s']:9.2f}"
             f"   {ratio:.2f} [{low:.2f}, {high:.2f}]"
         )
-
-
-def about(args: argparse.Namespace) -> dict:
-    """What a reader needs to judge the figures, or to take them again."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
-    return {
-        "date": datetime.date.today().isoformat(),
-        # Where a checkout lies on this machine is nobody's business.
-        "command": " ".join(
-            [
-                "python",
-                "benchmarks/backbone.py",
-                *(f"../{Path(x).name}" if x.startswith("/") else x for x in sys.argv[1:]),
-            ]
-        ),
-        "device": torch.cuda.get_device_name() if args.device.startswith("cuda") else processor(),
-        "threads": args.threads,
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-        "selfvil": selfvil.__version__,
-        "commit": commit.stdout.strip() or None,
-    }
-
-
-def processor() -> str:
-    """The processor's name, and whether it multiplies bfloat16 by itself."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    fields = dict(line.split(":", 1) for line in lines if ":" in line)
-    fields = {name.strip(): value.strip() for name, value in fields.items()}
-    bf16 = [flag for flag in ("avx512_bf16", "amx_bf16") if flag in fields.get("flags", "").split()]
-    return " ".join([fields.get("model name", platform.machine()), *bf16])
 
 
 if __name__ == "__main__":

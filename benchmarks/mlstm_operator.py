@@ -19,20 +19,18 @@ speed of a large copy. Both speeds are measured in the same run.
 """
 
 import argparse
-import datetime
 import json
 import math
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from about import about
 from torch import Tensor
 
-import selfvil
 from selfvil.ops import mlstm, triton_mlstm
 from selfvil.ops.mlstm import choose
 
@@ -81,7 +79,7 @@ def main() -> None:
                 rows += new
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({"about": about(args), "rows": rows}, indent=2) + "\n")
+        args.json.write_text(json.dumps({"about": about(args, triton=triton_version()), "rows": rows}, indent=2) + "\n")
     wrong = [row for row in rows if not row["correct"]]
     if wrong:
         sys.exit(f"{len(wrong)} rows are marked wrong: their timings mean nothing")
@@ -263,34 +261,12 @@ def print_rows(rows: list[dict], header: bool) -> None:
         )
 
 
-def about(args: argparse.Namespace) -> dict:
-    """What a reader needs to judge the figures, or to take them again."""
-    from backbone import processor  # a script's own folder is on its path
-
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+def triton_version() -> str | None:
     try:
         import triton
-
-        triton_version = triton.__version__
     except ImportError:
-        triton_version = None
-    return {
-        "date": datetime.date.today().isoformat(),
-        # Where a checkout lies on this machine is nobody's business.
-        "command": " ".join(
-            [
-                "python",
-                "benchmarks/mlstm_operator.py",
-                *(f"../{Path(x).name}" if x.startswith("/") else x for x in sys.argv[1:]),
-            ]
-        ),
-        "device": torch.cuda.get_device_name() if args.device.startswith("cuda") else processor(),
-        "threads": args.threads,
-        "torch": torch.__version__,
-        "triton": triton_version,
-        "selfvil": selfvil.__version__,
-        "commit": commit.stdout.strip() or None,
-    }
+        return None
+    return triton.__version__
 
 
 if __name__ == "__main__":
