@@ -153,6 +153,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16", help="fp32 where bf16 is no faster")
     parser.add_argument("--frozen-only", action="store_true", help="do not fine-tune")
     parser.add_argument("--rates-only", action="store_true", help="measure how fast each row is, and no more")
+    parser.add_argument("--json", type=Path, help="file to write the figures of finished rows to, with their runs")
     parser.add_argument("--print-only", action="store_true", help="print the rows that are finished, and no more")
     args = parser.parse_args()
     args.rows = [name for given in args.rows for name in GROUPS.get(given, [given])]
@@ -163,6 +164,8 @@ def main() -> None:
             train(args, name, seed)
             score(args, name, seed)
     print_table(args)
+    if args.json:
+        args.json.write_text(json.dumps(figures(args), indent=1) + "\n")
 
 
 def folder(args: argparse.Namespace, name: str, seed: int) -> Path:
@@ -244,6 +247,24 @@ def run(*arguments: str) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     print("$ python", *arguments, flush=True)
     subprocess.run([sys.executable, *arguments], cwd=REPOSITORY, env=environment, check=True)
+
+
+def figures(args: argparse.Namespace) -> list[dict]:
+    """Every figure of the finished rows, with what its run was given and took."""
+    found = []
+    for name, seed in product(args.rows, args.seeds):
+        run = folder(args, name, seed)
+        for file in [run.with_suffix(f".{kind}.json") for kind in ("all", "finetune")]:
+            if not file.exists():
+                continue
+            summary = json.loads((run / "run.json").read_text())
+            about = {"row": name, "recipe": ROWS[name].recipe, "changes": " ".join(ROWS[name].changes), "seed": seed,
+                     "training_seconds": summary["summary"]["seconds"], "trained_at": summary["launches"][-1]["commit"],
+                     "precision": args.precision}  # fmt: skip
+            columns = ("network", "protocol", "value", "deviation", "readout", "train_images", "test_images",
+                       "samples_seen", "device", "versions", "commit")  # fmt: skip
+            found += [about | {key: row[key] for key in columns} for row in json.loads(file.read_text())]
+    return found
 
 
 def print_table(args: argparse.Namespace) -> None:
