@@ -83,13 +83,15 @@ MAE_ABLATIONS = {
     "mae-mask-block": mae("objective.mask=block", rate_of="mae-base"),
     "mae-mask-row": mae("objective.mask=row", rate_of="mae-base"),
     "mae-gap-aware": mae("objective.gap_aware=true", rate_of="mae-base"),
+    "mae-conv-compact": mae("objective.compact_conv=true"),
     "mae-conv-sequence": mae("model.conv=causal1d"),
+    "mae-conv-sequence-compact": mae("model.conv=causal1d", "objective.compact_conv=true"),
     "mae-conv-none": mae("model.conv=none"),
     "mae-decoder-vit": mae(*VIT_DECODER),
     "mae-decoder-deep": mae("objective.decoder_depth=2"),
     "mae-decoder-wide": mae("objective.decoder_dim=128"),
 }
-"""Masks, convolution on the grid, on the kept tokens in a row, or none, and decoders: one thing changed in each."""
+"""Masks; convolution on the grid, on a sequence, either of kept tokens alone, or none; and decoders."""
 
 LAYERSCALE_ABLATIONS = {
     f"mae-layerscale-{scale}-lr-{rate}": mae(
@@ -181,15 +183,20 @@ def budget(args: argparse.Namespace, name: str) -> int:
 def measure_rates(args: argparse.Namespace) -> None:
     """Images a second of each row on one core, for those not measured yet, into rates.json.
 
-    Rows take steps by turns in one process, so that a machine that is busy is busy for all of them alike.
+    Rows take steps by turns in one process, so that a machine that is busy is busy for all of them alike; where some
+    were measured before, the first of these takes part again, and its two rates are the scale of the others'.
     """
     file = args.out / "rates.json"
     known = json.loads(file.read_text()) if file.exists() else {}
     names = dict.fromkeys(ROWS[name].rate_of or name for name in args.rows)
-    steppers = {name: steps(args, name) for name in names if name not in known}
+    new, old = [name for name in names if name not in known], next(iter(known), None)
+    if not new:
+        return
+    steppers = {name: steps(args, name) for name in [*new, *([old] if old else [])]}
     rounds = [{name: next(stepper) for name, stepper in steppers.items()} for _ in range(ROUNDS)]
-    for name in steppers:
-        known[name] = statistics.median(each[name] for each in rounds[1:])  # the first has the start in it
+    rates = {name: statistics.median(each[name] for each in rounds[1:]) for name in steppers}  # the first has the start
+    scale = known[old] / rates[old] if old else 1.0
+    known |= {name: rates[name] * scale for name in new}
     file.write_text(json.dumps(known, indent=1) + "\n")
 
 

@@ -18,6 +18,7 @@ from selfvil.models.masking import (
     scatter_tokens,
     token_grid,
 )
+from selfvil.models.order import compact_grid
 
 
 def small_vil(**settings):
@@ -215,3 +216,36 @@ def test_masking_needs_a_backbone_that_takes_tokens():
             torch.zeros(1, 4),
             torch.zeros(3),
         )
+
+
+# --- convolution of kept tokens side by side --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("count", "grid", "expected"),
+    [(16, (8, 8), (4, 4)), (6, (4, 6), (2, 3)), (6, (6, 4), (3, 2)), (49, (14, 14), (7, 7)), (7, (4, 7), (1, 7)),
+     (5, (9, 3), (5, 1)), (1, (4, 4), (1, 1)), (24, (4, 6), (4, 6))],
+)  # fmt: skip
+def test_a_compact_grid_has_nearly_the_shape_of_the_whole_one(count, grid, expected):
+    assert compact_grid(count, grid) == expected
+
+
+@pytest.mark.parametrize("settings", [{}, {"conv": "causal1d"}, {"num_registers": 2}, {"traversal": "quad"}])
+def test_a_compact_convolution_sees_the_kept_tokens_as_an_image_of_their_own(settings):
+    """Positions are added before: so kept tokens with theirs are the image of a network whose positions are zero."""
+    model = VisionLSTM((16, 24), 4, embed_dim=32, depth=2, num_classes=0, **settings).double().eval()
+    x, keep = torch.randn(2, 24, 32, dtype=torch.double), torch.tensor([[0, 2, 3, 9, 17, 22], [1, 4, 5, 6, 20, 23]])
+    if settings.get("traversal") == "quad":  # kept in two whole rows: then columns are columns of the small grid too
+        keep = torch.tensor([[0, 1, 2, 12, 13, 14], [7, 9, 11, 19, 21, 23]])
+    spread = model.forward_tokens(x, (4, 6), keep)
+    model.set_compact_conv()
+    compact = model.forward_tokens(x, (4, 6), keep)
+    assert not torch.allclose(compact, spread, atol=1e-6)
+    placed = gather_tokens(x + model.pos_embed.flatten(1, 2), keep)
+    everything = torch.arange(24).expand(2, -1)
+    whole = model.forward_tokens(x, (4, 6), everything)
+    torch.testing.assert_close(whole, model.forward_tokens(x, (4, 6)), rtol=1e-9, atol=1e-9)
+    with torch.no_grad():
+        model.pos_embed.zero_()
+    if not settings.get("num_registers"):  # whose places among the kept tokens follow the whole image
+        torch.testing.assert_close(model.forward_tokens(placed, (2, 3)), compact, rtol=1e-9, atol=1e-9)

@@ -165,6 +165,13 @@ def test_gap_aware_is_for_a_backbone_that_forgets():
         mae("vit_tiny_patch16_224", gap_aware=True)
 
 
+def test_compact_conv_is_for_a_backbone_that_convolves():
+    backbone = mae(compact_conv=True).backbone
+    assert all(module.compact_conv for module in backbone.modules() if isinstance(module, Reader))
+    with pytest.raises(UserError, match="this VisionTransformer has no convolution among its tokens: set it to false"):
+        mae("vit_tiny_patch16_224", compact_conv=True)
+
+
 def test_heads_must_divide_the_width():
     with pytest.raises(UserError, match=r"objective\.decoder_heads = 5 does not divide objective\.decoder_dim = 32"):
         mae(decoder="vit", decoder_heads=5)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from selfvil.models.masking import gather_tokens, scatter_tokens
-from selfvil.models.order import Columns, Grid, join, split, steps_of
+from selfvil.models.order import Columns, Grid, compact_grid, join, split, steps_of
 from selfvil.ops import fused, linear, mlstm
 
 EXPANSION = 2
@@ -118,7 +118,7 @@ class Reader(nn.Module):
         super().__init__()
         if conv not in CONVS:
             raise ValueError(f"conv = {conv!r} does not exist; choose one of: {', '.join(map(repr, CONVS))}")
-        self.gap_aware = False
+        self.gap_aware = self.compact_conv = False
         self.conv: nn.Module | None = None
         if conv == "2d":
             self.conv = nn.Conv2d(inner, inner, kernel_size=3, padding=1, groups=inner)
@@ -176,7 +176,12 @@ class Reader(nn.Module):
         return h if gate is None else h * F.silu(gate)
 
     def convolve(self, x: Tensor, grid: Grid, keep: Tensor | None, places: Tensor | None, reverse: bool) -> Tensor:
-        """Depthwise convolution of tokens (B, K, E) at their places, zeros where none was kept."""
+        """Depthwise convolution of tokens (B, K, E) at their places, zeros where none was kept.
+
+        With `compact_conv`, of the kept tokens side by side, as if they were all there is.
+        """
+        if self.compact_conv and keep is not None:
+            grid, keep = compact_grid(keep.shape[1], grid), None
         if isinstance(self.conv, nn.Conv2d):
             return self.convolve_grid(self.conv, x, grid, keep, places, reverse)
         if isinstance(self.conv, nn.Conv1d):

@@ -7,6 +7,8 @@ the patches and, after them, the extra tokens stand; None if there are no extra 
 Shapes: B images, H × W grid, N = H·W patches, K kept ones, R extra tokens, C channels.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,14 @@ from selfvil.models.masking import gather_tokens, scatter_tokens
 
 Grid = tuple[int, int]
 """Rows and columns of tokens."""
+
+
+def compact_grid(count: int, grid: Grid) -> Grid:
+    """The grid of `count` tokens whose sides are in the ratio nearest to that of `grid`."""
+    ratio = math.log(grid[1] / grid[0])
+    columns = (c for c in range(1, count + 1) if count % c == 0)
+    best = min(columns, key=lambda c: abs(math.log(c * c / count) - ratio))
+    return count // best, best
 
 
 def slots(num_patches: int, num_extra: int, device: torch.device) -> Tensor:

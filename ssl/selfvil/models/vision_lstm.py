@@ -332,3 +332,13 @@ class VisionLSTM(nn.Module):
         for module in self.modules():
             if isinstance(module, Reader):
                 module.gap_aware = enable
+
+    @torch.jit.ignore
+    def set_compact_conv(self, enable: bool = True) -> None:
+        """Whether convolutions see kept tokens side by side, on a grid or in a row of their own, or at their places.
+
+        Where no token is dropped it makes no difference.
+        """
+        for module in self.modules():
+            if isinstance(module, Reader):
+                module.compact_conv = enable

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from selfvil.data.views import RandomCropFlip
 from selfvil.errors import UserError
 from selfvil.models.blocks import ViLBlockPair
+from selfvil.models.layers import Reader
 from selfvil.models.masking import encode_kept, kept_ids, sample_mask, scatter_tokens, token_grid
 from selfvil.models.vision_lstm import VisionLSTM
 from selfvil.objectives.base import Batch, ImageSpec, Objective, Progress, StepOutput, View, keyed_noise
@@ -41,6 +42,9 @@ class MAESettings(Section):
     gap_aware: bool = False
     """ViL: forget once for each patch that is hidden between two kept ones, so that what is left of a patch is what a
     pass over the whole image would have left; false forgets once from one kept patch to the next."""
+    compact_conv: bool = False
+    """ViL, to compare: convolve kept patches side by side, in a row or, with model.conv: 2d, on a small grid of their
+    own, as code that knows of no holes; false convolves them at their places, with zeros where others are hidden."""
     decoder: Literal["vil", "vit"] = "vil"
     """Blocks of the decoder: pairs of ViL blocks, or transformer layers as published."""
     decoder_dim: int = Field(512, ge=16, multiple_of=8)
@@ -89,6 +93,15 @@ class MAE(Objective):
                     "take a vil_* model"
                 )
             backbone.set_gap_aware()
+
+        if settings.compact_conv:
+            convolves = [module.conv is not None for module in backbone.modules() if isinstance(module, Reader)]
+            if not isinstance(backbone, VisionLSTM) or not all(convolves):
+                raise UserError(
+                    f"objective.compact_conv = true, but this {type(backbone).__name__} has no convolution among its "
+                    "tokens: set it to false, or take a vil_* model with model.conv = 2d or causal1d"
+                )
+            backbone.set_compact_conv()
 
         dim = settings.decoder_dim
         self.decoder_embed = nn.Linear(int(backbone.embed_dim), dim)  # type: ignore[arg-type]  # a number, in timm
