@@ -411,6 +411,7 @@ def test_two_processes_train_as_one(digit_shards, tmp_path):
         ("objective.local_crop_size=10", r"local_crop_size = [10, 10] is not divisible by model.patch_size = 4"),
         ("objective.local_crop_size=0", r"local_crop_size = [0, 0]"),
         ("objective.local_crop_size=[8, -4]", "local_crop_size = [8, -4] is not divisible"),
+        ("objective.readout=registers", "'registers' is not possible with VisionLSTM; choose one of: bilateral_concat"),
         ("objective.readout=middle", "objective.readout = 'middle': input should be 'bilateral_concat', 'mean'"),
         ("objective.readout=cls", "'cls' is not possible with VisionLSTM; choose one of: bilateral_concat, mean"),
         ("objective.local_crop_scale=[0.4, 0.1]", "[0.4, 0.1] is not a range of shares"),
@@ -427,3 +428,12 @@ def test_a_users_mistake_is_one_sentence(digit_shards, tmp_path, override, expec
 def test_a_backbone_that_cannot_take_crops_is_refused():
     with pytest.raises(UserError, match="SwinTransformer cannot take crops of several sizes"):
         dino(backbone=timm.create_model("swin_tiny_patch4_window7_224", num_classes=0))
+
+
+@pytest.mark.parametrize("readout", [None, "registers"])
+def test_registers_are_read_side_by_side(readout):
+    objective = dino(backbone=network(global_pool="registers", num_registers=3), readout=readout)
+    assert objective.readout == "registers"
+    assert objective.head.mlp[0].in_features == 3 * 32
+    objective(batch(), PROGRESS).loss.backward()
+    assert objective.backbone.reg_token.grad.abs().sum() > 0
