@@ -167,7 +167,8 @@ def main() -> None:
             score(args, name, seed)
     print_table(args)
     if args.json:
-        args.json.write_text(json.dumps(figures(args), indent=1) + "\n")
+        lines = ",\n".join(map(json.dumps, figures(args)))  # one for each figure, so that files can be compared
+        args.json.write_text(f"[\n{lines}\n]\n")
 
 
 def folder(args: argparse.Namespace, name: str, seed: int) -> Path:
