@@ -16,9 +16,10 @@ from run_many import torchrun
 from runs import PACKAGED, REPOSITORY, assert_same_state, environment, overrides, small, state
 from selfvil import checkpoint
 from selfvil.errors import UserError
-from selfvil.export import export, load_export
+from selfvil.export import export
 from selfvil.monitor.metrics import read_metrics
 from selfvil.pretrain import pretrain
+from selfvil.weights import load_export
 from selfvil.zero import apply_recipe
 
 MISSING = [package for package in ("deepspeed", "transformers") if find_spec(package) is None]

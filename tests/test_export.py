@@ -13,7 +13,8 @@ from torch import nn
 
 from selfvil import checkpoint
 from selfvil.errors import UserError
-from selfvil.export import Normalisation, create_backbone, export, load_export, load_network, open_checkpoint
+from selfvil.export import export
+from selfvil.weights import Normalisation, create_backbone, load_export, load_network, open_checkpoint
 
 MODELS = {
     "vil": ("vil_nano_patch4_32", {"img_size": [32, 32], "patch_size": 4, "in_chans": 3, "num_classes": 0, "depth": 2}),

@@ -13,11 +13,12 @@ import runs
 from published_files import as_in_published_file
 from selfvil import checkpoint
 from selfvil.errors import UserError
-from selfvil.export import export, load_export
+from selfvil.export import export
 from selfvil.models.positions import resample_positions
 from selfvil.monitor.metrics import read_metrics
 from selfvil.pretrain import build_objective, pretrain
 from selfvil.recipe import load
+from selfvil.weights import load_export
 
 
 @pytest.fixture(scope="module", params=["mae", "dino", "ibot"])

@@ -26,7 +26,6 @@ from selfvil.data.index import Shards, open_shards
 from selfvil.data.loader import Batch, Ledger, train_batches
 from selfvil.data.render import drawable
 from selfvil.errors import UserError
-from selfvil.export import start_backbone, start_objective
 from selfvil.memory import need_memory
 from selfvil.monitor.collapse import Doctor
 from selfvil.monitor.console import ProgressLine
@@ -38,6 +37,7 @@ from selfvil.monitor.vitals import Vitals
 from selfvil.objectives import objective_class
 from selfvil.objectives.base import ImageSpec, Objective, Progress
 from selfvil.recipe import Recipe, differences, parse
+from selfvil.start_from import start_backbone, start_objective
 from selfvil.zero import Zero, apply_recipe, numel
 
 log = logging.getLogger("selfvil")

@@ -23,8 +23,9 @@ from selfvil.evaluate.features import extract, load_backbone
 from selfvil.evaluate.finetune import Settings, choose_heads, finetune, train_classifier
 from selfvil.evaluate.linear import linear_probe
 from selfvil.evaluate.score import as_json, as_table
-from selfvil.export import Network, Normalisation, export
+from selfvil.export import export
 from selfvil.models.heads import read_out
+from selfvil.weights import Network, Normalisation
 from tars import write_tar
 
 KWARGS = {"img_size": [8, 8], "patch_size": 2, "in_chans": 1, "num_classes": 0, "embed_dim": 32, "depth": 2}

@@ -7,9 +7,10 @@ import torch
 import runs
 from selfvil import checkpoint
 from selfvil.errors import UserError
-from selfvil.export import export, load_export
+from selfvil.export import export
 from selfvil.pretrain import build_objective, pretrain
 from selfvil.recipe import load
+from selfvil.weights import load_export
 
 CONVOLUTIONAL = ["model.patch_size=null", "model.embed_dim=null", "model.depth=null", "model.img_size=40"]
 CROPS = {"dino": ["objective.local_crop_size=32"], "lejepa": ["objective.local_crop_size=32"], "distill": []}

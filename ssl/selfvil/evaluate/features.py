@@ -21,9 +21,9 @@ from selfvil.data.index import Shards
 from selfvil.data.loader import ordered_batches
 from selfvil.data.views import CenterCrop
 from selfvil.errors import UserError
-from selfvil.export import Network, create_backbone, load_export, load_network, open_checkpoint
 from selfvil.models import VisionLSTM
 from selfvil.models.heads import READOUTS, has_class_token, read_out, usable_readouts
+from selfvil.weights import Network, create_backbone, load_export, load_network, open_checkpoint
 
 log = logging.getLogger(__name__)
 

@@ -32,9 +32,9 @@ from selfvil.errors import UserError
 from selfvil.evaluate.features import Features, Precision, extract, labelled_rows, load_backbone
 from selfvil.evaluate.linear import few_label_probe, linear_probe
 from selfvil.evaluate.score import Row, check_labels
-from selfvil.export import Network, Normalisation
 from selfvil.models.heads import choose_readout
 from selfvil.version import __version__
+from selfvil.weights import Network, Normalisation
 
 log = logging.getLogger(__name__)
 

@@ -29,9 +29,9 @@ from selfvil.evaluate.features import (
 )
 from selfvil.evaluate.knn import knn
 from selfvil.evaluate.linear import few_label_probe, linear_probe, need_per_class
-from selfvil.export import Network, Normalisation
 from selfvil.runtime import commit, device_name
 from selfvil.version import __version__
+from selfvil.weights import Network, Normalisation
 
 PROTOCOLS = ("knn", "linear")
 _RAW_SIDE = 32  # pixels; the longer side of images whose pixels are probed

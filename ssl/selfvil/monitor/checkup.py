@@ -19,12 +19,12 @@ from selfvil.data.loader import Batch, View, train_batches
 from selfvil.data.views import CenterCrop, RandomCropFlip
 from selfvil.errors import UserError
 from selfvil.evaluate.features import choose_readout
-from selfvil.export import load_network, open_checkpoint
 from selfvil.models.heads import read_out
 from selfvil.monitor.collapse import RULES, Doctor
 from selfvil.monitor.metrics import read_metrics
 from selfvil.monitor.vitals import feature_vitals, gate_vitals, lidar_vitals, listening
 from selfvil.recipe import Recipe, parse
+from selfvil.weights import load_network, open_checkpoint
 
 LIDAR_IMAGES, LIDAR_VIEWS = 128, 8
 

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 
 from selfvil.errors import UserError
-from selfvil.export import load_network, open_checkpoint
 from selfvil.monitor.checkup import NOTHING_JUDGED, Record, examine, rows, training_images
 from selfvil.monitor.collapse import RULES
 from selfvil.monitor.pictures import curves_figure, png
@@ -23,6 +22,7 @@ from selfvil.monitor.saliency import pca_colours, readout_saliency
 from selfvil.monitor.vitals import horizons, listening
 from selfvil.objectives.base import Objective, Progress
 from selfvil.recipe import Recipe
+from selfvil.weights import load_network, open_checkpoint
 
 Build = Callable[[Recipe, bool], Objective]
 """Builds the objective of a recipe; False for without its model.start_from."""

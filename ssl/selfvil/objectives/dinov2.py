@@ -18,7 +18,6 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from selfvil.errors import UserError
-from selfvil.export import load_pretrained
 from selfvil.models.heads import split_tokens, take_any_size
 from selfvil.models.masking import token_grid
 from selfvil.objectives.base import ImageSpec, Progress
@@ -26,6 +25,7 @@ from selfvil.objectives.crops import Scale
 from selfvil.objectives.dino import Teacher
 from selfvil.objectives.ibot import IBOT, IBOTSettings
 from selfvil.objectives.processes import join
+from selfvil.weights import load_pretrained
 
 
 class DINOv2Settings(IBOTSettings):

@@ -24,12 +24,12 @@ from torch import Tensor, nn
 
 from selfvil.data.views import RandomCropFlip
 from selfvil.errors import UserError
-from selfvil.export import Normalisation, load_export
 from selfvil.models.heads import READOUTS, choose_readout, patch_grid, split_tokens, take_any_size, usable_readouts
 from selfvil.objectives.base import Batch, ImageSpec, Objective, Progress, StepOutput, View
 from selfvil.objectives.crops import Readout, Scale
 from selfvil.objectives.dino import StaysFloat32
 from selfvil.recipe import Section, Size
+from selfvil.weights import Normalisation, load_export
 
 
 class DistillSettings(Section):
