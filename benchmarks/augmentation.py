@@ -55,7 +55,7 @@ def main() -> None:
 
 def measure(name: str, args: argparse.Namespace) -> dict:
     recipe = load(name, [f"data.train={args.train}", "run.out=unused"])
-    shards, channels = open_shards(recipe.data.train), recipe.model.in_chans
+    shards, channels = open_shards(recipe.data.train, image=recipe.data.image), recipe.model.in_chans
     views = [view for view in build_objective(recipe).views() if isinstance(view, RandomCropFlip)]
 
     def batch(step: int, augment: str) -> Batch:

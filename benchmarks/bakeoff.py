@@ -207,7 +207,7 @@ def steps(args: argparse.Namespace, name: str) -> Iterator[float]:
     recipe = load(ROWS[name].recipe, overrides(args, name, 0))
     objective, size = build_objective(recipe), recipe.optim.batch_size
     optimizer = adamw(parameter_groups(objective), recipe.optim.betas)
-    shards = open_shards(recipe.data.train)
+    shards = open_shards(recipe.data.train, image=recipe.data.image)
     batches = train_batches(shards, objective.views(), seed=0, batch_size=size, stop_step=ROUNDS)
     for step in range(ROUNDS):
         began, progress = time.perf_counter(), Progress(step, ROUNDS, len(shards) / size, seed=0)

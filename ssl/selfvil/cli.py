@@ -72,12 +72,15 @@ def pack(
 
 
 @app.command()
-def index(shards: Shards) -> None:
+def index(
+    shards: Shards,
+    image: Annotated[str | None, typer.Option(help="Extension of the image to use where samples have several.")] = None,
+) -> None:
     """Index shards, so that samples are read by position; pretrain and eval do this when it was not done."""
     from selfvil.data.index import index_shards
 
     with _progress("indexing") as progress:
-        report = index_shards(shards, progress)
+        report = index_shards(shards, progress, image)
     print(report)
 
 

@@ -83,7 +83,7 @@ def pretrain(recipe: Recipe) -> Summary:
     if divided:
         _configure_deepspeed(recipe, accelerator)
     with accelerator.main_process_first():
-        shards = open_shards(recipe.data.train)
+        shards = open_shards(recipe.data.train, image=recipe.data.image)
         resumed = _claim(out, recipe, shards) if is_main else None
     resumed = runtime.agree(accelerator, resumed)
 

@@ -134,6 +134,9 @@ class DataSection(Section):
 
     train: str | list[str]
     """WebDataset shards: a path, a glob, a folder or a brace pattern such as shards/train-{000000..000009}.tar."""
+    image: str | None = None
+    """Extension of the image to train on where samples have several, such as KEY.png with a mask KEY.jpg; null takes
+    the first of jpg, png, webp, tif ... and warns."""
     mean: list[Annotated[float, Field(ge=0, le=1)]] = list(IMAGENET_MEAN)
     """Mean of each channel, on a scale of 0 to 1."""
     std: list[Annotated[float, Field(gt=0, le=1)]] = list(IMAGENET_STD)

@@ -146,6 +146,46 @@ def test_webdatasets_convention(tmp_path):
     assert theirs == ["d.1/x", "./y", "z", "x"]
 
 
+def test_a_choice_between_several_images_is_stated_and_can_be_made(tmp_path, caplog):
+    """A photograph KEY.png with its mask KEY.jpg: by default the JPEG is used, which must be said."""
+    files = [(f"k{i}.{name}", data) for i in range(5) for name, data in (("png", png(i)), ("jpg", b"mask"))]
+    write_tar(
+        tmp_path / "a.tar", [*files, ("one.png", png(9)), ("four.png.gz", gzip.compress(png(7))), ("four.bmp", b"")]
+    )
+    report = index_shards(tmp_path)
+    assert "5 samples have 2 images per key: jpg is used, png not" in str(report)
+    assert "5 samples have 2 images per key" in caplog.text
+    assert "data.image" in caplog.text
+    assert open_shards(tmp_path).read(0) == b"mask"
+
+    caplog.clear()
+    for _ in range(2):  # built, then loaded
+        chosen = open_shards(tmp_path, image="png")
+        assert [chosen.read(i) for i in range(7)] == [*map(png, range(5)), png(9), png(7)]
+        assert chosen.key(4) == "k4"
+    assert chosen.several == {("png", "jpg"): 5, ("png.gz", "bmp"): 1}
+    assert not caplog.text, "who chose need not be warned"
+    assert open_shards(tmp_path).read(0) == b"mask", "each choice has its own index"
+    with pytest.raises(UserError, match="expected one of jpg"):
+        open_shards(tmp_path, image="gif")
+
+
+@pytest.mark.parametrize("name", ["x.JFIF", "x.jpe", "x.apng", "x.mpo"])
+def test_other_endings_of_known_formats_are_images(tmp_path, name):
+    write_tar(tmp_path / "a.tar", [(name, b"image"), ("x.txt", b"caption")])
+    assert open_shards(tmp_path).read(0) == b"image"
+
+
+def test_names_with_dots_are_explained_in_short(tmp_path, caplog):
+    files = [(f"IMG.2020.{i:05d}.jpg", png(0)) for i in range(2000)]
+    with pytest.raises(UserError, match=r"up to the first dot.*selfvil pack") as error:
+        open_shards(write_tar(tmp_path / "a.tar", files))
+    assert len(str(error.value)) < 1000
+    open_shards(write_tar(tmp_path / "b.tar", [*files, ("x.png", png(0))]))
+    assert "up to the first dot" in caplog.text
+    assert len(caplog.text) < 1000
+
+
 def test_unlabelled_shards_have_no_labels(tmp_path):
     write_tar(tmp_path / "a.tar", [("a.png", png(0)), ("b.png", png(1)), ("b.cls", b"cat")])
     shards = open_shards(tmp_path)
@@ -266,7 +306,7 @@ def builds(monkeypatch) -> list[Path]:
     """The shards that were walked."""
     walked: list[Path] = []
     build = index._build
-    monkeypatch.setattr(index, "_build", lambda path: walked.append(path) or build(path))
+    monkeypatch.setattr(index, "_build", lambda path, image: walked.append(path) or build(path, image))
     return walked
 
 

@@ -11,15 +11,16 @@ import glob
 import hashlib
 import io
 import itertools
+import json
 import logging
 import math
 import os
 import re
 import zlib
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO
@@ -29,7 +30,7 @@ from braceexpand import braceexpand
 
 from selfvil.data.read import EXTENSIONS, MAX_BYTES, DamagedImage
 from selfvil.data.tar import BLOCK, members
-from selfvil.errors import UserError
+from selfvil.errors import UserError, shorten
 
 Pattern = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 """A shard pattern, or a list of them."""
@@ -40,11 +41,16 @@ Progress = Callable[[int, int], None]
 SIDECAR = ".index.npz"
 
 _log = logging.getLogger(__name__)
-_FORMAT = 1  # of the sidecar; another number means: rebuild
+_FORMAT = 2  # of the sidecar; another number means: rebuild
 _MOST_SHARDS = 1_000_000
 _OPEN_FILES = 128  # descriptors a process keeps; the usual limit is 1,024
 _GZIP = b"\x1f\x8b"
 _PREFERENCE = {f"{name}{gz}": rank for rank, name in enumerate(EXTENSIONS) for gz in ("", ".gz")}
+_NAMING = (
+    "In WebDataset the key of a sample goes up to the first dot of the file name, and the rest is the extension: "
+    "a.b.jpg is the member b.jpg of the sample a, which is no image. Name the files without other dots, or pack their "
+    "folder with `selfvil pack`, which renames them"
+)
 
 
 class DamagedSample(DamagedImage):
@@ -57,7 +63,8 @@ class DamagedSample(DamagedImage):
 
 @dataclass(frozen=True)
 class IndexReport:
-    """What `index_shards` found. `ignored` samples have no image; `classes` is the largest label + 1."""
+    """What `index_shards` found. `ignored` samples have no image; `classes` is the largest label + 1; `several`: see
+    `Shards`."""
 
     shards: int
     samples: int
@@ -65,11 +72,22 @@ class IndexReport:
     classes: int
     bytes: int
     ignored: int
+    several: dict[tuple[str, ...], int] = field(default_factory=dict)
 
     def __str__(self) -> str:
         labels = f"{self.labelled} labelled, {self.classes} classes" if self.labelled else "no labels"
         ignored = f"; {self.ignored} without an image are ignored" if self.ignored else ""
-        return f"{self.samples} images in {self.shards} shards ({self.bytes / 1e6:.1f} MB; {labels}{ignored})"
+        text = f"{self.samples} images in {self.shards} shards ({self.bytes / 1e6:.1f} MB; {labels}{ignored})"
+        return f"{text}; {describe_several(self.several)}" if self.several else text
+
+
+def describe_several(several: dict[tuple[str, ...], int]) -> str:
+    """Say how many samples have several images, and which one is used."""
+    kinds = sorted(several.items(), key=lambda item: -item[1])[:3]
+    return "; ".join(
+        f"{count} samples have {len(names)} images per key: {names[0]} is used, {' and '.join(names[1:5])} not"
+        for names, count in kinds
+    )
 
 
 # --- which files --------------------------------------------------------------------------------------------------
@@ -153,7 +171,7 @@ def _neighbours(name: str) -> str:
 class _Index:
     """One shard of n samples. `blocks`, `sizes`, `crcs` (n,) uint32: where the image member begins (in blocks of 512
     bytes), its length in bytes, its CRC-32; `labels` (n,) int64, -1 for none; `keys` the n names, joined by NUL;
-    `ignored` () the number of samples without an image."""
+    `ignored` () the number of samples without an image; `several` JSON: how many samples have which several images."""
 
     blocks: np.ndarray
     sizes: np.ndarray
@@ -161,9 +179,13 @@ class _Index:
     labels: np.ndarray
     keys: np.ndarray
     ignored: np.ndarray
+    several: np.ndarray
 
     def names(self) -> list[str]:
         return self.keys.tobytes().decode("utf-8", "surrogateescape").split("\0")
+
+    def combinations(self) -> Counter[tuple[str, ...]]:
+        return Counter({tuple(names): count for names, count in json.loads(self.several.tobytes())})
 
 
 def _split_name(name: str) -> tuple[str, str] | None:
@@ -175,7 +197,7 @@ def _split_name(name: str) -> tuple[str, str] | None:
     return f"{folder}{slash}{stem}", extension.lower()
 
 
-def _group(file: BinaryIO, path: Path) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
+def group_members(file: BinaryIO, path: Path) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
     """The samples of a shard: each key with the (offset, size) of its members by extension. As in webdataset, members
     belong together where they follow each other."""
     key, parts = "", dict[str, tuple[int, int]]()
@@ -193,17 +215,20 @@ def _group(file: BinaryIO, path: Path) -> Iterator[tuple[str, dict[str, tuple[in
         yield key, parts
 
 
-def _build(path: Path) -> _Index:
+def _build(path: Path, image: str | None = None) -> _Index:
     """Walk a shard and read every image once. Raises UserError where it is damaged or has no image."""
     blocks, sizes, crcs, labels, keys = [], [], [], [], []
     without_image, strange = [], []
+    several = Counter[tuple[str, ...]]()
     with open(path, "rb", buffering=1 << 20) as file:
-        for key, parts in _group(file, path):
-            images = parts.keys() & _PREFERENCE.keys()
+        for key, parts in group_members(file, path):
+            images = order_images(parts, image)
             if not images:
-                without_image.append(f"{key}.{'|'.join(sorted(parts))}")
+                without_image.append(_describe(key, parts))
                 continue
-            offset, size = parts[min(images, key=_PREFERENCE.__getitem__)]
+            if len(images) > 1:
+                several[tuple(images)] += 1
+            offset, size = parts[images[0]]
             if size >= 1 << 31 or offset >= BLOCK << 32:
                 raise UserError(f"{path}: image {key} at byte {offset} ({size} bytes) is beyond what an index can hold")
             blocks.append(offset // BLOCK)
@@ -218,11 +243,12 @@ def _build(path: Path) -> _Index:
                 strange.append(f"{key}: {label!r}")
     if not blocks:
         found = f"only {', '.join(without_image[:4])}" if without_image else "no samples at all"
-        raise UserError(f"{path} holds no image ({found}); expected members named KEY.jpg, KEY.png, KEY.webp ...")
-    if without_image:
-        _log.warning(
-            "%s: %d samples have no image and are ignored (first: %s)", path, len(without_image), without_image[0]
+        raise UserError(
+            f"{path} holds no image ({found}); expected members named KEY.jpg, KEY.png, KEY.webp ... {_NAMING}"
         )
+    if without_image:
+        count, first = len(without_image), without_image[0]
+        _log.warning("%s: %d samples have no image and are ignored (first: %s). %s", path, count, first, _NAMING)
     if strange:
         _log.warning("%s: %d labels are no class numbers and are ignored (first: %s)", path, len(strange), strange[0])
     names = "\0".join(keys).encode("utf-8", "surrogateescape")
@@ -233,7 +259,20 @@ def _build(path: Path) -> _Index:
         labels=np.array(labels, np.int64),
         keys=np.frombuffer(names, np.uint8),
         ignored=np.array(len(without_image)),
+        several=np.frombuffer(json.dumps(list(several.items())).encode(), np.uint8),
     )
+
+
+def order_images(parts: Iterable[str], image: str | None = None) -> list[str]:
+    """The extensions of a sample that name images, the one to use first: `image` if it is there, else by EXTENSIONS."""
+    return sorted(_PREFERENCE.keys() & parts, key=lambda name: (name.removesuffix(".gz") != image, _PREFERENCE[name]))
+
+
+def _describe(key: str, parts: Iterable[str]) -> str:
+    """A sample for a message, however many members it has and however long its name is."""
+    names = sorted(parts)
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return shorten(f"{key}.{'|'.join(names[:3])}", 120) + more
 
 
 def _read_label(file: BinaryIO, offset: int, size: int) -> str:
@@ -241,17 +280,17 @@ def _read_label(file: BinaryIO, offset: int, size: int) -> str:
     return file.read(min(size, 20)).decode("utf-8", "replace").strip()
 
 
-def _load_or_build(path: Path) -> _Index:
+def _load_or_build(path: Path, image: str | None = None) -> _Index:
     try:
         status = path.stat()
         stamp = np.array([_FORMAT, status.st_size, status.st_mtime_ns], np.int64)
-        for sidecar in _sidecars(path):
+        for sidecar in _sidecars(path, image):
             if (index := _load(sidecar, stamp)) is not None:
                 return index
-        index = _build(path)
+        index = _build(path, image)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
-    for sidecar in _sidecars(path):
+    for sidecar in _sidecars(path, image):
         try:
             _save(sidecar, stamp, index)
             return index
@@ -261,14 +300,16 @@ def _load_or_build(path: Path) -> _Index:
     return index
 
 
-def _sidecars(path: Path) -> list[Path]:
-    """Where the index of a shard may be: beside it, or in the cache folder, under a hash of its path."""
-    beside = path.with_name(path.name + SIDECAR)
+def _sidecars(path: Path, image: str | None = None) -> list[Path]:
+    """Where the index of a shard may be: beside it, or in the cache folder, under a hash of its path. With another
+    choice of images the shard has another index."""
+    suffix = SIDECAR if image is None else f".{image}{SIDECAR}"
+    beside = path.with_name(path.name + suffix)
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     if not os.path.isabs(cache):  # nobody's home, or a setting that the XDG specification tells to ignore
         return [beside]
     name = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32]
-    return [beside, Path(cache, "selfvil", "index", name + SIDECAR)]
+    return [beside, Path(cache, "selfvil", "index", name + suffix)]
 
 
 def _load(sidecar: Path, stamp: np.ndarray) -> _Index | None:
@@ -311,17 +352,23 @@ def _save(sidecar: Path, stamp: np.ndarray, index: _Index) -> None:
 # --- all shards as one list ---------------------------------------------------------------------------------------
 
 
-def open_shards(pattern: Pattern, progress: Progress | None = None) -> "Shards":
+def open_shards(pattern: Pattern, progress: Progress | None = None, image: str | None = None) -> "Shards":
     """Open the shards that `pattern` stands for (see `expand_shards`), indexing those that have no valid index yet.
 
+    A sample may have several images, such as a photograph KEY.png and its mask KEY.jpg. `image` is the extension of
+    the one to use; without it, the first of EXTENSIONS is used, and a warning says so.
+
     Raises:
-        UserError: as `expand_shards`; or shards are damaged, cut, no plain tar files, or hold no image.
+        UserError: as `expand_shards`; or shards are damaged, cut, no plain tar files, or hold no image; or `image` is
+            not one of EXTENSIONS.
     """
+    if image is not None and image not in EXTENSIONS:
+        raise UserError(f"image extension {image!r} is not known; expected one of {', '.join(EXTENSIONS)}")
     paths = expand_shards(pattern)
     indexes: list[_Index] = []
     errors: list[str] = []
     with ThreadPoolExecutor(min(len(paths), os.cpu_count() or 1, 16)) as pool:  # zlib and file reads run in parallel
-        for number, future in enumerate([pool.submit(_load_or_build, path) for path in paths]):
+        for number, future in enumerate([pool.submit(_load_or_build, path, image) for path in paths]):
             try:
                 indexes.append(future.result())
             except UserError as error:
@@ -331,15 +378,20 @@ def open_shards(pattern: Pattern, progress: Progress | None = None) -> "Shards":
     if errors:
         more = f"; and {len(errors) - 5} more" if len(errors) > 5 else ""
         raise UserError("; ".join(errors[:5]) + more)
-    return Shards(paths, indexes)
+    shards = Shards(paths, indexes, image)
+    if shards.several and image is None:
+        _log.warning("%s; to use another, set data.image, or --image", describe_several(shards.several))
+    return shards
 
 
-def index_shards(pattern: Pattern, progress: Progress | None = None) -> IndexReport:
-    """Index shards ahead of a run, and say what they hold. Raises UserError as `open_shards`."""
-    shards = open_shards(pattern, progress)
+def index_shards(pattern: Pattern, progress: Progress | None = None, image: str | None = None) -> IndexReport:
+    """Index shards ahead of a run, and say what they hold. Arguments and errors as `open_shards`."""
+    shards = open_shards(pattern, progress, image)
     labelled = 0 if shards.labels is None else int((shards.labels >= 0).sum())
     size = sum(path.stat().st_size for path in shards.paths)
-    return IndexReport(len(shards.paths), len(shards), labelled, shards.num_classes, size, shards.ignored)
+    return IndexReport(
+        len(shards.paths), len(shards), labelled, shards.num_classes, size, shards.ignored, shards.several
+    )
 
 
 class Shards:
@@ -350,10 +402,13 @@ class Shards:
         labels: int64 (len,), -1 for samples without one; None where no sample has a label.
         num_classes: the largest label + 1; 0 without labels.
         ignored: samples left out because they have no image.
+        several: samples with more than one image, counted by their extensions; the first is used.
+        image: the extension that was asked for where a sample has several images, or None.
     """
 
-    def __init__(self, paths: Sequence[Path], indexes: Sequence[_Index]) -> None:
-        self.paths = list(paths)
+    def __init__(self, paths: Sequence[Path], indexes: Sequence[_Index], image: str | None = None) -> None:
+        self.paths, self.image = list(paths), image
+        self.several = sum((index.combinations() for index in indexes), Counter())
         self.ignored = int(sum(index.ignored for index in indexes))
         self._ends = list(itertools.accumulate(len(index.labels) for index in indexes))
         self._blocks = np.concatenate([index.blocks for index in indexes])
@@ -390,7 +445,7 @@ class Shards:
         shard = self._shard(i)
         if self._keys is None or self._keys[0] != shard:  # names stay on the disk: they would fill the memory
             try:
-                self._keys = shard, _load_or_build(self.paths[shard]).names()
+                self._keys = shard, _load_or_build(self.paths[shard], self.image).names()
             except UserError:  # the shard went bad after it was opened
                 self._keys = shard, []
         number, names = i - (self._ends[shard - 1] if shard else 0), self._keys[1]

@@ -13,8 +13,10 @@ MAX_PIXELS = 2**26
 MAX_BYTES = 2**28
 """Largest file that is read or unpacked: MAX_PIXELS in four channels, uncompressed."""
 
-EXTENSIONS = ("jpg", "jpeg", "png", "webp", "tif", "tiff", "bmp", "ppm", "pgm", "pbm", "pnm")
-"""Names of image members, the most likely photograph first."""
+EXTENSIONS = (
+    "jpg", "jpeg", "jpe", "jfif", "mpo", "png", "apng", "webp", "tif", "tiff", "bmp", "ppm", "pgm", "pbm", "pnm",
+)  # fmt: skip
+"""File name extensions of images. Where a sample has several images, the first of these is used."""
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "PPM")
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}

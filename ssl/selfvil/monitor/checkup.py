@@ -111,7 +111,7 @@ def training_images(record: Record, count: int, views: Sequence[View] | None = N
     Raises UserError if the shards are not where they were.
     """
     recipe = record.recipe
-    shards = open_shards(recipe.data.train)
+    shards = open_shards(recipe.data.train, image=recipe.data.image)
     views = views or [CenterCrop(recipe.model.img_size, recipe.data.mean, recipe.data.std)]
     size = min(128, count, len(shards))
     return train_batches(
