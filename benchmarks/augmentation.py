@@ -22,10 +22,10 @@ import PIL
 import torch
 from about import about
 
+from selfvil.build import build_objective
 from selfvil.data.index import Shards, open_shards
 from selfvil.data.loader import Batch, train_batches
 from selfvil.data.views import RandomCropFlip
-from selfvil.pretrain import build_objective
 from selfvil.recipe import load
 
 WORKERS, DRAWS, RENDERS = "a core, augmenting", "a core, drawing", "the device, rendering"

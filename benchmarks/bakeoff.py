@@ -27,11 +27,11 @@ from typing import NamedTuple
 
 import torch
 
+from selfvil.build import build_objective
 from selfvil.data.index import open_shards
 from selfvil.data.loader import train_batches
 from selfvil.objectives.base import Progress
 from selfvil.optim import adamw, parameter_groups
-from selfvil.pretrain import build_objective
 from selfvil.recipe import load
 
 REPOSITORY = Path(__file__).resolve().parents[1]

@@ -7,8 +7,9 @@ import torch
 
 import runs
 from selfvil import memory
+from selfvil.build import build_objective
 from selfvil.errors import UserError
-from selfvil.pretrain import build_objective, pretrain
+from selfvil.pretrain import pretrain
 
 CPU = torch.device("cpu")
 

@@ -8,11 +8,12 @@ import torch
 
 import runs
 from selfvil import checkpoint
+from selfvil.build import build_objective
 from selfvil.data.views import CenterCrop
 from selfvil.errors import UserError
 from selfvil.monitor.metrics import read_metrics
 from selfvil.objectives.mae import MAE
-from selfvil.pretrain import build_objective, pretrain
+from selfvil.pretrain import pretrain
 from selfvil.recipe import Recipe, load
 
 

@@ -12,11 +12,12 @@ from timm.layers import resample_abs_pos_embed
 import runs
 from published_files import as_in_published_file
 from selfvil import checkpoint
+from selfvil.build import build_objective
 from selfvil.errors import UserError
 from selfvil.export import export
 from selfvil.models.positions import resample_positions
 from selfvil.monitor.metrics import read_metrics
-from selfvil.pretrain import build_objective, pretrain
+from selfvil.pretrain import pretrain
 from selfvil.recipe import load
 from selfvil.weights import load_export
 

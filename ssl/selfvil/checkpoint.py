@@ -29,6 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from selfvil.errors import UserError
+from selfvil.files import flush_file, flush_folder
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -96,7 +97,7 @@ def save(
     partial = partial_folder(root, step)
     try:
         root.mkdir(parents=True, exist_ok=True)
-        _flush_folder(root.parent)
+        flush_folder(root.parent)
         _remove_leftovers(root)
         partial.mkdir()
         for name, group in tensors.items():
@@ -175,13 +176,13 @@ def _write_manifest(folder: Path, step: int) -> None:
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files
     }
     for path in files:
-        _flush_file(path)
+        flush_file(path)
     manifest = folder / MANIFEST
     manifest.write_text(_manifest_text(step, entries), encoding="utf-8")
-    _flush_file(manifest)
+    flush_file(manifest)
     for inner in [path for path in folder.rglob("*") if path.is_dir()]:
-        _flush_folder(inner)
-    _flush_folder(folder)
+        flush_folder(inner)
+    flush_folder(folder)
 
 
 def _put_in_place(partial: Path, final: Path) -> None:
@@ -192,29 +193,11 @@ def _put_in_place(partial: Path, final: Path) -> None:
         shutil.rmtree(replaced, ignore_errors=True)
         os.rename(final, replaced)
     os.rename(partial, final)
-    _flush_folder(final.parent)
+    flush_folder(final.parent)
 
 
 def _replaced(folder: Path) -> Path:
     return folder.with_name(folder.name + ".replaced")
-
-
-def _flush_file(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-        if hasattr(os, "posix_fadvise"):  # drop it from the page cache: verifying must read the disk, not the memory
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-    finally:
-        os.close(descriptor)
-
-
-def _flush_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # --- verifying -------------------------------------------------------------------------------------------------------

@@ -175,11 +175,11 @@ def report(
     curve: Annotated[Path | None, typer.Option(help="Also draw the loss curve alone, to this PNG file.")] = None,
 ) -> None:
     """Write how a run went on one HTML page: curves, doctor, scores, pictures, features, memory, recipe."""
+    from selfvil.build import build_objective
     from selfvil.monitor.checkup import open_run
     from selfvil.monitor.pictures import loss_curve
     from selfvil.monitor.report import write_report
     from selfvil.monitor.summary import print_summary
-    from selfvil.pretrain import build_objective
 
     record = open_run(run)
     if record.summary:

@@ -3,25 +3,18 @@
 recipe -> shards -> order -> decode -> views -> objective -> loss -> optimizer step -> teacher -> metrics, checkpoint
 """
 
-import difflib
-import json
 import logging
 import math
-import os
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
-import timm
 import torch
-import yaml
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
 from selfvil import checkpoint, optim, runtime
+from selfvil.build import build_objective, learning_rate, parameter_groups
 from selfvil.data.index import Shards, open_shards
 from selfvil.data.loader import Batch, Ledger, train_batches
 from selfvil.data.render import drawable
@@ -35,31 +28,12 @@ from selfvil.monitor.probes import probe_scores
 from selfvil.monitor.summary import print_summary
 from selfvil.monitor.vitals import Vitals
 from selfvil.objectives import objective_class
-from selfvil.objectives.base import ImageSpec, Objective, Progress
-from selfvil.recipe import Recipe, differences, parse
-from selfvil.start_from import start_backbone, start_objective
+from selfvil.objectives.base import Objective, Progress
+from selfvil.recipe import Recipe
+from selfvil.run import RunFolder, Summary, checkpoint_meta
 from selfvil.zero import Zero, apply_recipe, numel
 
 log = logging.getLogger("selfvil")
-
-
-@dataclass(frozen=True)
-class Summary:
-    """How a launch ended. `seconds` and `samples` count the whole run, earlier launches included."""
-
-    run: str
-    finished: bool
-    step: int
-    total_steps: int
-    samples: int
-    seconds: float
-    images_per_second: float
-    """Of this launch, from its first step to its last."""
-    loss: float | None
-    """Mean over the last logged steps."""
-    checkpoint: str | None
-    alarms: tuple[str, ...] = ()
-    """What the doctor said in this launch, by the names of its rules."""
 
 
 def pretrain(recipe: Recipe) -> Summary:
@@ -73,6 +47,7 @@ def pretrain(recipe: Recipe) -> Summary:
     accelerator = runtime.start(recipe.run.precision, recipe.optim.accumulate, recipe.run.threads)
     is_main, world_size = accelerator.is_main_process, accelerator.num_processes
     out = Path(recipe.run.out)
+    folder = RunFolder(out)
     per_step = world_size * recipe.optim.accumulate
     if recipe.optim.batch_size % per_step:
         raise UserError(
@@ -84,7 +59,7 @@ def pretrain(recipe: Recipe) -> Summary:
         _configure_deepspeed(recipe, accelerator)
     with accelerator.main_process_first():
         shards = open_shards(recipe.data.train, image=recipe.data.image)
-        resumed = _claim(out, recipe, shards) if is_main else None
+        resumed = folder.claim(recipe, shards) if is_main else None
     resumed = runtime.agree(accelerator, resumed)
 
     objective = build_objective(recipe, start=resumed is None).to(accelerator.device)
@@ -95,7 +70,7 @@ def pretrain(recipe: Recipe) -> Summary:
     autocast = runtime.autocast(accelerator.device, recipe.run.precision)
     parts = accelerator.num_processes if divided else 1
     need_memory(objective, micro_batch, channels, accelerator.device, autocast, parts)
-    groups = _parameter_groups(recipe, objective)
+    groups = parameter_groups(recipe, objective)
     optimizer = optim.adamw(groups, recipe.optim.betas)
     saved = checkpoint.load(Path(resumed)) if resumed is not None else None
     if saved:  # before it is prepared: DeepSpeed takes its copy of the weights then
@@ -112,13 +87,14 @@ def pretrain(recipe: Recipe) -> Summary:
         else:
             optim.load_optimizer_tensors(optimizer, saved.tensors("optimizer"))
         first_step, seconds_before = saved.step, saved.meta["seconds"]
-    if first_step == total_steps and (ended_before := _summary_of(out)):
+    if first_step == total_steps and (ended_before := folder.final_summary()):
         if is_main:
             print_summary(out)
         accelerator.end_training()
         return ended_before
     if is_main:
-        _record_launch(out, recipe, accelerator, first_step, zero.stage if zero else None)
+        description = runtime.describe(accelerator) | ({"zero_stage": zero.stage} if zero else {})
+        folder.record_launch(recipe, first_step, description)
     accelerator.wait_for_everyone()
 
     seed, rank, device = recipe.run.seed, accelerator.process_index, accelerator.device
@@ -153,7 +129,7 @@ def pretrain(recipe: Recipe) -> Summary:
             while step < total_steps:
                 # One optimizer step: micro-batches, clipping, update, teacher.
                 progress = Progress(step, total_steps, steps_per_epoch, seed)
-                lr = _learning_rate(recipe, step, total_steps)
+                lr = learning_rate(recipe, step, total_steps)
                 decay = optim.cosine(step, total_steps, recipe.optim.weight_decay, final_decay)
                 backbone_waits = progress.fraction < recipe.optim.heads_first
                 scales = {optim.BACKBONE: 0.0 if backbone_waits else 1.0} | objective.lr_scales(progress)
@@ -238,7 +214,8 @@ def pretrain(recipe: Recipe) -> Summary:
                     with zero.whole() if zero else nullcontext():
                         if is_main:
                             tensors = {"objective": objective.state_dict(), "optimizer": moments}
-                            meta = _meta(recipe, shards, objective, step, seconds_before + time.monotonic() - began)
+                            seconds = seconds_before + time.monotonic() - began
+                            meta = checkpoint_meta(recipe, shards, objective.networks, objective.export, step, seconds)
                             checkpoint.save(out / "checkpoints", step, tensors, meta, recipe.run.keep_checkpoints)
                     accelerator.wait_for_everyone()
                     saved_at = step
@@ -265,68 +242,10 @@ def pretrain(recipe: Recipe) -> Summary:
         alarms=tuple(doctor.alarms),
     )
     if is_main:
-        _record_end(out, summary)
+        folder.record_end(summary)
         print_summary(out)
     accelerator.end_training()
     return summary
-
-
-def build_objective(recipe: Recipe, start: bool = True) -> Objective:
-    """The objective of a recipe, initialised as a function of `run.seed` and, with `start`, of model.start_from."""
-    torch.manual_seed(recipe.run.seed)
-    name, kwargs = recipe.model.name, recipe.model.create_kwargs()
-    if not timm.is_model(name):
-        close = difflib.get_close_matches(name, timm.list_models(), n=3)
-        raise UserError(
-            f"model.name = {name!r} is no model that timm knows; did you mean {' or '.join(close)}?"
-            if close
-            else f"model.name = {name!r} is no model that timm knows; try vil_tiny_patch16_224"
-        )
-    try:
-        backbone = timm.create_model(name, **kwargs)
-    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
-        advice = ""
-        if "'img_size'" in str(error) or "'patch_size'" in str(error):
-            advice = (
-                "; a masked objective needs a vil_* model or one of timm's plain vision transformers (vit_*), and for "
-                "any other objective on a network without patches model.patch_size must be null"
-            )
-        raise UserError(f"model: {name} cannot be built with {kwargs}: {error}{advice}") from None
-    if recipe.model.patch_size is None and getattr(getattr(backbone, "patch_embed", None), "patch_size", None):
-        raise UserError(
-            f"model.patch_size = null is for networks without patches, and {name} has them: set it to their side, "
-            "such as 16"
-        )
-    source = recipe.model.start_from if start else None
-    if source is not None and recipe.model.start_heads == "new":
-        with torch.random.fork_rng(devices=[]):  # the heads are those that the seed gives without a start
-            start_backbone(backbone, source)  # now, since the objective's teacher begins as a copy of it
-    image = ImageSpec(
-        recipe.model.img_size, recipe.model.patch_size or 1, recipe.model.in_chans, recipe.data.mean, recipe.data.std
-    )
-    objective = objective_class(recipe.objective.name)(backbone, recipe.objective, image)
-    if source is not None and recipe.model.start_heads == "load":
-        start_objective(objective, source)
-    return objective
-
-
-def _parameter_groups(recipe: Recipe, objective: Objective) -> list[dict]:
-    """The objective's groups, with the recipe's rates for the layers of its backbone."""
-    settings, backbone = recipe.optim, objective.backbone
-    scales = optim.layer_lr_scales(backbone, settings.layer_decay, settings.patch_embed_lr)
-    scales = {f"backbone.{name}": scale for name, scale in scales.items()}
-    tags = dict.fromkeys(scales, optim.BACKBONE) | objective.tags()
-    return optim.parameter_groups(objective, objective.no_weight_decay(), tags, scales)
-
-
-def _learning_rate(recipe: Recipe, step: int, total: int) -> float:
-    settings = recipe.optim
-    peak = optim.peak_lr(settings.base_lr, settings.batch_size, settings.lr_scaling)
-    warmup = round(settings.warmup * total)
-    if settings.schedule == "cosine":
-        return optim.cosine(step, total, peak, settings.min_lr, warmup)
-    cooldown = round(settings.cooldown * total) if settings.schedule == "wsd" else 0
-    return optim.warmup_stable_decay(step, total, peak, settings.min_lr, warmup, cooldown)
 
 
 def _configure_deepspeed(recipe: Recipe, accelerator: Accelerator) -> None:
@@ -346,107 +265,6 @@ def _configure_deepspeed(recipe: Recipe, accelerator: Accelerator) -> None:
     accelerator.gradient_accumulation_steps = recipe.optim.accumulate
     for sentence in gave_way if accelerator.is_main_process else []:
         log.warning(sentence)
-
-
-def _claim(out: Path, recipe: Recipe, shards: Shards) -> str | None:
-    """Make sure that `out` is new, or a run of the same recipe on the same images; return the checkpoint to go on from.
-
-    Raises UserError before anything is written.
-    """
-    if not out.exists() or not any(out.iterdir()):
-        return None
-    old_file = out / "recipe.yaml"
-    if not old_file.exists():
-        raise UserError(f"run.out = {out} is not empty and holds no run: choose a new folder")
-    if recipe.run.resume == "never":
-        raise UserError(f"run.out = {out} already holds a run, and run.resume is never: choose a new folder")
-    old = parse(yaml.safe_load(old_file.read_text()), str(old_file))
-    if changed := differences(old.identity(), recipe.identity()):
-        raise UserError(
-            f"run.out = {out} holds a run of another recipe ({'; '.join(changed[:3])}"
-            f"{'; ...' if len(changed) > 3 else ''}): choose a new run.out, or the old settings to go on"
-        )
-    newest = checkpoint.newest(out / "checkpoints")
-    if newest is None and any((out / "checkpoints").glob("step-*")):
-        raise UserError(f"{out / 'checkpoints'} holds checkpoints, all damaged: restore one, or choose a new run.out")
-    if newest is None:
-        log.warning("%s holds a run without a usable checkpoint: it begins again from its first step", out)
-        return None
-    model = {"name": recipe.model.name, "kwargs": recipe.model.create_kwargs()}
-    if changed := differences(newest.meta["model"], model):
-        raise UserError(f"{newest.folder} is of another architecture ({'; '.join(changed)}): choose a new run.out")
-    if newest.meta["data"]["fingerprint"] != shards.fingerprint:
-        raise UserError(
-            f"data.train = {recipe.data.train}: the shards are not those that {out} was trained on (their names, sizes "
-            f"or counts differ), so its sample order cannot be continued: restore them, or choose a new run.out"
-        )
-    return str(newest.folder)
-
-
-def _meta(recipe: Recipe, shards: Shards, objective: Objective, step: int, seconds: float) -> dict[str, Any]:
-    """What a checkpoint says about itself: enough to rebuild and export its networks without this recipe."""
-    train = recipe.data.train
-    return {
-        "format": 1,
-        "step": step,
-        "samples": step * recipe.optim.batch_size,
-        "seconds": seconds,
-        "seed": recipe.run.seed,
-        "model": {"name": recipe.model.name, "kwargs": recipe.model.create_kwargs()},
-        "networks": dict(objective.networks),
-        "export": objective.export,
-        "objective": recipe.objective.model_dump(mode="json"),
-        "data": {
-            "pattern": train if isinstance(train, str) else " ".join(train),
-            "mean": recipe.data.mean,
-            "std": recipe.data.std,
-            "img_size": list(recipe.model.img_size),
-            "fingerprint": shards.fingerprint,
-            "num_samples": len(shards),
-        },
-    }
-
-
-def _record_launch(
-    out: Path, recipe: Recipe, accelerator: Accelerator, first_step: int, zero_stage: int | None
-) -> None:
-    """Save the resolved recipe, and one entry of versions, device and command for each launch."""
-    out.mkdir(parents=True, exist_ok=True)
-    _write(out / "recipe.yaml", recipe.to_yaml())
-    record = _read_record(out)
-    launch = {"started": _now(), "first_step": first_step} | runtime.describe(accelerator)
-    if zero_stage is not None:
-        launch["zero_stage"] = zero_stage
-    record["launches"] = [*record.get("launches", []), launch]
-    _write(out / "run.json", json.dumps(record, indent=2) + "\n")
-
-
-def _record_end(out: Path, summary: Summary) -> None:
-    record = _read_record(out)
-    record["launches"][-1]["ended"] = _now()
-    record["summary"] = asdict(summary)
-    _write(out / "run.json", json.dumps(record, indent=2) + "\n")
-
-
-def _summary_of(out: Path) -> Summary | None:
-    """How a run that has finished ended; None if it has not, or was killed before it could say so."""
-    summary = _read_record(out).get("summary")
-    return Summary(**summary) if summary and summary["finished"] else None
-
-
-def _read_record(out: Path) -> dict[str, Any]:
-    path = out / "run.json"
-    return json.loads(path.read_text()) if path.exists() else {}
-
-
-def _write(path: Path, text: str) -> None:
-    aside = path.with_name(path.name + ".aside")
-    aside.write_text(text)
-    os.replace(aside, path)
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _due(step: int, every: int | None, ended: bool) -> bool:

@@ -6,9 +6,10 @@ import torch
 
 import runs
 from selfvil import checkpoint
+from selfvil.build import build_objective
 from selfvil.errors import UserError
 from selfvil.export import export
-from selfvil.pretrain import build_objective, pretrain
+from selfvil.pretrain import pretrain
 from selfvil.recipe import load
 from selfvil.weights import load_export
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import runs
 from selfvil import checkpoint
+from selfvil.build import build_objective
 from selfvil.errors import UserError
 from selfvil.export import export
 from selfvil.models.heads import split_tokens
@@ -23,7 +24,7 @@ from selfvil.objectives.base import ImageSpec, Progress
 from selfvil.objectives.dino import Center
 from selfvil.objectives.dinov2 import DINOv2, DINOv2Settings, gram_distance
 from selfvil.objectives.sinkhorn import sinkhorn_knopp
-from selfvil.pretrain import build_objective, pretrain
+from selfvil.pretrain import pretrain
 from small import MODELS, Views, network, random_views
 
 VALUES = Path(__file__).with_name("published_dinov2.safetensors")

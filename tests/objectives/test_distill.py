@@ -14,12 +14,13 @@ from torch import nn
 
 import runs
 from selfvil import checkpoint
+from selfvil.build import build_objective
 from selfvil.errors import UserError
 from selfvil.export import export
 from selfvil.monitor.metrics import read_metrics
 from selfvil.objectives.base import ImageSpec, Progress
 from selfvil.objectives.distill import Distill, DistillSettings, feature_loss, onto_grid
-from selfvil.pretrain import build_objective, pretrain
+from selfvil.pretrain import pretrain
 from selfvil.recipe import Recipe
 from selfvil.weights import load_export
 from small import MODELS, Views, network, random_views
