@@ -9,18 +9,18 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import Console
-from rich.progress import Progress
 
 from selfvil.errors import UserError
 from selfvil.version import __version__
 
 app = typer.Typer(
     help="Self-supervised pretraining of Vision-LSTM backbones.", no_args_is_help=True, add_completion=False,
-    pretty_exceptions_enable=False,
+    pretty_exceptions_enable=False, rich_markup_mode=None,
 )  # fmt: skip
 
-eval_app = typer.Typer(help="Score a pretrained backbone on labelled shards.", no_args_is_help=True)
+eval_app = typer.Typer(
+    help="Score a pretrained backbone on labelled shards.", no_args_is_help=True, rich_markup_mode=None
+)
 app.add_typer(eval_app, name="eval")
 
 Shards = Annotated[str, typer.Argument(help="Shards: a path, a glob, a folder, or a pattern with {000000..000009}.")]
@@ -87,7 +87,11 @@ def index(
 @contextmanager
 def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
     """A progress bar on a terminal, nothing elsewhere; called with (done, total)."""
-    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
+    from rich.progress import Progress
+
+    from selfvil import terminal
+
+    with Progress(console=terminal.console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task(title, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
@@ -105,10 +109,11 @@ def pretrain(
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value ...")] = None,
 ) -> None:
     """Pretrain by a recipe; on several devices, start it with accelerate launch or torchrun launch/pretrain.py."""
-    from selfvil.pretrain import pretrain
     from selfvil.recipe import load
 
-    settings = load(recipe, overrides or ())
+    settings = load(recipe, overrides or ())  # before the slow import, so that a mistake is answered at once
+    from selfvil.pretrain import pretrain
+
     if pretrain(settings).alarms and settings.monitor.on_collapse == "stop":
         raise typer.Exit(3)
 
@@ -150,13 +155,14 @@ def doctor(
     measure: Annotated[bool, typer.Option("--measure", help="Also measure the newest checkpoint.")] = False,
 ) -> None:
     """Examine a run for signs of collapse: what was measured, what is healthy, and what to change."""
+    from selfvil import terminal
     from selfvil.monitor import checkup
 
     record = checkup.open_run(run)
     if record.cut:
         print(f"{run / 'metrics.jsonl'} ends in the middle of a line, as a killed run leaves it: that line is left out")
     examined = checkup.examine(record)
-    console = Console()
+    console = terminal.console()
     if checkup.rows(examined):
         console.print(checkup.as_table(examined, f"{run}, by its metrics"))
     else:
@@ -281,9 +287,14 @@ def _eval(
 
 
 def _show(rows: list[Any], json_file: Path | None) -> None:
+    from selfvil import terminal
     from selfvil.evaluate.score import as_json, as_table
 
-    Console().print(as_table(rows))
+    terminal.console().print(as_table(rows))
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)
         json_file.write_text(json.dumps(as_json(rows), indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

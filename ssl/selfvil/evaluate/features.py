@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
+from selfvil import terminal
 from selfvil.data.index import Shards
 from selfvil.data.loader import ordered_batches
 from selfvil.data.views import CenterCrop
@@ -148,7 +148,7 @@ def labelled_rows(
         batches,
         description=title or "",
         total=-(-len(shards) // batch_size),
-        console=Console(stderr=True),
+        console=terminal.console(stderr=True),
         transient=True,
         disable=title is None or not sys.stderr.isatty(),
     ):

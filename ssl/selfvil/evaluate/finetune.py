@@ -20,11 +20,10 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from selfvil import optim, runtime
+from selfvil import optim, runtime, terminal
 from selfvil.data.index import Pattern, Shards, open_shards
 from selfvil.data.loader import train_batches
 from selfvil.data.views import CenterCrop, RandomCropFlip
@@ -356,7 +355,8 @@ def _autocast(device: torch.device, precision: Precision) -> Any:
 
 def _progress(title: str | None) -> Progress:
     return Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
+        TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}", markup=False),
         TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
-        console=Console(stderr=True), transient=True, disable=title is None or not sys.stderr.isatty(),
+        console=terminal.console(stderr=True), transient=True, disable=title is None or not sys.stderr.isatty(),
     )  # fmt: skip

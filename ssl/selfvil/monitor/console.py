@@ -1,46 +1,64 @@
-"""The progress line of a run: a bar on a terminal, plain lines everywhere else."""
+"""The progress of a run: a bar on a terminal; elsewhere, as in a log file, one line every half minute."""
 
 import sys
 import time
+from collections.abc import Callable
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from selfvil import terminal
+
+EVERY = 30.0
+"""Seconds between two lines where there is no terminal."""
 
 
 class ProgressLine:
-    """Shows step, loss, images per second and the time left. Silent on all processes but the main one."""
+    """Prints step, loss, images per second and the time left. Prints nothing unless `enabled` (the main process).
 
-    def __init__(self, start_step: int, total_steps: int, enabled: bool) -> None:
+    Off a terminal a line is printed every `EVERY` seconds, however long a step takes, and one after the last step.
+    """
+
+    def __init__(
+        self, start_step: int, total_steps: int, enabled: bool, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.enabled, self.start_step, self.total_steps = enabled, start_step, total_steps
-        self._began = time.monotonic()
+        self._clock, self._printed = clock, clock()
+        self._first_done = 0.0  # when the first step of this launch ended: it alone includes the start of the workers
+        self._note = ""
         self._bar: Progress | None = None
         if enabled and sys.stdout.isatty():
             self._bar = Progress(
-                TextColumn("pretrain"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
-                TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
-                console=Console(),
+                TextColumn("pretrain"), BarColumn(), MofNCompleteColumn(),
+                TextColumn("{task.fields[note]}", markup=False), TimeElapsedColumn(), TextColumn("left"),
+                TimeRemainingColumn(), console=terminal.console(),
             )  # fmt: skip
             self._task = self._bar.add_task("pretrain", total=total_steps, completed=start_step, note="")
             self._bar.start()
 
     def step(self, step: int) -> None:
-        """`step` optimizer steps are done."""
+        """`step` optimizer steps are done. After the second one of a launch, the time left is estimated."""
         if self._bar:
             self._bar.update(self._task, completed=step)
+        done, now = step - self.start_step, self._clock()
+        if done == 1:
+            self._first_done = now
+        elif done == 2 and step < self.total_steps:
+            self.say(f"about {duration(self._left(step))} left")
+        if now - self._printed >= EVERY and step < self.total_steps:
+            self._print(step)
 
     def log(self, step: int, loss: float, images_per_second: float) -> None:
-        """Show the latest mean loss and speed."""
-        note = f"loss {loss:.4f} · {images_per_second:,.0f} images/s"
+        """Take the latest mean loss and speed."""
+        self._note = f"loss {loss:.4f} · {images_per_second:,.0f} images/s"
         if self._bar:
-            self._bar.update(self._task, completed=step, note=note)
-        elif self.enabled:
-            left = (time.monotonic() - self._began) / (step - self.start_step) * (self.total_steps - step)
-            print(f"step {step:>7,}/{self.total_steps:,} · {note} · {_clock(left)} left", flush=True)
+            self._bar.update(self._task, completed=step, note=self._note)
+        elif step == self.total_steps:
+            self._print(step)
 
     def say(self, message: str) -> None:
-        """Print a line without disturbing the bar."""
+        """Print a line, above the bar where there is one."""
         if self._bar:
-            self._bar.console.print(message, highlight=False)
+            self._bar.console.print(message)
         elif self.enabled:
             print(message, flush=True)
 
@@ -48,8 +66,24 @@ class ProgressLine:
         if self._bar:
             self._bar.stop()
 
+    def _print(self, step: int) -> None:
+        self._printed = self._clock()
+        if self.enabled and not self._bar:
+            left = f"about {duration(self._left(step))} left" if step - self.start_step > 1 else ""
+            parts = [f"step {step:>7,}/{self.total_steps:,}", self._note, left if step < self.total_steps else "done"]
+            print(" · ".join(part for part in parts if part), flush=True)
 
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
+    def _left(self, step: int) -> float:
+        """Seconds, by the mean time of this launch's steps but its first."""
+        return (self._clock() - self._first_done) / (step - self.start_step - 1) * (self.total_steps - step)
+
+
+def duration(seconds: float) -> str:
+    """A duration in its two largest units: 40 s, 12 min, 3 h 20 min, 2 days 4 h."""
+    if seconds < 100:
+        return f"{round(seconds)} s"
+    minutes = round(seconds / 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}"
+    if hours >= 48:
+        return f"{hours // 24} days {hours % 24} h"
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"

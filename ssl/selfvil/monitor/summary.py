@@ -3,9 +3,9 @@
 import json
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
+from selfvil import terminal
 from selfvil.errors import UserError
 
 
@@ -39,4 +39,4 @@ def print_summary(run: Path) -> None:
     }
     for name, value in rows.items():
         table.add_row(name, str(value))
-    Console().print(table)
+    terminal.console().print(table)
