@@ -16,7 +16,8 @@ from accelerate.utils import DistributedType
 from selfvil import checkpoint, optim, runtime
 from selfvil.build import build_objective, learning_rate, parameter_groups
 from selfvil.data.index import Shards, open_shards
-from selfvil.data.loader import Batch, Ledger, train_batches
+from selfvil.data.ledger import Ledger
+from selfvil.data.loader import Batch, train_batches
 from selfvil.data.render import drawable
 from selfvil.errors import UserError
 from selfvil.memory import need_memory
@@ -103,10 +104,13 @@ def pretrain(recipe: Recipe) -> Summary:
     steps_per_epoch = len(shards) / batch_size
     pause_at = time.monotonic() + 60 * (recipe.budget.pause_minutes or math.inf)
 
+    ledger = Ledger(out, len(shards), recipe.data.max_bad, rank)
+    ledger.merge(runtime.gather_lists(accelerator, ledger.unshared()))
+    if problem := ledger.excess():
+        raise UserError(problem)
     metrics = MetricsWriter(
         out, first_step, recipe.monitor.tensorboard, recipe.monitor.wandb, out.name
     ) if is_main else None  # fmt: skip
-    ledger = Ledger(out / ("ledger.jsonl" if is_main else f"ledger-{rank}.jsonl"), len(shards), recipe.data.max_bad)
     line = ProgressLine(first_step, total_steps, enabled=is_main)
     if is_main:
         _greet(line, recipe, accelerator, objective, shards, first_step, total_steps)
@@ -139,6 +143,7 @@ def pretrain(recipe: Recipe) -> Summary:
                 for micro in range(recipe.optim.accumulate):
                     batch = next(batches).to(device)
                     ledger.record(batch.bad)
+                    problem = problem or batch.problem
                     last = micro == recipe.optim.accumulate - 1
                     with nullcontext() if last or zero else accelerator.no_sync(model):
                         output = model(batch, progress)
@@ -167,7 +172,11 @@ def pretrain(recipe: Recipe) -> Summary:
                 save_due = ended or step % recipe.run.checkpoint_every == 0
                 stopping = False
                 if log_due or world_size == 1:  # asking the other processes costs a collective: not at every step
-                    stopping = runtime.any_process(accelerator, bool(stop) or time.monotonic() > pause_at or collapsed)
+                    ledger.merge(runtime.gather_lists(accelerator, ledger.unshared()))
+                    problem = next(iter(runtime.gather_lists(accelerator, [problem] if problem else [])), None)
+                    problem = problem or ledger.excess()
+                    asked = bool(stop) or time.monotonic() > pause_at or collapsed or problem is not None
+                    stopping = runtime.any_process(accelerator, asked)
                 if log_due or save_due or stopping:
                     averages = accelerator.reduce(means.means(), reduction="mean")
                     if not finite(averages):
@@ -219,6 +228,8 @@ def pretrain(recipe: Recipe) -> Summary:
                             checkpoint.save(out / "checkpoints", step, tensors, meta, recipe.run.keep_checkpoints)
                     accelerator.wait_for_everyone()
                     saved_at = step
+                if stopping and not ended and problem:
+                    raise UserError(f"stopped after step {step:,}, whose state is saved: {problem}")
                 if stopping and not ended:
                     why = stop.signal_name or ("monitor.on_collapse = stop" if collapsed else "pause_minutes")
                     line.say(f"stopped after step {step:,} ({why}): "

@@ -147,7 +147,8 @@ class DataSection(Section):
     """Who crops images and disturbs their colours: workers; or device, a batch at a time, for small images (32 pixels,
     not 500) on a GPU too fast for workers. The same draws, and the same views to the rounding of 8 bits."""
     max_bad: float = Field(0.001, ge=0, le=1)
-    """Share of samples that may be damaged (replaced, and entered in ledger.jsonl) before the run stops."""
+    """Share of samples that may be damaged (replaced, and entered in ledger*.jsonl) before the run saves and stops; at
+    least 10 samples, counted over all processes and launches. 0 allows none."""
 
 
 class OptimSection(Section):

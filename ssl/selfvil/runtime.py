@@ -27,6 +27,7 @@ from accelerate.utils import (
     InitProcessGroupKwargs,
     broadcast_object_list,
     compare_versions,
+    gather_object,
 )
 
 from selfvil.errors import UserError
@@ -180,6 +181,11 @@ def any_process(accelerator: Accelerator, flag: bool) -> bool:
         return flag
     total = accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), reduction="sum")
     return bool(total.item())
+
+
+def gather_lists(accelerator: Accelerator, values: list[T]) -> list[T]:
+    """The values of all processes, those of the first one first; a collective when there are several."""
+    return values if accelerator.num_processes == 1 else gather_object(values)
 
 
 class StopRequest:

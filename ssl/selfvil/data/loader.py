@@ -6,11 +6,14 @@ The position decides which image is read and, with the seed, how it is augmented
 and the same step sees the same tensors on one process or on many, with workers or without.
 """
 
-import json
+import itertools
+import multiprocessing
 import signal
+import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field, replace
+from types import FrameType
 from typing import Any, Literal
 
 import numpy as np
@@ -20,6 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from selfvil.data.index import Shards
+from selfvil.data.ledger import BadSample
 from selfvil.data.order import Order
 from selfvil.data.read import DamagedImage, decode_image
 from selfvil.data.render import Drawn, drawable
@@ -29,20 +33,14 @@ from selfvil.errors import UserError
 View = Callable[[Image], Tensor]
 """A decoded image to a float32 tensor (C, H, W)."""
 
+Span = tuple[int, int]
+"""First and last position of a batch, the last one excluded."""
+
 _TRIES = 16  # replacements for one damaged sample; with more damage than that there is nothing to train on
-_FEWEST_BAD = 10
 
 
-@dataclass(frozen=True)
-class BadSample:
-    """A sample that could not be read or decoded, at the position where it was met, and the id that took its place."""
-
-    position: int
-    id: int
-    shard: str
-    key: str
-    reason: str
-    replaced_by: int
+class WorkerDied(UserError):
+    """A data worker was killed, as by the system when memory runs out."""
 
 
 @dataclass
@@ -50,7 +48,8 @@ class Batch:
     """B samples. `views[i]` float32 (B, C, H_i, W_i); `positions`, `ids`, `labels` int64 (B,), labels -1 for none.
 
     `ids` name what was really read, replacements included; `bad` lists what was replaced. A batch that is augmented on
-    the device has no views until it gets there, but `drawn`, from which they are made.
+    the device has no views until it gets there, but `drawn`, from which they are made. `problem` is a sentence for the
+    user where no more batches should be taken after this optimizer step: a worker died.
     """
 
     views: list[Tensor]
@@ -59,6 +58,7 @@ class Batch:
     labels: Tensor
     bad: list[BadSample] = field(default_factory=list)
     drawn: Drawn | None = None
+    problem: str | None = None
 
     def to(self, device: torch.device | str) -> "Batch":
         """A batch with views and labels on `device`; positions and ids stay on the CPU, where they are used."""
@@ -102,9 +102,12 @@ def train_batches(
         augment: where views are made: by the workers; or by `Batch.to` on the device, from what the workers decoded and
             drew, which is the same to the rounding of 8 bits.
 
+    Where a worker dies, the next batches are made in this process, more slowly, and have the reason in `problem`: so
+    all processes of a run can finish the step, save and stop together.
+
     Raises:
         UserError: batch_size is not divisible by world_size * accumulate, or a view cannot be made on the device; or,
-            while iterating, images are damaged in such numbers that no replacement is found, or a worker process dies.
+            while iterating, images are damaged in such numbers that no replacement is found.
     """
     parts = world_size * accumulate
     if batch_size < 1 or batch_size % parts:
@@ -115,12 +118,14 @@ def train_batches(
     crops = drawable(views) if augment == "device" else None
     samples = _Samples(shards, views, channels, seed, Order(len(shards), seed), crops)
     micro = batch_size // parts
-    firsts = (
-        step * batch_size + (rank * accumulate + part) * micro
-        for step in range(start_step, stop_step)
-        for part in range(accumulate)
-    )
-    return _batches(samples, ((first, first + micro) for first in firsts), workers)
+
+    def spans() -> Iterator[Span]:
+        for step in range(start_step, stop_step):
+            for part in range(accumulate):
+                first = step * batch_size + (rank * accumulate + part) * micro
+                yield first, first + micro
+
+    return _without_workers_at_last(samples, spans, workers)
 
 
 def ordered_batches(
@@ -136,57 +141,17 @@ def ordered_batches(
     """All samples once, in the order of the shards, for evaluation; the last batch may be short.
 
     Rank r takes the r-th contiguous part, so the parts in the order of the ranks are the whole; it may be empty where
-    there are more ranks than samples. Damaged samples are replaced, and listed, as in training. Raises UserError
-    alike.
+    there are more ranks than samples. Damaged samples are replaced, and listed, as in training.
+
+    Raises:
+        UserError: as `train_batches`.
+        WorkerDied: a worker process died.
     """
     if batch_size < 1:
         raise UserError(f"a batch size of {batch_size} is not possible; it must be at least 1")
     first, last = len(shards) * rank // world_size, len(shards) * (rank + 1) // world_size
     ranges = ((start, min(start + batch_size, last)) for start in range(first, last, batch_size))
     return _batches(_Samples(shards, [view], channels, seed=0, order=None), ranges, workers)
-
-
-class Ledger:
-    """The damaged samples of a run: one JSON line for each, in the run's folder, and a limit on their number.
-
-    The limit is `max_bad` (a share) of the data set's samples, but at least 10, so that a small data set survives a
-    few; with `max_bad` 0 the first one is too many. Each process of a run has its own file.
-    """
-
-    def __init__(self, path: Path, num_samples: int, max_bad: float = 0.001) -> None:
-        self.path, self.num_samples = Path(path), num_samples
-        self.limit = max(_FEWEST_BAD, int(max_bad * num_samples)) if max_bad > 0 else 0
-        self._ids: set[int] = set()
-        text = self.path.read_text() if self.path.is_file() else ""
-        self._newline = bool(text) and not text.endswith("\n")  # a crash cut the last line
-        for line in text.splitlines():
-            try:
-                self._ids.add(int(json.loads(line)["id"]))
-            except (ValueError, KeyError, TypeError):
-                continue
-
-    def __len__(self) -> int:
-        """Distinct damaged samples so far, those of earlier launches included."""
-        return len(self._ids)
-
-    def record(self, bad: Iterable[BadSample]) -> None:
-        """Enter what was not entered before.
-
-        Raises:
-            UserError: there are more damaged samples than the limit.
-        """
-        new = {sample.id: sample for sample in bad if sample.id not in self._ids}
-        if new:
-            lines = "".join(json.dumps(asdict(sample)) + "\n" for sample in new.values())
-            with open(self.path, "a") as file:
-                file.write(("\n" if self._newline else "") + lines)
-            self._newline = False
-        self._ids |= new.keys()
-        if new and len(self) > self.limit:
-            raise UserError(
-                f"{len(self)} of {self.num_samples} samples are damaged, more than the {self.limit} allowed; they are "
-                f"listed in {self.path}: repair or leave out these shards, or raise data.max_bad"
-            )
 
 
 @dataclass
@@ -249,11 +214,28 @@ class _Samples(Dataset):
         )
 
 
-def _batches(samples: _Samples, ranges: Iterator[tuple[int, int]], workers: int) -> Generator[Batch, None, None]:
+def _without_workers_at_last(
+    samples: _Samples, spans: Callable[[], Iterator[Span]], workers: int
+) -> Generator[Batch, None, None]:
+    """A batch for each span. From the death of a worker on, they are made here and have the reason in `problem`."""
+    made = 0
+    try:
+        with closing(_batches(samples, spans(), workers)) as batches:
+            for batch in batches:
+                yield batch
+                made += 1
+        return
+    except WorkerDied as death:
+        problem = str(death)
+    for batch in _batches(samples, itertools.islice(spans(), made, None), workers=0):
+        yield replace(batch, problem=problem)
+
+
+def _batches(samples: _Samples, spans: Iterator[Span], workers: int) -> Generator[Batch, None, None]:
     loader: DataLoader[Any] = DataLoader(
         samples,
         batch_size=None,  # an item is a batch
-        sampler=ranges,  # any iterable serves; a sampler with a length would cost memory
+        sampler=spans,  # any iterable serves; a sampler with a length would cost memory
         num_workers=workers,
         # Forked workers share the index and start at once; they touch neither CUDA nor threads of the parent.
         multiprocessing_context="fork" if workers else None,
@@ -261,21 +243,28 @@ def _batches(samples: _Samples, ranges: Iterator[tuple[int, int]], workers: int)
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # else DataLoader draws its workers' seeds from the run's own randomness
     )
-    batches = iter(loader)
+    batches: Iterator[Batch | UserError] | None = None
+    processes: set[Any] = set()
     try:
         while True:
             # Errors leave outside of any `except`: a traceback that held the iterator would keep its workers alive.
             batch, death = None, ""
             try:
-                batch = next(batches, None)
-            except RuntimeError as error:
-                death = str(error)
-                if not death.startswith("DataLoader worker"):
+                with _worker_deaths_raised():
+                    if batches is None:
+                        others = set(multiprocessing.active_children())
+                        batches = iter(loader)
+                        processes = set(multiprocessing.active_children()) - others
+                    death = _death_among(processes)
+                    batch = None if death else next(batches, None)
+            except (RuntimeError, OSError, EOFError) as error:  # a worker killed while it sent a batch: a broken pipe
+                death = str(error) if str(error).startswith("DataLoader worker") else _death_among(processes, wait=1.0)
+                if not death:
                     raise
             if death:
-                raise UserError(
-                    f"a data worker died ({death}); most often memory ran out: lower data.workers, or give the "
-                    "container more shared memory (docker: --shm-size)"
+                raise WorkerDied(
+                    f"a data worker died ({death.rstrip('. ')}); most often memory ran out: lower data.workers, or "
+                    "give the container more shared memory (docker: --shm-size)"
                 )
             if isinstance(batch, UserError):
                 raise batch
@@ -284,6 +273,49 @@ def _batches(samples: _Samples, ranges: Iterator[tuple[int, int]], workers: int)
             yield batch
     finally:
         del batches  # ends the workers now, not when the garbage collector comes by
+
+
+def _death_among(processes: Iterable[Any], wait: float = 0.0) -> str:
+    """How the first of the workers that are gone ended; "" where none is gone within `wait` seconds for each."""
+    for process in processes:
+        process.join(wait)
+        if process.exitcode is not None:
+            return f"process {process.pid}, exit code {process.exitcode}"
+    return ""
+
+
+_torch_handler: Callable[[int, FrameType | None], Any] | None = None
+_batch_awaited = False
+
+
+@contextmanager
+def _worker_deaths_raised() -> Iterator[None]:
+    """Within it, and nowhere else, the death of a worker raises RuntimeError in the main thread.
+
+    The handler of SIGCHLD that DataLoader sets raises wherever the main thread is, such as in the model's forward pass.
+    """
+    global _batch_awaited, _torch_handler
+    if threading.current_thread() is not threading.main_thread():  # signal handlers run in the main thread
+        yield
+        return
+    _batch_awaited = True
+    try:
+        yield
+    finally:
+        _batch_awaited = False
+        current = signal.getsignal(signal.SIGCHLD)
+        if callable(current) and current is not _on_child_exit and "torch" in getattr(current, "__module__", ""):
+            _torch_handler = current
+            signal.signal(signal.SIGCHLD, _on_child_exit)
+
+
+def _on_child_exit(number: int, frame: FrameType | None) -> None:
+    try:
+        if _torch_handler is not None:
+            _torch_handler(number, frame)
+    except RuntimeError:
+        if _batch_awaited:
+            raise
 
 
 def _leave_signals_to_main(worker: int) -> None:
