@@ -28,7 +28,8 @@ def small(shards: Path, out: Path, *more: str) -> Recipe:
 def test_a_run_learns_and_leaves_a_full_record(digit_shards, tmp_path, capsys):
     recipe = small(
         digit_shards, tmp_path / "run", "budget.steps=60", "optim.base_lr=0.01", "monitor.tensorboard=true",
-        "monitor.pictures_every=60", f"eval.train={digit_shards}", f"eval.test={digit_shards}",
+        "monitor.pictures_every=60",
+        f"eval.train={digit_shards}/digits-000000.tar", f"eval.test={digit_shards}/digits-000001.tar",
     )  # fmt: skip
     summary = pretrain(recipe)
     assert summary.finished

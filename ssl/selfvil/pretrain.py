@@ -25,7 +25,7 @@ from selfvil.monitor.collapse import Doctor
 from selfvil.monitor.console import ProgressLine
 from selfvil.monitor.metrics import Means, MetricsWriter, finite
 from selfvil.monitor.pictures import save_picture
-from selfvil.monitor.probes import probe_scores
+from selfvil.monitor.probes import check_probes, probe_scores
 from selfvil.monitor.summary import print_summary
 from selfvil.monitor.vitals import Vitals
 from selfvil.objectives import objective_class
@@ -60,6 +60,8 @@ def pretrain(recipe: Recipe) -> Summary:
         _configure_deepspeed(recipe, accelerator)
     with accelerator.main_process_first():
         shards = open_shards(recipe.data.train, image=recipe.data.image)
+        for warning in check_probes(recipe):
+            log.log(logging.WARNING if is_main else logging.DEBUG, warning)
         resumed = folder.claim(recipe, shards) if is_main else None
     resumed = runtime.agree(accelerator, resumed)
 
@@ -210,10 +212,11 @@ def pretrain(recipe: Recipe) -> Summary:
                     objective.eval()
                     score = probe_scores(objective.exported(), recipe, device) if is_main else {}
                     objective.train()
-                    if metrics:
+                    if metrics and score:
                         metrics.write(step, score, kind="eval")
                         seen |= score
-                    line.say(f"step {step:,}: " + " · ".join(f"{name} {value:.2f} %" for name, value in score.items()))
+                        scored = " · ".join(f"{name} {value:.2f} %" for name, value in score.items())
+                        line.say(f"step {step:,}: {scored}")
                     accelerator.wait_for_everyone()
                 for alarm in doctor.see(step, seen) if is_main else ():
                     line.say(f"step {step:,}: {alarm.sentence}")

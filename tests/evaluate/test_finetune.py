@@ -237,7 +237,7 @@ def test_mistakes_are_told_before_training(run, parts, tmp_path, monkeypatch):
         ((run, bare, test), {}, "have no label"),
         ((run, train, bare), {}, "have no label"),
         ((run, train, strange), {}, r"labels that no training image has: \[77\]"),
-        ((run, train, train), {}, "the same images"),
+        ((run, train, train), {}, "are also training images"),
         ((run, train, test), {"labels_per_class": 100}, "fewer than the 100 labels for each class"),
         ((run, train, test), {"readout": "first"}, "head on 'first'; choose of: bilateral_concat, mean"),
         ((run, train, test), {"readout": "cls"}, "head on 'cls'; choose of: bilateral_concat, mean"),

@@ -117,7 +117,7 @@ def test_mistakes_are_told_before_features_are_computed(run, parts, tmp_path, mo
         ((run, train, str(tmp_path / "none-*.tar")), {}, "none-"),
         ((run, train, unlabelled), {}, "have no label"),
         ((run, unlabelled, test), {}, "have no label"),
-        ((run, train, train), {}, "the same images"),
+        ((run, train, train), {}, "are also training images"),
         ((run, train, test), {"readout": "middle"}, "no readout 'middle'"),
         ((run, train, test), {"network": "teacher"}, "no network 'teacher'; choose one of: student"),
         ((exported, train, test), {"network": "teacher"}, "holds one network"),

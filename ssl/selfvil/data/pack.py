@@ -27,6 +27,7 @@ import numpy as np
 from PIL import Image
 from webdataset import TarWriter
 
+from selfvil.data.classes import CLASSES, class_names
 from selfvil.data.index import Pattern, Progress, Shards, index_shards, open_shards
 from selfvil.data.order import Order
 from selfvil.data.read import EXTENSIONS, MAX_BYTES, DamagedImage, decode_image, open_image
@@ -131,7 +132,7 @@ def pack(
                 f"none of the {images.size} images of {source} can be read; the first: {': '.join(skipped[0])}"
             )
         if images.classes:
-            _write_lines(aside / "classes.txt", images.classes)
+            _write_lines(aside / CLASSES, images.classes)
         if skipped:
             _write_lines(aside / "skipped.txt", (f"{path}: {reason}" for path, reason in skipped))
         report = index_shards(aside)
@@ -336,10 +337,8 @@ def _read_file(files: list[str], i: int) -> bytes:
 
 def _open_shards(shards: Shards) -> _Source:
     labels = np.full(len(shards), -1) if shards.labels is None else shards.labels
-    given = shards.paths[0].parent / "classes.txt"
-    classes = given.read_text().splitlines() if given.is_file() and shards.num_classes else []
-    if not classes:
-        classes = [str(label) for label in range(shards.num_classes)]
+    given = class_names(shards) if shards.num_classes else None
+    classes = given.names if given else [str(label) for label in range(shards.num_classes)]
     return _Source(len(shards), shards.read, lambda i: f"{shards.shard_of(i)}:{shards.key(i)}", labels, classes)
 
 

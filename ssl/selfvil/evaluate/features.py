@@ -168,11 +168,16 @@ def need_labels(shards: Shards) -> None:
     """Raises UserError if any image has no label."""
     unlabelled = len(shards) if shards.labels is None else int((shards.labels < 0).sum())
     if unlabelled:
-        more = f" and {len(shards.paths) - 1} more shards" if len(shards.paths) > 1 else ""
         raise UserError(
-            f"{unlabelled} of the {len(shards)} images in {shards.paths[0]}{more} have no label, and a probe needs one "
-            f"(.cls) for each: pack a folder with one subfolder for each class, `selfvil pack SOURCE OUT`."
+            f"{unlabelled} of the {len(shards)} images in {names(shards)} have no label, and a probe needs one (.cls) "
+            f"for each: pack a folder with one subfolder for each class, `selfvil pack SOURCE OUT`."
         )
+
+
+def names(shards: Shards) -> str:
+    """The first shard, and how many more there are, for messages."""
+    more = len(shards.paths) - 1
+    return f"{shards.paths[0]}{f' and {more} more shard' if more else ''}{'s' if more > 1 else ''}"
 
 
 # --- what a protocol needs -------------------------------------------------------------------------------------------

@@ -28,9 +28,10 @@ from selfvil.data.index import Pattern, Shards, open_shards
 from selfvil.data.loader import train_batches
 from selfvil.data.views import CenterCrop, RandomCropFlip
 from selfvil.errors import UserError
+from selfvil.evaluate.checks import check_parts
 from selfvil.evaluate.features import Features, Precision, extract, labelled_rows, load_backbone
 from selfvil.evaluate.linear import few_label_probe, linear_probe
-from selfvil.evaluate.score import Row, check_labels
+from selfvil.evaluate.score import Row
 from selfvil.models.heads import choose_readout
 from selfvil.version import __version__
 from selfvil.weights import Network, Normalisation
@@ -142,7 +143,8 @@ def finetune(
         raise UserError(f"There is no precision {precision!r}; choose one of: fp32, bf16.")
     heads = choose_heads(load_backbone(source, network=network, drop_path_rate=settings.drop_path).backbone, readout)
     all_train, test_shards = open_shards(train), open_shards(test)
-    check_labels(all_train, test_shards, labels_per_class)
+    for warning in check_parts(all_train, test_shards, protocols=["linear"], labels_per_class=labels_per_class):
+        log.warning(warning)
     train_shards = all_train if labels_per_class is None else _FewLabels(all_train, labels_per_class, seed)
     batch_size, steps = settings.length(len(train_shards))
     if steps < _FEW_STEPS:

@@ -15,20 +15,18 @@ from selfvil.evaluate.features import Features, shared_classes
 
 log = logging.getLogger(__name__)
 
+KS = (10, 20, 100, 200)
 _CHUNK_ELEMENTS = 2**26  # similarities held at once: 256 MiB
 
 
-def knn(
-    train: Features, test: Features, ks: Sequence[int] = (10, 20, 100, 200), temperature: float = 0.07
-) -> dict[int, float]:
+def knn(train: Features, test: Features, ks: Sequence[int] = KS, temperature: float = 0.07) -> dict[int, float]:
     """Top-1 accuracy on `test` in percent, for each k, with `train` as the neighbours.
 
     Computed in float32 where `train.x` lies. Any k beyond the number of training images is left out, with a note.
     Raises UserError if none is left, the features do not fit each other, or a test label is not among train's.
     """
+    need_neighbours(len(train), ks)
     fitting = sorted({k for k in ks if 1 <= k <= len(train)})
-    if not fitting:
-        raise UserError(f"k-NN with k in {sorted(ks)} needs at least {min(ks)} training images, found {len(train)}.")
     if len(fitting) < len(set(ks)):
         log.warning("k-NN leaves out k = %s: there are %d training images", sorted({*ks} - {*fitting}), len(train))
     classes, bank_labels, test_labels = shared_classes(train, test)
@@ -45,3 +43,9 @@ def knn(
             scores = votes.new_zeros(len(part), len(classes)).scatter_add_(1, voted[:, :k], votes[:, :k])
             correct[k] += int((scores.argmax(dim=1) == truth).sum())
     return {k: 100 * hits / len(test) for k, hits in correct.items()}
+
+
+def need_neighbours(num_train: int, ks: Sequence[int] = KS) -> None:
+    """Raises UserError if no k is possible with so few training images."""
+    if not any(1 <= k <= num_train for k in ks):
+        raise UserError(f"k-NN with k in {sorted(ks)} needs at least {min(ks)} training images, found {num_train}.")

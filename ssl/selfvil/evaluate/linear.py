@@ -60,7 +60,7 @@ def linear_probe(
     if not strengths or min(strengths) <= 0 or not 0 < holdout < 1:
         raise UserError(f"A probe needs strengths above 0 and 0 < holdout < 1, got {list(strengths)} and {holdout}.")
     classes, y, truth = shared_classes(train, test)
-    _need_two(classes)
+    need_for_probe(train.y, None)
     x, queries = _standardised(train, test)
     with _threads_for(x.numel()):
         axes, spread = _principal_axes(x)
@@ -100,8 +100,7 @@ def few_label_probe(
             f"labels_per_class, draws and strength must be above 0, got {labels_per_class}, {draws}, {strength}."
         )
     classes, y, truth = shared_classes(train, test)
-    _need_two(classes)
-    need_per_class(train, labels_per_class)
+    need_for_probe(train.y, labels_per_class)
     x, queries = _standardised(train, test)
     strength = strength or 1 / (labels_per_class * len(classes))
     generator = torch.Generator().manual_seed(seed)
@@ -120,11 +119,16 @@ def few_label_probe(
     return float(values.mean()), float(values.std()) if draws > 1 else 0.0
 
 
-def need_per_class(train: Features, labels_per_class: int) -> None:
-    """Raises UserError if any class of `train` has fewer images."""
-    classes, counts = train.y.unique(return_counts=True)
+def need_for_probe(labels: Tensor, labels_per_class: int | None) -> None:
+    """Raises UserError if training labels (N,) are too few: for a probe on all of them, or on some of each class."""
+    classes, counts = labels.unique(return_counts=True)
+    if len(classes) < 2:
+        raise UserError(f"All training images have the label {int(classes[0])}; a probe needs at least two classes.")
     rarest = int(counts.argmin())
-    if int(counts[rarest]) < labels_per_class:
+    if labels_per_class is None:
+        if int(counts.max()) < 2:
+            raise UserError("No class has two training images, so none can be held out to choose the strength on.")
+    elif int(counts[rarest]) < labels_per_class:
         raise UserError(
             f"Class {int(classes[rarest])} has {int(counts[rarest])} training images, fewer than the "
             f"{labels_per_class} labels for each class asked for."
@@ -223,11 +227,4 @@ def _stratified_split(y: Tensor, share: float, seed: int) -> tuple[Tensor, Tenso
     for label in range(int(labels.max()) + 1):
         rows = order[labels[order] == label]
         held[rows[: min(max(1, round(share * len(rows))), len(rows) - 1)]] = True
-    if not held.any():
-        raise UserError("No class has two training images, so none can be held out to choose the strength on.")
     return (~held).nonzero()[:, 0].to(y.device), held.nonzero()[:, 0].to(y.device)
-
-
-def _need_two(classes: Tensor) -> None:
-    if len(classes) < 2:
-        raise UserError(f"All training images have the label {int(classes[0])}; a probe needs at least two classes.")

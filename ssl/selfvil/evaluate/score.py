@@ -5,6 +5,7 @@
 Two baselines say what pretraining was worth: the same architecture untrained, and the pixels themselves.
 """
 
+import logging
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -15,23 +16,24 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from selfvil.data.index import Pattern, Shards, open_shards
+from selfvil.data.index import Pattern, open_shards
 from selfvil.errors import UserError
+from selfvil.evaluate.checks import check_parts
 from selfvil.evaluate.features import (
     Features,
     Precision,
     choose_readout,
     extract,
     load_backbone,
-    need_labels,
     raw_pixels,
-    shared_classes,
 )
 from selfvil.evaluate.knn import knn
-from selfvil.evaluate.linear import few_label_probe, linear_probe, need_per_class
+from selfvil.evaluate.linear import few_label_probe, linear_probe
 from selfvil.runtime import commit, device_name
 from selfvil.version import __version__
 from selfvil.weights import Network, Normalisation
+
+log = logging.getLogger(__name__)
 
 PROTOCOLS = ("knn", "linear")
 _RAW_SIDE = 32  # pixels; the longer side of images whose pixels are probed
@@ -102,7 +104,8 @@ def score(
     pretrained = load_backbone(source, network=network)
     readout = choose_readout(pretrained.backbone, readout)
     shards = open_shards(train), open_shards(test)
-    check_labels(*shards, labels_per_class)
+    for warning in check_parts(*shards, protocols=protocols, labels_per_class=labels_per_class):
+        log.warning(warning)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
     def features(name: str, subject: Network | Normalisation) -> Iterator[Features]:
@@ -182,17 +185,6 @@ def _run(
         return {"linear probe": (statistics.mean(values), statistics.stdev(values) if probe_seeds > 1 else None)}
     label = f"linear probe, {labels_per_class} labels per class, {draws} draws"
     return {label: few_label_probe(train, test, labels_per_class, draws, seed)}
-
-
-def check_labels(train: Shards, test: Shards, labels_per_class: int | None) -> None:
-    """Refuse what can be known to be wrong before any image is read. Raises UserError."""
-    need_labels(train)
-    need_labels(test)
-    blank = [Features(torch.zeros(len(each), 1), torch.as_tensor(each.labels)) for each in (train, test)]
-    shared_classes(*blank)
-    need_per_class(blank[0], labels_per_class or 1)
-    if train.fingerprint == test.fingerprint:
-        raise UserError("train and test are the same images: the score would say nothing.")
 
 
 def _raw_size(look: Normalisation) -> tuple[int, int]:

@@ -1,0 +1,67 @@
+"""Names of classes: a file `classes.txt` in the folder of the shards, one name a line, in the order of the labels.
+
+Labels are numbers. Only these names tell whether a number means the same class in two sets of shards. `selfvil pack`
+numbers the subfolders of each source by their alphabetical order, so two sources with different subfolders need
+`--classes`, or every class after the first missing one has another number.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from selfvil.data.index import Shards
+from selfvil.errors import UserError
+
+CLASSES = "classes.txt"
+
+
+@dataclass(frozen=True)
+class Classes:
+    """names: the class of each label, from 0; file: where they were read."""
+
+    names: list[str]
+    file: Path
+
+
+def read_classes(file: Path) -> list[str]:
+    """The lines of `file`, without blank lines at its end. Raises UserError if it cannot be read."""
+    try:
+        text = file.read_text(encoding="utf-8-sig", errors="backslashreplace")
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror or error}") from None
+    return [line.rstrip() for line in text.rstrip().splitlines()]
+
+
+def class_names(*parts: Shards) -> Classes | None:
+    """The classes that the folders of all shards in `parts` agree on; None where no folder has a classes.txt.
+
+    One list may be longer than another: labels agree if both begin alike. Folders without a classes.txt are left out.
+
+    Raises UserError if two lists differ, naming both files and their first difference, or if one cannot be read.
+    """
+    longest: Classes | None = None
+    for file in _files(parts):
+        found = Classes(read_classes(file), file)
+        if longest is None:
+            longest = found
+            continue
+        for label, (name, other) in enumerate(zip(longest.names, found.names)):
+            if name != other:
+                raise UserError(
+                    f"the labels of two folders mean different classes: label {label} is {name!r} by {longest.file} "
+                    f"and {other!r} by {found.file}. Pack the images of one of them again with the other's classes: "
+                    f"selfvil pack SOURCE OUT --classes {longest.file}"
+                )
+        if len(found.names) > len(longest.names):
+            longest = found
+    return longest
+
+
+def _files(parts: Sequence[Shards]) -> Iterator[Path]:
+    """The classes.txt of each folder that holds a shard, in the order of the shards."""
+    shards = {path.parent: path for part in parts for path in part.paths}
+    for folder, shard in shards.items():
+        for file in (folder / CLASSES, shard.resolve().parent / CLASSES):  # shards may be links into another folder
+            if file.exists():
+                yield file
+                break

@@ -1,0 +1,91 @@
+"""Two parts of a data set that cannot be scored: labels of different classes, too few images, the same images."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from selfvil.data.index import open_shards
+from selfvil.data.pack import pack
+from selfvil.errors import UserError
+from selfvil.evaluate.checks import check_parts
+from selfvil.evaluate.finetune import finetune
+from selfvil.evaluate.score import score
+from selfvil.weights import Network, Normalisation
+from small import network
+from tars import png, write_tar
+
+BOTH = ["knn", "linear"]
+
+
+def shards(path, values: range, classes: int = 2):
+    """A shard of plain images, value i with label i % classes."""
+    files = [
+        pair for i in values for pair in ((f"k{i}.cls", b"%d" % (i % classes)), (f"k{i}.png", png(i)))
+    ]  # fmt: skip
+    return open_shards(write_tar(path, files))
+
+
+@pytest.fixture
+def colours(tmp_path):
+    """Three classes by colour, packed apart; the test images lack the second class."""
+    shades = {"blue": (0, 0, 255), "green": (0, 255, 0), "red": (255, 0, 0)}
+    for part, names in {"train": [*shades], "test": ["blue", "red"]}.items():
+        for name in names:
+            (tmp_path / part / name).mkdir(parents=True)
+            for index in range(6):
+                shade = tuple(abs(value - index - 10 * (part == "test")) for value in shades[name])
+                Image.new("RGB", (8, 8), shade).save(tmp_path / part / name / f"{index}.png")
+        pack(tmp_path / part, tmp_path / f"{part}-packed", workers=1)
+    return tmp_path
+
+
+def test_labels_of_another_order_of_classes_are_refused(colours, monkeypatch):
+    """Colours separate these classes perfectly, and the score was 50 %: label 1 is green here and red there."""
+    train, test = colours / "train-packed", colours / "test-packed"
+    message = rf"label 1 is 'green' by {train}/classes.txt and 'red' by {test}/classes.txt.* --classes {train}/classes"
+    look = Normalisation((0.5,) * 3, (0.5,) * 3, (8, 8))
+    for module in ("score", "finetune"):
+        monkeypatch.setattr(f"selfvil.evaluate.{module}.load_backbone", lambda *_, **__: Network(network(), look, 0))
+    for evaluate in (score, finetune):
+        with pytest.raises(UserError, match=message):
+            evaluate(colours, train, test, workers=0)
+    pack(colours / "test", colours / "again", classes=["blue", "green", "red"], workers=1)
+    assert check_parts(open_shards(train), open_shards(colours / "again"), protocols=BOTH) == []
+
+
+def test_the_same_images_in_another_order_are_refused(tmp_path):
+    train = shards(tmp_path / "train.tar", range(20))
+    with pytest.raises(UserError, match=r"all 20 test images in .*test.tar are also training images in .*train.tar"):
+        check_parts(train, shards(tmp_path / "test.tar", range(19, -1, -1)), protocols=BOTH)
+    with pytest.raises(UserError, match="all 4 test images"):
+        check_parts(train, shards(tmp_path / "part.tar", range(4)), protocols=BOTH)
+
+
+def test_some_images_in_both_parts_are_counted(tmp_path):
+    train = shards(tmp_path / "train.tar", range(20))
+    (warning,) = check_parts(train, shards(tmp_path / "test.tar", range(17, 37)), protocols=BOTH)
+    assert warning.startswith("3 of the 20 test images in ")
+    assert warning.endswith("accuracies may be up to 15 points too high")
+    assert check_parts(train, shards(tmp_path / "new.tar", range(20, 40)), protocols=BOTH) == []
+
+
+def test_contents_depend_on_bytes_alone(tmp_path):
+    one, other = shards(tmp_path / "a.tar", range(6)), shards(tmp_path / "b.tar", range(5, -1, -1), classes=3)
+    assert one.contents.dtype == np.uint64
+    assert one.contents.tolist() == other.contents.tolist()[::-1]
+    assert len(set(one.contents.tolist())) == 6
+
+
+@pytest.mark.parametrize(
+    ("train", "classes", "protocols", "labels_per_class", "message"),
+    [
+        (range(9), 2, ["knn"], None, r"k-NN with k in \[10, 20, 100, 200\] needs at least 10 training images, found 9"),
+        (range(9), 9, ["linear"], None, "No class has two training images"),
+        (range(20), 1, ["linear"], None, "at least two classes"),
+        (range(20), 2, ["linear"], 11, "Class 0 has 10 training images, fewer than the 11 labels"),
+    ],
+)
+def test_too_few_training_images(tmp_path, train, classes, protocols, labels_per_class, message):
+    parts = shards(tmp_path / "a.tar", train, classes), shards(tmp_path / "b.tar", range(100, 110), classes)
+    with pytest.raises(UserError, match=message):
+        check_parts(*parts, protocols=protocols, labels_per_class=labels_per_class)
