@@ -1,6 +1,8 @@
-"""Small text files that are never half there, and flushing to the disk."""
+"""Small text files that are never half there, flushing to the disk, and outputs that may fail."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -41,3 +43,23 @@ def flush_folder(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+class Outputs:
+    """Collects the failures to write what a run puts out besides checkpoints and ledger: metrics, pictures, text.
+
+    None of them may cost the weights. So the run does not end where a write fails: `failure` names the first one, and
+    the loop then saves and stops.
+    """
+
+    def __init__(self) -> None:
+        self.failure: str | None = None
+
+    @contextmanager
+    def writing(self, what: object) -> Iterator[None]:
+        """Within, an OSError (a full disk, a closed pipe) is recorded in `failure`, with the name `what`."""
+        try:
+            yield
+        except OSError as error:
+            if self.failure is None:
+                self.failure = f"{what} cannot be written ({error.strerror or error})"

@@ -6,7 +6,9 @@ recipe -> shards -> order -> decode -> views -> objective -> loss -> optimizer s
 import logging
 import math
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,7 +21,8 @@ from selfvil.data.index import Shards, open_shards
 from selfvil.data.ledger import Ledger
 from selfvil.data.loader import Batch, train_batches
 from selfvil.data.render import drawable
-from selfvil.errors import UserError
+from selfvil.errors import UserError, shorten
+from selfvil.files import Outputs
 from selfvil.memory import need_memory
 from selfvil.monitor.collapse import Doctor
 from selfvil.monitor.console import ProgressLine
@@ -110,10 +113,11 @@ def pretrain(recipe: Recipe) -> Summary:
     ledger.merge(runtime.gather_lists(accelerator, ledger.unshared()))
     if problem := ledger.excess():
         raise UserError(problem)
+    outputs = Outputs()
     metrics = MetricsWriter(
-        out, first_step, recipe.monitor.tensorboard, recipe.monitor.wandb, out.name
+        out, first_step, recipe.monitor.tensorboard, recipe.monitor.wandb, out.name, outputs
     ) if is_main else None  # fmt: skip
-    line = ProgressLine(first_step, total_steps, enabled=is_main)
+    line = ProgressLine(first_step, total_steps, enabled=is_main, outputs=outputs)
     if is_main:
         _greet(line, recipe, accelerator, objective, shards, first_step, total_steps)
     means, last_loss = Means(), None
@@ -133,6 +137,7 @@ def pretrain(recipe: Recipe) -> Summary:
     try:
         with runtime.StopRequest() as stop:
             while step < total_steps:
+                optional = partial(_optional, step + 1, metrics, line)
                 # One optimizer step: micro-batches, clipping, update, teacher.
                 progress = Progress(step, total_steps, steps_per_epoch, seed)
                 lr = learning_rate(recipe, step, total_steps)
@@ -154,7 +159,8 @@ def pretrain(recipe: Recipe) -> Summary:
                     means.add({"loss": output.loss} | output.logs)
                 looked_at = _due(step + 1, doctor_every, step + 1 == total_steps)
                 if vitals and looked_at:
-                    vitals.before_step(gradients=zero is None)
+                    with optional("the diagnosis"):
+                        vitals.before_step(gradients=zero is None)
                 clip = recipe.optim.clip_norm, recipe.optim.clip_per_tensor
                 if zero:
                     norm = zero.clip_gradients(*clip)
@@ -172,13 +178,15 @@ def pretrain(recipe: Recipe) -> Summary:
                 ended, seen = step == total_steps, dict[str, float]()
                 log_due = ended or step % recipe.monitor.log_every == 0
                 save_due = ended or step % recipe.run.checkpoint_every == 0
-                stopping = False
+                stopping = None
                 if log_due or world_size == 1:  # asking the other processes costs a collective: not at every step
                     ledger.merge(runtime.gather_lists(accelerator, ledger.unshared()))
                     problem = next(iter(runtime.gather_lists(accelerator, [problem] if problem else [])), None)
                     problem = problem or ledger.excess()
-                    asked = bool(stop) or time.monotonic() > pause_at or collapsed or problem is not None
-                    stopping = runtime.any_process(accelerator, asked)
+                    reason = "pause_minutes" if time.monotonic() > pause_at else None
+                    reason = "monitor.on_collapse = stop" if collapsed else reason
+                    reason = problem or outputs.failure or stop.signal_name or reason
+                    stopping = runtime.agreed_reason(accelerator, reason)
                 if log_due or save_due or stopping:
                     averages = accelerator.reduce(means.means(), reduction="mean")
                     if not finite(averages):
@@ -196,46 +204,49 @@ def pretrain(recipe: Recipe) -> Summary:
                     line.log(step, last_loss, speed)
                     seen |= values
                     means.reset()
+                if save_due or stopping:
+                    moments = zero.optimizer_tensors() if zero else optim.optimizer_tensors(optimizer)
+                    if metrics:
+                        metrics.flush_to_disk()
+                    with zero.whole() if zero else nullcontext():
+                        tensors = {"objective": objective.state_dict(), "optimizer": moments} if is_main else {}
+                        seconds = seconds_before + time.monotonic() - began
+                        meta = checkpoint_meta(recipe, shards, objective.networks, objective.export, step, seconds)
+                        save = partial(
+                            checkpoint.save, out / "checkpoints", step, tensors, meta, recipe.run.keep_checkpoints
+                        )
+                        runtime.on_main(accelerator, save)
+                    saved_at = step
+                # Only now what the run can do without: the state is safe, whatever fails here.
                 if vitals and metrics and looked_at and batch is not None:
-                    signs = vitals.after_step(lr, batch, output)
-                    metrics.write(step, signs, kind="doctor")
-                    seen |= signs
-                if is_main and _due(step, recipe.monitor.pictures_every, ended) and batch is not None:
-                    objective.eval()
-                    with runtime.autocast(device, recipe.run.precision):
-                        picture = objective.picture(batch, progress)
-                    objective.train()
-                    if picture is not None and metrics:
-                        save_picture(picture, out / "pictures" / f"step-{step:08d}.png")
-                        metrics.picture(step, picture)
+                    with optional("the diagnosis"):
+                        signs = vitals.after_step(lr, batch, output)
+                        metrics.write(step, signs, kind="doctor")
+                        seen |= signs
+                if metrics and _due(step, recipe.monitor.pictures_every, ended) and batch is not None:
+                    with optional("the picture"), _evaluating(objective):
+                        with runtime.autocast(device, recipe.run.precision):
+                            picture = objective.picture(batch, progress)
+                        if picture is not None:
+                            save_picture(picture, out / "pictures" / f"step-{step:08d}.png")
+                            metrics.picture(step, picture)
                 if recipe.eval.train and recipe.eval.test and _due(step, recipe.eval.every or total_steps, ended):
-                    objective.eval()
-                    score = probe_scores(objective.exported(), recipe, device) if is_main else {}
-                    objective.train()
-                    if metrics and score:
-                        metrics.write(step, score, kind="eval")
-                        seen |= score
-                        scored = " · ".join(f"{name} {value:.2f} %" for name, value in score.items())
-                        line.say(f"step {step:,}: {scored}")
+                    if metrics:
+                        with optional("the score of the eval section"), _evaluating(objective):
+                            score = probe_scores(objective.exported(), recipe, device)
+                            if score:
+                                metrics.write(step, score, kind="eval")
+                                seen |= score
+                                scores = " · ".join(f"{name} {value:.2f} %" for name, value in score.items())
+                                line.say(f"step {step:,}: {scores}")
                     accelerator.wait_for_everyone()
                 for alarm in doctor.see(step, seen) if is_main else ():
                     line.say(f"step {step:,}: {alarm.sentence}")
                     collapsed = recipe.monitor.on_collapse == "stop"  # the next step asks every process
-                if save_due or stopping:
-                    moments = zero.optimizer_tensors() if zero else optim.optimizer_tensors(optimizer)
-                    with zero.whole() if zero else nullcontext():
-                        if is_main:
-                            tensors = {"objective": objective.state_dict(), "optimizer": moments}
-                            seconds = seconds_before + time.monotonic() - began
-                            meta = checkpoint_meta(recipe, shards, objective.networks, objective.export, step, seconds)
-                            checkpoint.save(out / "checkpoints", step, tensors, meta, recipe.run.keep_checkpoints)
-                    accelerator.wait_for_everyone()
-                    saved_at = step
                 if stopping and not ended and problem:
                     raise UserError(f"stopped after step {step:,}, whose state is saved: {problem}")
                 if stopping and not ended:
-                    why = stop.signal_name or ("monitor.on_collapse = stop" if collapsed else "pause_minutes")
-                    line.say(f"stopped after step {step:,} ({why}): "
+                    line.say(f"stopped after step {step:,} ({stopping}): "
                              f"the state is saved, and the same command goes on from here")  # fmt: skip
                     break
     finally:
@@ -256,9 +267,16 @@ def pretrain(recipe: Recipe) -> Summary:
         alarms=tuple(doctor.alarms),
     )
     if is_main:
-        folder.record_end(summary)
-        print_summary(out)
+        with outputs.writing(out / "run.json"):
+            folder.record_end(summary)
+    failure = runtime.agreed_reason(accelerator, outputs.failure)
     accelerator.end_training()
+    if failure:
+        state = "the run is finished" if summary.finished else f"the run stopped after step {step:,}"
+        advice = "" if summary.finished else "; once it can be written, the same command continues"
+        raise UserError(f"{failure}: {state} and its state is saved as {summary.checkpoint}{advice}")
+    if is_main:
+        print_summary(out)
     return summary
 
 
@@ -283,6 +301,29 @@ def _configure_deepspeed(recipe: Recipe, accelerator: Accelerator) -> None:
 
 def _due(step: int, every: int | None, ended: bool) -> bool:
     return every is not None and (ended or step % every == 0)
+
+
+@contextmanager
+def _optional(step: int, metrics: MetricsWriter | None, line: ProgressLine, what: str) -> Iterator[None]:
+    """Within, an error costs `what` alone: it is printed and recorded in the metrics, and training continues."""
+    try:
+        yield
+    except Exception as error:  # a decoder, a plot, a probe: each has its own
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        message = shorten(f"{what} failed, training continues ({kind}{error})")
+        log.debug(message, exc_info=True)
+        line.say(f"step {step:,}: {message}")
+        if metrics:
+            metrics.warn(step, message)
+
+
+@contextmanager
+def _evaluating(objective: Objective) -> Iterator[None]:
+    objective.eval()
+    try:
+        yield
+    finally:
+        objective.train()
 
 
 def _greet(

@@ -11,12 +11,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import psutil
 import torch
@@ -186,6 +186,35 @@ def any_process(accelerator: Accelerator, flag: bool) -> bool:
 def gather_lists(accelerator: Accelerator, values: list[T]) -> list[T]:
     """The values of all processes, those of the first one first; a collective when there are several."""
     return values if accelerator.num_processes == 1 else gather_object(values)
+
+
+def agreed_reason(accelerator: Accelerator, reason: str | None) -> str | None:
+    """Why to stop, on every process: the reason of the first process that has one, None if none has. A collective."""
+    if not any_process(accelerator, reason is not None) or accelerator.num_processes == 1:
+        return reason
+    reasons = enumerate(gather_object([reason]))
+    rank, first = next((rank, reason) for rank, reason in reasons if reason is not None)
+    return first if rank == 0 else f"{first} at process {rank}"
+
+
+def on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
+    """The result of `work`, which the main process alone does, on every process; a collective.
+
+    Raises:
+        UserError: `work` raised it; every process raises it, so that none is left waiting.
+    """
+    result: tuple[T | None, str | None] = (None, None)
+    if accelerator.is_main_process:
+        try:
+            result = (work(), None)
+        except UserError as error:
+            if accelerator.num_processes == 1:
+                raise
+            result = (None, str(error))
+    value, message = agree(accelerator, result)
+    if message is not None:
+        raise UserError(message)
+    return cast(T, value)
 
 
 class StopRequest:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from selfvil import terminal
+from selfvil.files import Outputs
 
 EVERY = 30.0
 """Seconds between two lines where there is no terminal."""
@@ -15,18 +16,22 @@ EVERY = 30.0
 class ProgressLine:
     """Prints step, loss, images per second and the time left. Prints nothing unless `enabled` (the main process).
 
+    A standard output that was closed is recorded in `outputs`; nothing is printed after that.
+
     Off a terminal a line is printed every `EVERY` seconds, however long a step takes, and one after the last step.
     """
 
     def __init__(
-        self, start_step: int, total_steps: int, enabled: bool, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+        self, start_step: int, total_steps: int, enabled: bool, clock: Callable[[], float] = time.monotonic,
+        outputs: Outputs | None = None,
+    ) -> None:  # fmt: skip
+        self._outputs = outputs or Outputs()
         self.enabled, self.start_step, self.total_steps = enabled, start_step, total_steps
         self._clock, self._printed = clock, clock()
         self._first_done = 0.0  # when the first step of this launch ended: it alone includes the start of the workers
         self._note = ""
         self._bar: Progress | None = None
-        if enabled and sys.stdout.isatty():
+        if enabled and sys.stdout is not None and sys.stdout.isatty():
             self._bar = Progress(
                 TextColumn("pretrain"), BarColumn(), MofNCompleteColumn(),
                 TextColumn("{task.fields[note]}", markup=False), TimeElapsedColumn(), TextColumn("left"),
@@ -59,8 +64,8 @@ class ProgressLine:
         """Print a line, above the bar where there is one."""
         if self._bar:
             self._bar.console.print(message)
-        elif self.enabled:
-            print(message, flush=True)
+        else:
+            self._write(message)
 
     def close(self) -> None:
         if self._bar:
@@ -68,10 +73,17 @@ class ProgressLine:
 
     def _print(self, step: int) -> None:
         self._printed = self._clock()
-        if self.enabled and not self._bar:
+        if not self._bar:
             left = f"about {duration(self._left(step))} left" if step - self.start_step > 1 else ""
             parts = [f"step {step:>7,}/{self.total_steps:,}", self._note, left if step < self.total_steps else "done"]
-            print(" · ".join(part for part in parts if part), flush=True)
+            self._write(" · ".join(part for part in parts if part))
+
+    def _write(self, text: str) -> None:
+        if self.enabled:
+            with self._outputs.writing("standard output"):
+                print(text, flush=True)
+                return
+            self.enabled = False
 
     def _left(self, step: int) -> float:
         """Seconds, by the mean time of this launch's steps but its first."""

@@ -1,6 +1,7 @@
 """Metrics out: JSON lines always; TensorBoard and Weights & Biases when asked."""
 
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,9 @@ import torch
 from torch import Tensor
 
 from selfvil.errors import UserError
+from selfvil.files import Outputs
+
+log = logging.getLogger("selfvil")
 
 
 class Means:
@@ -37,16 +41,22 @@ class MetricsWriter:
     """Appends records to `metrics.jsonl` in the run's folder and passes them on.
 
     Records after `resume_step` are taken out when a run goes on from an earlier checkpoint, so that every step stands
-    in the file once.
+    in the file once. A write that fails later is recorded in `outputs` and raises nothing.
 
     Raises:
-        UserError: wandb is asked for and not installed.
+        UserError: wandb is asked for and not installed, or metrics.jsonl cannot be written.
     """
 
-    def __init__(self, folder: Path, resume_step: int, tensorboard: bool, wandb: str | None, name: str) -> None:
-        self.path = folder / "metrics.jsonl"
-        _drop_after(self.path, resume_step)
-        self._file = self.path.open("a")
+    def __init__(
+        self, folder: Path, resume_step: int, tensorboard: bool, wandb: str | None, name: str,
+        outputs: Outputs | None = None,
+    ) -> None:  # fmt: skip
+        self.path, self._outputs = folder / "metrics.jsonl", outputs or Outputs()
+        try:
+            _drop_after(self.path, resume_step)
+            self._file = self.path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be written: {error.strerror or error}") from error
         self._tensorboard: Any = None
         self._wandb: Any = None
         if tensorboard:
@@ -64,25 +74,43 @@ class MetricsWriter:
 
     def write(self, step: int, values: dict[str, float], kind: str = "train") -> None:
         """Write one record; `step` counts finished optimizer steps."""
-        self._file.write(json.dumps({"step": step, "kind": kind} | values) + "\n")
-        self._file.flush()
+        self._append({"step": step, "kind": kind} | values)
         if self._tensorboard:
-            for name, value in values.items():
-                self._tensorboard.add_scalar(f"{kind}/{name}", value, step)
+            with self._outputs.writing("the TensorBoard files"):
+                for name, value in values.items():
+                    self._tensorboard.add_scalar(f"{kind}/{name}", value, step)
         if self._wandb:
             self._wandb.log({f"{kind}/{name}": value for name, value in values.items()}, step=step)
+
+    def warn(self, step: int, message: str) -> None:
+        """Record that something optional failed at `step`, as {"step", "kind": "warning", "message"}."""
+        self._append({"step": step, "kind": "warning", "message": message})
+
+    def flush_to_disk(self) -> None:
+        """Records written so far survive a power cut from now on."""
+        with self._outputs.writing(self.path):
+            os.fsync(self._file.fileno())
 
     def picture(self, step: int, picture: Tensor) -> None:
         """Pass a picture (3, H, W) in [0, 1] on to TensorBoard."""
         if self._tensorboard:
-            self._tensorboard.add_image("picture", picture.cpu(), step)
+            with self._outputs.writing("the TensorBoard files"):
+                self._tensorboard.add_image("picture", picture.cpu(), step)
 
     def close(self) -> None:
-        self._file.close()
+        with self._outputs.writing(self.path):
+            self._file.close()
         if self._tensorboard:
-            self._tensorboard.close()
+            with self._outputs.writing("the TensorBoard files"):
+                self._tensorboard.close()
         if self._wandb:
             self._wandb.finish()
+
+    def _append(self, record: dict[str, Any]) -> None:
+        if self._outputs.failure is None:  # else the disk may be full: what fits again would leave a gap
+            with self._outputs.writing(self.path):
+                self._file.write(json.dumps(record) + "\n")
+                self._file.flush()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
