@@ -123,3 +123,41 @@ def test_nothing_is_exported_over_anything(run, tmp_path, capsys):
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
     refusal(capsys, "export", tmp_path / "nowhere", tmp_path / "out")
     refusal(capsys, "report", tmp_path)
+
+
+def test_a_file_that_cannot_be_written_is_told_before_computing(digit_shards, run, tmp_path, capsys, monkeypatch):
+    for module in ("score", "finetune"):
+        monkeypatch.setattr(f"selfvil.evaluate.{module}.load_backbone", None)  # calling it would be a TypeError
+    (tmp_path / "text").write_text("mine")
+    parts = ["--train", digit_shards / "digits-000000.tar", "--test", digit_shards / "digits-000001.tar"]
+    for kind in ("knn", "linear", "finetune", "all"):
+        for file, reason in ((tmp_path, "Is a directory"), (tmp_path / "text" / "rows.json", "Not a directory")):
+            error = refusal(capsys, "eval", kind, run, *parts, "--json", file)
+            assert f"{file} cannot be written: {reason}" in error
+    assert [path.name for path in tmp_path.iterdir()] == ["text"]
+
+
+def test_rows_before_a_failure_are_kept(digit_shards, run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("selfvil.evaluate.score.linear_probe", lambda *_, **__: 1 / 0)
+    parts = ["--train", digit_shards / "digits-000000.tar", "--test", digit_shards / "digits-000001.tar"]
+    with pytest.raises(ZeroDivisionError):
+        main(
+            [str(word) for word in ("eval", "all", run, *parts, "--workers", 0, "--json", tmp_path / "new" / "a.json")]
+        )
+    rows = json.loads((tmp_path / "new" / "a.json").read_text())
+    assert [row["protocol"] for row in rows] == ["k-NN, k = 10", "k-NN, k = 20", "k-NN, k = 100"]
+    assert "k-NN, k = 10" in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["a.json"]
+
+
+def test_rows_into_a_device(digit_shards, run):
+    """/dev/null stays what it is."""
+    parts = ["--train", digit_shards / "digits-000000.tar", "--test", digit_shards / "digits-000001.tar"]
+    command("eval", "knn", run, *parts, "--workers", 0, "--json", "/dev/null")
+    assert Path("/dev/null").is_char_device()
+
+
+@pytest.mark.parametrize("size", ["x", "0", "12x", "4x4x4", "-8", "1e3"])
+def test_a_size_that_is_none(digit_shards, run, capsys, size):
+    error = refusal(capsys, "eval", "finetune", run, "--train", "a", "--test", "b", "--img-size", size)
+    assert f"--img-size {size} is no size" in error

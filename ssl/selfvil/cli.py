@@ -4,7 +4,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -250,20 +250,32 @@ def eval_finetune(
     drop_path: Annotated[float, typer.Option(help="Probability of leaving a block out.")] = 0.1,
     label_smoothing: Annotated[float, typer.Option(help="Share of a target spread over all classes.")] = 0.1,
     min_crop: Annotated[float, typer.Option(help="Smallest share of an image that a crop shows.")] = 0.08,
+    img_size: Annotated[str | None, typer.Option(help="Side in pixels, or HEIGHTxWIDTH; pretraining's else.")] = None,
     precision: PrecisionName = "fp32",
 ) -> None:  # fmt: skip
     """Accuracy after fine-tuning everything, beside a linear probe of the same tokens; Bilateral Concat and mean."""
-    from selfvil.evaluate.finetune import Settings, finetune
+    size = _size(img_size)
+    with _results(json_file) as keep:
+        from selfvil.evaluate.finetune import Settings, finetune
 
-    settings = Settings(
-        epochs=epochs, batch_size=batch_size, base_lr=base_lr, layer_decay=layer_decay, weight_decay=weight_decay,
-        warmup=warmup, drop_path=drop_path, label_smoothing=label_smoothing, min_crop=min_crop,
-    )  # fmt: skip
-    rows = finetune(
-        source, train, test, settings=settings, labels_per_class=labels_per_class, baselines=baselines,
-        readout=readout, network=network, workers=workers, precision=precision, seed=seed,
-    )  # fmt: skip
-    _show(rows, json_file)
+        settings = Settings(
+            epochs=epochs, batch_size=batch_size, base_lr=base_lr, layer_decay=layer_decay, weight_decay=weight_decay,
+            warmup=warmup, drop_path=drop_path, label_smoothing=label_smoothing, min_crop=min_crop,
+        )  # fmt: skip
+        finetune(
+            source, train, test, settings=settings, labels_per_class=labels_per_class, baselines=baselines,
+            readout=readout, network=network, img_size=size, workers=workers, precision=precision, seed=seed, keep=keep,
+        )  # fmt: skip
+
+
+def _size(text: str | None) -> tuple[int, int] | None:
+    """Height and width of `224` or `224x320`. Raises UserError."""
+    if text is None:
+        return None
+    sides = text.lower().split("x")
+    if len(sides) > 2 or not all(side.isascii() and side.isdigit() and 0 < int(side) < 100_000 for side in sides):
+        raise UserError(f"--img-size {text} is no size: give pixels, such as 224, or HEIGHTxWIDTH, such as 224x320")
+    return int(sides[0]), int(sides[-1])
 
 
 @eval_app.command("all")
@@ -281,19 +293,52 @@ def eval_all(
 def _eval(
     protocols: list[str], source: Path, train: str, test: str, json_file: Path | None, **options: Any
 ) -> None:  # fmt: skip
-    from selfvil.evaluate.score import score
+    with _results(json_file) as keep:
+        from selfvil.evaluate.score import score
 
-    _show(score(source, train, test, protocols=protocols, **options), json_file)
+        score(source, train, test, protocols=protocols, keep=keep, **options)
 
 
-def _show(rows: list[Any], json_file: Path | None) -> None:
-    from selfvil import terminal
-    from selfvil.evaluate.score import as_json, as_table
+@contextmanager
+def _results(json_file: Path | None) -> Iterator[Callable[[list[Any]], None]]:
+    """A function that keeps all rows so far, in `json_file` if given; they are printed at the end, after an error too.
 
-    terminal.console().print(as_table(rows))
-    if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps(as_json(rows), indent=1) + "\n")
+    Raises UserError at once if the file cannot be written.
+    """
+    from selfvil.files import need_writable, write_text
+
+    file = None if json_file is None else json_file.expanduser()
+    if file is not None:
+        need_writable(file)
+    rows: list[Any] = []
+
+    def write() -> None:
+        from selfvil.evaluate.score import as_json
+
+        text = json.dumps(as_json(rows), indent=1) + "\n"
+        if file is not None and (file.is_symlink() or (file.exists() and not file.is_file())):  # such as /dev/stdout
+            file.write_text(text)
+        elif file is not None:
+            write_text(file, text)
+
+    def keep(so_far: list[Any]) -> None:
+        rows[:] = so_far
+        with suppress(OSError):  # tried again at the end
+            if file is not None and not file.is_symlink():
+                write()
+
+    try:
+        yield keep
+    finally:
+        if rows:
+            from selfvil import terminal
+            from selfvil.evaluate.score import as_table
+
+            terminal.console().print(as_table(rows))
+            try:
+                write()
+            except OSError as error:
+                raise UserError(f"{file} could not be written: {error.strerror or error}") from None
 
 
 if __name__ == "__main__":

@@ -1,9 +1,13 @@
 """Small text files that are never half there, flushing to the disk, and outputs that may fail."""
 
+import errno
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from selfvil.errors import UserError
 
 
 def write_text(path: Path, text: str) -> None:
@@ -23,6 +27,27 @@ def write_text(path: Path, text: str) -> None:
         aside.unlink(missing_ok=True)
         raise
     flush_folder(path.parent)
+
+
+def need_writable(path: Path) -> None:
+    """Make the folder of `path` and make sure that the file can be written, before anything is computed for it.
+
+    Raises UserError if `path` is a folder, or if it or its folder cannot be written.
+    """
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if any(parent.exists() and not parent.is_dir() for parent in path.parents):
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            with open(path, "ab"):
+                pass
+        if path.is_file() or not path.exists():
+            with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name[:50]}."):
+                pass
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}; give another file") from None
 
 
 def flush_file(path: Path) -> None:

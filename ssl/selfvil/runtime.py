@@ -257,7 +257,12 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     What is drawn within a step (stochastic depth, dropout) then depends on nothing that went before, so a resumed run
     draws the same without any generator's state in the checkpoint.
     """
-    torch.manual_seed(((seed * 1_000_003 + step) * 65_537 + rank) % 2**63)
+    torch.manual_seed(step_seed(seed, step, rank))
+
+
+def step_seed(seed: int, step: int, stream: int) -> int:
+    """A seed of its own for each optimizer step and `stream` (a rank, a layer), from 0 to 2^63."""
+    return ((seed * 1_000_003 + step) * 65_537 + stream) % 2**63
 
 
 def describe(accelerator: Accelerator) -> dict[str, Any]:

@@ -15,12 +15,14 @@ from PIL import Image
 from rich.console import Console
 from torch import nn
 
-from selfvil import checkpoint, cli, optim
+from selfvil import checkpoint, cli, footprint, optim
 from selfvil.data.index import open_shards
 from selfvil.errors import UserError
+from selfvil.evaluate import classifier as classifiers
 from selfvil.evaluate import finetune as module
+from selfvil.evaluate.classifier import Settings, plan_micro_batch, train_classifier
 from selfvil.evaluate.features import extract, load_backbone
-from selfvil.evaluate.finetune import Settings, choose_heads, finetune, train_classifier
+from selfvil.evaluate.finetune import choose_heads, finetune, resize
 from selfvil.evaluate.linear import linear_probe
 from selfvil.evaluate.score import as_json, as_table
 from selfvil.export import export
@@ -55,10 +57,16 @@ def parts(digit_shards):
     return str(digit_shards / "digits-000000.tar"), str(digit_shards / "digits-000001.tar")
 
 
-def a_vit() -> nn.Module:
+def a_vit(drop_path: float = 0.0) -> nn.Module:
     return timm.create_model(
-        "vit_tiny_patch16_224", img_size=8, patch_size=2, in_chans=1, embed_dim=32, depth=2, num_heads=2, num_classes=10
-    )
+        "vit_tiny_patch16_224", img_size=8, patch_size=2, in_chans=1, embed_dim=32, depth=2, num_heads=2,
+        num_classes=10, drop_path_rate=drop_path,
+    )  # fmt: skip
+
+
+def a_vit_network(drop_path: float = 0.0) -> Network:
+    torch.manual_seed(0)
+    return Network(a_vit(drop_path), Normalisation((0.3,), (0.4,), (8, 8)), 0)
 
 
 @pytest.mark.parametrize("name", ["vil", "vit"])
@@ -130,6 +138,83 @@ def test_the_same_seed_gives_the_same_weights(run, parts):
     first, again, other = weights(1), weights(1, workers=1), weights(2)
     assert all(torch.equal(value, again[name]) for name, value in first.items())
     assert not any(torch.equal(value, other[name]) for name, value in first.items() if value.ndim > 1)
+
+
+@pytest.mark.parametrize("make", [lambda run: load_backbone(run, drop_path_rate=0.3), lambda run: a_vit_network(0.3)])
+def test_micro_batches_make_the_step_of_the_whole_batch(run, parts, make):
+    """Gradients to rounding, with stochastic depth, and with a last micro-batch that is smaller."""
+    settings = Settings(epochs=1, batch_size=60, drop_path=0.3, base_lr=1e-2, warmup=0, clip_norm=None)
+    train = open_shards(parts[0])
+    grads = []
+    for micro_batch in (60, 16, 7):
+        made = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                optim, "clip_gradients", lambda params, _, made=made: made.append([p.grad.clone() for p in params])
+            )
+            train_classifier(make(run), "mean", train, settings, micro_batch=micro_batch)
+        grads.append(made)
+    for other in grads[1:]:
+        for one, parts_of_it in zip(grads[0][0], other[0], strict=True):  # of the first step
+            torch.testing.assert_close(parts_of_it, one, rtol=1e-4, atol=1e-6)
+    assert any((first - second).abs().max() > 1e-3 for first, second in zip(grads[0][0], grads[0][1]))
+
+
+def test_micro_batches_fit_into_free_memory(run, monkeypatch):
+    """The default step of 1,024 images in as many parts as memory asks for."""
+    backbone, look, _ = load_backbone(run)
+
+    def planned(free: int, batch_size: int = 1024) -> int:
+        monkeypatch.setattr(footprint, "free_bytes", lambda device: free)
+        return plan_micro_batch(backbone, look, batch_size, torch.device("cpu"), "fp32")
+
+    one, two, nine = (
+        footprint.saved_bytes(backbone, lambda count=count: backbone(torch.zeros(count, 1, 8, 8)))
+        for count in (1, 2, 9)
+    )
+    assert nine == pytest.approx(one + 8 * (two - one), rel=0.01)
+    fixed = one - (two - one) + footprint.update_bytes(backbone)
+    assert planned(2**40) == 64
+    assert planned(2**40, 1000) == 63  # 15 of 63 and one of 55, not one of 40
+    assert planned(2**40, 40) == 40
+    assert planned(2 * (fixed + 10 * (two - one)) + 2) == 10
+    with pytest.raises(UserError, match=r"images of 8 x 8 pixels needs at least 0\.00 GiB, and 0\.00 GiB are free"):
+        planned(fixed)
+
+
+def test_the_default_batch_needs_little_memory(run, parts, monkeypatch):
+    """120 images a step; what autograd keeps at once is that of the planned micro-batch."""
+    sizes = []
+    monkeypatch.setattr(classifiers, "_CPU_MICRO_BATCH", 32)
+    network = load_backbone(run)
+    network.backbone.register_forward_pre_hook(lambda _, images: sizes.append(len(images[0])))
+    train_classifier(network, "mean", open_shards(parts[0]), Settings(epochs=2, warmup=0))
+    assert sizes[:2] == [1, 2]  # measured
+    assert sizes[2:] == [30, 30, 30, 30] * 2
+
+
+@pytest.mark.parametrize("size", [16, (8, 12)])
+def test_images_of_another_size(run, parts, size):
+    """Positions of both architectures are resampled; what is scored and trained has that size."""
+    shape = (size, size) if isinstance(size, int) else size
+    for make in (lambda: load_backbone(run), a_vit_network):
+        network = resize(make(), size)
+        assert network.normalisation.img_size == shape
+        seen = []
+        network.backbone.register_forward_pre_hook(lambda _, images, seen=seen: seen.append(images[0].shape[-2:]))
+        classifier = train_classifier(network, "mean", open_shards(parts[0]), SHORT)
+        classifier.accuracy(open_shards(parts[1]))
+        assert set(seen) == {shape}
+    with pytest.raises(UserError, match=r"cannot take images of 9 x 9 pixels \(--img-size\)"):
+        resize(load_backbone(run), 9)
+
+
+def test_rows_so_far_are_kept_when_a_later_one_fails(run, parts, monkeypatch):
+    kept = []
+    monkeypatch.setattr(classifiers.Classifier, "accuracy", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        finetune(run, *parts, settings=SHORT, keep=lambda rows: kept.append(len(rows)), **FAST)
+    assert kept == [1, 2]
 
 
 def test_two_calls_give_the_same_rows(run, parts):

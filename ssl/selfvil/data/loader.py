@@ -87,6 +87,7 @@ def train_batches(
     rank: int = 0,
     world_size: int = 1,
     accumulate: int = 1,
+    micro_batch: int | None = None,
     start_step: int = 0,
     stop_step: int,
     workers: int = 0,
@@ -97,6 +98,8 @@ def train_batches(
 
     Args:
         batch_size: samples in one optimizer step, over all ranks and micro-batches together.
+        micro_batch: for one rank: at most so many samples in a micro-batch, as many of these as a step takes, the last
+            one smaller where it must be. None: equal parts by `accumulate`.
         workers: processes that decode and augment; 0 does it in this process. Results are the same.
         channels: of the decoded images: 1 (grey), 3 (RGB) or 4 (RGBA).
         augment: where views are made: by the workers; or by `Batch.to` on the device, from what the workers decoded and
@@ -117,13 +120,14 @@ def train_batches(
         )
     crops = drawable(views) if augment == "device" else None
     samples = _Samples(shards, views, channels, seed, Order(len(shards), seed), crops)
-    micro = batch_size // parts
+    share = batch_size // world_size
+    micro = micro_batch or share // accumulate
 
     def spans() -> Iterator[Span]:
         for step in range(start_step, stop_step):
-            for part in range(accumulate):
-                first = step * batch_size + (rank * accumulate + part) * micro
-                yield first, first + micro
+            begin = step * batch_size + rank * share
+            for first in range(begin, begin + share, micro):
+                yield first, min(first + micro, begin + share)
 
     return _without_workers_at_last(samples, spans, workers)
 

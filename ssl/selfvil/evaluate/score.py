@@ -8,7 +8,7 @@ Two baselines say what pretraining was worth: the same architecture untrained, a
 import logging
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -82,6 +82,7 @@ def score(
     device: torch.device | str | None = None,
     precision: Precision = "fp32",
     seed: int = 0,
+    keep: Callable[[list[Row]], None] | None = None,
 ) -> list[Row]:
     """Accuracy of the backbone in `source` on labelled shards, and of the baselines if asked for.
 
@@ -94,6 +95,7 @@ def score(
         readout: how tokens become features, one of `models.heads.READOUTS`; None takes the architecture's usual one.
         network: which network of a run ("student", "teacher"); None takes the run's choice.
         seed: of the untrained network, of the held-out part and of the draws.
+        keep: called with all rows so far after each protocol, so that a later failure loses none.
 
     Raises UserError for anything wrong with source, shards or labels, before features are computed.
     """
@@ -145,6 +147,8 @@ def score(
                 )
                 for label, (value, deviation) in results.items()
             ]  # fmt: skip
+            if keep is not None:
+                keep(rows)
     return rows
 
 
