@@ -11,13 +11,15 @@ OUT/
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 from safetensors.torch import save_file
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from selfvil.checkpoint import Checkpoint
@@ -25,6 +27,7 @@ from selfvil.errors import UserError
 from selfvil.models import VisionLSTM
 from selfvil.version import __version__
 from selfvil.weights import (
+    CONFIG,
     HEADS,
     WEIGHTS,
     Normalisation,
@@ -47,59 +50,99 @@ def export(run: str | Path, out: str | Path, *, network: str | None = None, head
 
     Written aside and renamed. Raises UserError if `out` is not empty, or as `open_checkpoint` and `load_network`.
     """
-    out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} already exists and is not an empty folder: choose a new one, nothing was overwritten.")
+    out = need_new_folder(out)
     saved = open_checkpoint(run)
     backbone, normalisation, samples_seen = load_network(saved, network)
     network, prefix = choose_network(saved, network)
-    out = out.resolve()
-    aside = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    try:
-        aside.mkdir(parents=True)
-        save_file({name: tensor.contiguous() for name, tensor in backbone.state_dict().items()}, aside / WEIGHTS)
-        ours = {
-            "format": FORMAT,
-            "version": __version__,
-            "network": network,
-            "prefix": prefix,
-            "samples_seen": samples_seen,
-            "sha256": sha256(aside / WEIGHTS),
-        }
+    arguments = saved.meta["model"]["kwargs"]
+    ours: dict[str, Any] = {"network": network, "prefix": prefix, "samples_seen": samples_seen}
+    with written_aside(out) as aside:
         if heads:
             rest = {name: t for name, t in saved.tensors("objective").items() if not name.startswith(prefix)}
             (aside / HEADS).parent.mkdir()  # beside the backbone, timm 1.0.20 would take this file for the weights
             save_file(rest, aside / HEADS)
             ours["heads_sha256"] = sha256(aside / HEADS)
-        config = _timm_config(backbone, saved, normalisation) | {"selfvil": ours}
-        (aside / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         folder = _run_folder(saved)
         if folder is not None:
             shutil.copyfile(folder / "recipe.yaml", aside / "recipe.yaml")
-        (aside / "README.md").write_text(model_card(backbone, saved, network, normalisation), encoding="utf-8")
-        load_export(aside)  # what is handed on has been loaded once
+        card = model_card(backbone, saved, network, normalisation)
+        write_network(aside, backbone, arguments, normalisation, ours, card)
+    return out
+
+
+def need_new_folder(out: str | Path) -> Path:
+    """The absolute path of a folder that is new or empty. Raises UserError if it is not, or cannot be made."""
+    out = Path(out).expanduser().absolute()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} already exists and is not an empty folder: choose a new one, nothing was overwritten.")
+    try:
+        aside = _aside(out)
+        aside.mkdir(parents=True)
+        aside.rmdir()
+    except OSError as error:
+        raise UserError(f"Could not write the export {out}: {error}") from error
+    return out
+
+
+@contextmanager
+def written_aside(out: Path) -> Iterator[Path]:
+    """A folder beside `out` to write into, which becomes `out` if nothing fails. Raises UserError for an OSError."""
+    aside = _aside(out)
+    try:
+        aside.mkdir(parents=True)
+        yield aside
         os.rename(aside, out)
     except OSError as error:
         raise UserError(f"Could not write the export {out}: {error}") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    return out
 
 
-def _timm_config(backbone: Any, saved: Checkpoint, normalisation: Normalisation) -> dict[str, Any]:
+def _aside(out: Path) -> Path:
+    return out.with_name(f".{out.name}.partial-{os.getpid()}")
+
+
+def write_network(
+    folder: Path,
+    backbone: nn.Module,
+    arguments: Mapping[str, Any],
+    normalisation: Normalisation,
+    ours: Mapping[str, Any],
+    card: str,
+    label_names: Sequence[str] = (),
+) -> None:
+    """Write weights, config.json and model card into `folder`, and load them once to verify the result.
+
+    arguments: of `timm.create_model`, as the backbone was made. ours: what config.json says about its origin.
+    label_names: of the outputs of its classifier, if it has one.
+    """
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.state_dict().items()}
+    save_file(weights, folder / WEIGHTS)
+    origin = {"format": FORMAT, "version": __version__, "sha256": sha256(folder / WEIGHTS)} | ours
+    config = _timm_config(backbone, arguments, normalisation, label_names) | {"selfvil": origin}
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    loaded = load_export(folder).backbone.state_dict()
+    if different := [name for name in weights if name not in loaded or not torch.equal(weights[name], loaded[name])]:
+        raise UserError(f"The export would load other weights than were written, such as {different[0]}.")
+
+
+def _timm_config(
+    backbone: Any, arguments: Mapping[str, Any], normalisation: Normalisation, label_names: Sequence[str]
+) -> dict[str, Any]:
     """What timm's "local-dir:" reads: how to build the model, and how its images were presented."""
-    arguments = dict(saved.meta["model"]["kwargs"])
-    if isinstance(backbone, VisionLSTM):
-        # timm's entry point gives the published weights a norm that a network of ours may not have.
+    arguments = dict(arguments)
+    if isinstance(backbone, (VisionLSTM, VisionTransformer)):
+        # The default depends on the pooling, and a network of ours may have been given another one.
         arguments["fc_norm"] = not isinstance(backbone.fc_norm, nn.Identity)
-    known = backbone.pretrained_cfg
+    known, classes = backbone.pretrained_cfg, len(label_names)
     return {
         "architecture": known["architecture"],
-        "num_classes": 0,
+        "num_classes": classes,
         "num_features": backbone.num_features,
-        "model_args": arguments | {"num_classes": 0},
+        "model_args": arguments | {"num_classes": classes},
         "pretrained_cfg": {
-            "num_classes": 0,
+            "num_classes": classes,
             "input_size": [normalisation.channels, *normalisation.img_size],
             "fixed_input_size": known.get("fixed_input_size", False),
             "pool_size": None,
@@ -110,7 +153,7 @@ def _timm_config(backbone: Any, saved: Checkpoint, normalisation: Normalisation)
             "first_conv": known.get("first_conv"),
             "classifier": known.get("classifier"),
         },
-    }
+    } | ({"label_names": list(label_names)} if classes else {})
 
 
 # --- the model card --------------------------------------------------------------------------------------------------

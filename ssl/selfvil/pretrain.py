@@ -234,11 +234,10 @@ def pretrain(recipe: Recipe) -> Summary:
                     if metrics:
                         with optional("the score of the eval section"), _evaluating(objective):
                             score = probe_scores(objective.exported(), recipe, device)
-                            if score:
-                                metrics.write(step, score, kind="eval")
-                                seen |= score
-                                scores = " · ".join(f"{name} {value:.2f} %" for name, value in score.items())
-                                line.say(f"step {step:,}: {scores}")
+                            metrics.write(step, score, kind="eval")
+                            seen |= score
+                            scores = " · ".join(f"{name} {value:.2f} %" for name, value in score.items())
+                            line.say(f"step {step:,}: {scores}")
                     accelerator.wait_for_everyone()
                 for alarm in doctor.see(step, seen) if is_main else ():
                     line.say(f"step {step:,}: {alarm.sentence}")

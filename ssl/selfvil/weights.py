@@ -150,12 +150,13 @@ def load_export(folder: str | Path, *, pretrained: bool = True, **overrides: Any
 
 
 def load_pretrained(source: str | Path) -> Network:
-    """The pretrained backbone of an export, a run or a checkpoint: of the two latter, the network it would export.
+    """The pretrained backbone of an export, a run or a checkpoint, without a classifier: of the two latter, the network
+    it would export.
 
     Raises UserError if the source is none of these, or damaged.
     """
     is_export = (Path(source) / "config.json").is_file()
-    return load_export(source) if is_export else load_network(open_checkpoint(source))
+    return load_export(source, num_classes=0) if is_export else load_network(open_checkpoint(source))
 
 
 def fit(module: nn.Module, weights: Mapping[str, Tensor], where: str, advice: str = "") -> None:

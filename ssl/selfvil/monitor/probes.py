@@ -1,7 +1,5 @@
 """Scores during a run, by the code that scores a finished one."""
 
-import logging
-
 import torch
 from torch import nn
 
@@ -12,8 +10,6 @@ from selfvil.evaluate.features import extract
 from selfvil.evaluate.knn import knn
 from selfvil.evaluate.linear import linear_probe
 from selfvil.recipe import Recipe
-
-log = logging.getLogger("selfvil")
 
 
 def check_probes(recipe: Recipe) -> list[str]:
@@ -32,22 +28,13 @@ def check_probes(recipe: Recipe) -> list[str]:
 
 def probe_scores(backbone: nn.Module, recipe: Recipe, device: torch.device) -> dict[str, float]:
     """Accuracy in percent of k-NN, by `k`, and of a linear probe if the recipe asks for it, on the shards in
-    `recipe.eval`.
-
-    A score that fails must not end the run: it is reported as a warning, and the scores that succeeded are returned.
-    """
-    scores: dict[str, float] = {}
-    try:
-        train, test = (
-            extract(
-                backbone, open_shards(pattern), img_size=recipe.model.img_size, mean=recipe.data.mean,
-                std=recipe.data.std, workers=recipe.data.workers, device=device,
-            )
-            for pattern in (recipe.eval.train or (), recipe.eval.test or ())
-        )  # fmt: skip
-        scores |= {f"knn_{k}": accuracy for k, accuracy in knn(train, test).items()}
-        if recipe.eval.linear:
-            scores["linear"] = linear_probe(train, test).accuracy
-    except Exception as error:  # of any kind: shards that vanished, memory that ran out, features that are not finite
-        log.warning("the backbone could not be scored, training goes on: %s: %s", type(error).__name__, error)
-    return scores
+    `recipe.eval`. Raises UserError where these can no longer be scored."""
+    train, test = (
+        extract(
+            backbone, open_shards(pattern), img_size=recipe.model.img_size, mean=recipe.data.mean, std=recipe.data.std,
+            workers=recipe.data.workers, device=device,
+        )
+        for pattern in (recipe.eval.train or (), recipe.eval.test or ())
+    )  # fmt: skip
+    scores = {f"knn_{k}": accuracy for k, accuracy in knn(train, test).items()}
+    return scores | {"linear": linear_probe(train, test).accuracy} if recipe.eval.linear else scores
