@@ -60,6 +60,30 @@ def test_after_the_death_of_a_worker_the_run_saves_and_goes_on_bit_for_bit(
     assert_same_state(out, undisturbed)
 
 
+# --- images that changed ------------------------------------------------------------------------------------------
+
+
+def test_a_run_on_changed_shards_is_refused_and_one_on_touched_shards_goes_on(digit_shards, tmp_path):
+    folder, out = tmp_path / "shards", tmp_path / "run"
+    shutil.copytree(digit_shards, folder)
+    run = small("mae", folder, out, "budget.pause_minutes=1e-6")
+    assert pretrain(run).step == 1
+    second = folder / "digits-000001.tar"
+    second.touch()
+    assert pretrain(run).step == 2
+    content = bytearray(second.read_bytes())
+    content[content.index(b"\x89PNG") + 50] ^= 1
+    second.write_bytes(content)
+    with pytest.raises(UserError) as error:
+        pretrain(run)
+    message = str(error.value)
+    assert f"(1 of 2 shards hold other images or labels, the first is {second}; " in message
+    assert "1 of 80 samples have other bytes" in message
+    assert "names and dates do not matter" in message
+    with pytest.raises(UserError, match="1 of 2 shards hold other images or labels"):
+        pretrain(run)
+
+
 # --- damaged images -----------------------------------------------------------------------------------------------
 
 

@@ -15,11 +15,13 @@ import yaml
 
 from selfvil import checkpoint
 from selfvil.data.index import Shards
-from selfvil.errors import UserError
+from selfvil.errors import UserError, shorten
 from selfvil.files import write_text
 from selfvil.recipe import Recipe, differences, parse
 
 log = logging.getLogger("selfvil")
+
+_MOST_DIGESTS = 10_000  # of shards in a checkpoint: 200 KB of text
 
 
 @dataclass(frozen=True)
@@ -78,11 +80,13 @@ class RunFolder:
         model = {"name": recipe.model.name, "kwargs": recipe.model.create_kwargs()}
         if changed := differences(newest.meta["model"], model):
             raise UserError(f"{newest.folder} is of another architecture ({'; '.join(changed)}): choose a new run.out")
-        if newest.meta["data"]["fingerprint"] != shards.fingerprint:
+        data = newest.meta["data"]
+        if data["fingerprint"] != shards.fingerprint:
+            change = shards.describe_change(data["num_samples"], data.get("shards"))
             raise UserError(
-                f"data.train = {recipe.data.train}: the shards are not those that {out} was trained on (their names, "
-                f"sizes or counts differ), so its sample order cannot be continued: restore them, or choose a new "
-                f"run.out"
+                f"data.train: the shards do not hold the images and labels, in the order, that {out} was trained on "
+                f"({shorten(change, 800)}), so its sample order cannot be continued. File names and dates do not "
+                f"matter. Restore the shards, or choose a new run.out"
             )
         return str(newest.folder)
 
@@ -137,6 +141,7 @@ def checkpoint_meta(
             "img_size": list(recipe.model.img_size),
             "fingerprint": shards.fingerprint,
             "num_samples": len(shards),
+            "shards": shards.digests if len(shards.paths) <= _MOST_DIGESTS else None,
         },
     }
 

@@ -121,7 +121,7 @@ def test_report(tmp_path):
     write_tar(tmp_path / "a.tar", [*labelled(5), ("only.txt", b"no image")])
     seen = []
     report = index_shards(tmp_path, progress=lambda done, total: seen.append((done, total)))
-    assert report == IndexReport(1, 5, 5, 3, (tmp_path / "a.tar").stat().st_size, 1)
+    assert report == IndexReport(1, 5, 5, 3, (0, 2), (tmp_path / "a.tar").stat().st_size, 1)
     assert "5 images in 1 shards" in str(report)
     assert seen == [(1, 1)]
 

@@ -6,10 +6,8 @@ sidecar `SHARD.index.npz` beside it, or in a cache folder where that cannot be w
 """
 
 import bisect
-import errno
 import glob
 import hashlib
-import io
 import itertools
 import json
 import logging
@@ -20,7 +18,7 @@ import zlib
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO
@@ -28,7 +26,10 @@ from typing import BinaryIO
 import numpy as np
 from braceexpand import braceexpand
 
+from selfvil.data import sidecar
+from selfvil.data.changes import Change, compare, describe_changes, describe_difference, digests
 from selfvil.data.read import EXTENSIONS, MAX_BYTES, DamagedImage
+from selfvil.data.sidecar import LARGEST_LABEL, SIDECAR, ShardIndex, Stamp, sidecars
 from selfvil.data.tar import BLOCK, members
 from selfvil.errors import UserError, shorten
 
@@ -38,10 +39,7 @@ Pattern = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 Progress = Callable[[int, int], None]
 """Called with (done, total) as work goes on."""
 
-SIDECAR = ".index.npz"
-
 _log = logging.getLogger(__name__)
-_FORMAT = 2  # of the sidecar; another number means: rebuild
 _MOST_SHARDS = 1_000_000
 _OPEN_FILES = 128  # descriptors a process keeps; the usual limit is 1,024
 _GZIP = b"\x1f\x8b"
@@ -63,19 +61,22 @@ class DamagedSample(DamagedImage):
 
 @dataclass(frozen=True)
 class IndexReport:
-    """What `index_shards` found. `ignored` samples have no image; `classes` is the largest label + 1; `several`: see
-    `Shards`."""
+    """What `index_shards` found. `classes` is the number of labels that occur, from `labels[0]` to `labels[1]` (None
+    where no sample has one); `ignored` samples have no image; `several`: see `Shards`."""
 
     shards: int
     samples: int
     labelled: int
     classes: int
+    labels: tuple[int, int] | None
     bytes: int
     ignored: int
     several: dict[tuple[str, ...], int] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        labels = f"{self.labelled} labelled, {self.classes} classes" if self.labelled else "no labels"
+        labels = "no labels"
+        if self.labels:
+            labels = f"{self.labelled} labelled, labels {self.labels[0]} to {self.labels[1]}: {self.classes} classes"
         ignored = f"; {self.ignored} without an image are ignored" if self.ignored else ""
         text = f"{self.samples} images in {self.shards} shards ({self.bytes / 1e6:.1f} MB; {labels}{ignored})"
         return f"{text}; {describe_several(self.several)}" if self.several else text
@@ -167,27 +168,6 @@ def _neighbours(name: str) -> str:
 # --- the index of one shard ---------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Index:
-    """One shard of n samples. `blocks`, `sizes`, `crcs` (n,) uint32: where the image member begins (in blocks of 512
-    bytes), its length in bytes, its CRC-32; `labels` (n,) int64, -1 for none; `keys` the n names, joined by NUL;
-    `ignored` () the number of samples without an image; `several` JSON: how many samples have which several images."""
-
-    blocks: np.ndarray
-    sizes: np.ndarray
-    crcs: np.ndarray
-    labels: np.ndarray
-    keys: np.ndarray
-    ignored: np.ndarray
-    several: np.ndarray
-
-    def names(self) -> list[str]:
-        return self.keys.tobytes().decode("utf-8", "surrogateescape").split("\0")
-
-    def combinations(self) -> Counter[tuple[str, ...]]:
-        return Counter({tuple(names): count for names, count in json.loads(self.several.tobytes())})
-
-
 def _split_name(name: str) -> tuple[str, str] | None:
     """WebDataset's convention: the key goes up to the first dot of the file name, the rest is the extension."""
     folder, slash, file = name.rpartition("/")
@@ -215,7 +195,7 @@ def group_members(file: BinaryIO, path: Path) -> Iterator[tuple[str, dict[str, t
         yield key, parts
 
 
-def _build(path: Path, image: str | None = None) -> _Index:
+def _build(path: Path, image: str | None = None) -> ShardIndex:
     """Walk a shard and read every image once. Raises UserError where it is damaged or has no image."""
     blocks, sizes, crcs, labels, keys = [], [], [], [], []
     without_image, strange = [], []
@@ -237,7 +217,7 @@ def _build(path: Path, image: str | None = None) -> _Index:
             crcs.append(zlib.crc32(file.read(size)))
             keys.append(key)
             label = _read_label(file, *parts["cls"]) if "cls" in parts else "-1"  # some writers have -1 for none, too
-            valid = label.isascii() and label.isdigit() and len(label) < 10
+            valid = label.isascii() and label.isdigit() and int(label) <= LARGEST_LABEL
             labels.append(int(label) if valid else -1)
             if not valid and label != "-1":
                 strange.append(f"{key}: {label!r}")
@@ -250,9 +230,12 @@ def _build(path: Path, image: str | None = None) -> _Index:
         count, first = len(without_image), without_image[0]
         _log.warning("%s: %d samples have no image and are ignored (first: %s). %s", path, count, first, _NAMING)
     if strange:
-        _log.warning("%s: %d labels are no class numbers and are ignored (first: %s)", path, len(strange), strange[0])
+        _log.warning(
+            "%s: %d labels are no class numbers from 0 to %d and are ignored (first: %s)",
+            path, len(strange), LARGEST_LABEL, strange[0],
+        )  # fmt: skip
     names = "\0".join(keys).encode("utf-8", "surrogateescape")
-    return _Index(
+    return ShardIndex(
         blocks=np.array(blocks, np.uint32),
         sizes=np.array(sizes, np.uint32),
         crcs=np.array(crcs, np.uint32),
@@ -280,73 +263,30 @@ def _read_label(file: BinaryIO, offset: int, size: int) -> str:
     return file.read(min(size, 20)).decode("utf-8", "replace").strip()
 
 
-def _load_or_build(path: Path, image: str | None = None) -> _Index:
+def _load_or_build(path: Path, image: str | None = None) -> tuple[ShardIndex, Change | None]:
+    """The index of a shard, and how the shard differs from when it was last indexed."""
+    before: ShardIndex | None = None
+    places = sidecars(path, image)
     try:
-        status = path.stat()
-        stamp = np.array([_FORMAT, status.st_size, status.st_mtime_ns], np.int64)
-        for sidecar in _sidecars(path, image):
-            if (index := _load(sidecar, stamp)) is not None:
-                return index
+        stamp = Stamp.of(path)
+        for place in places:
+            if (loaded := sidecar.load(place, stamp)) is not None:
+                index, valid = loaded
+                if valid:
+                    return index, None
+                before = before or index
         index = _build(path, image)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
-    for sidecar in _sidecars(path, image):
+    change = compare(before, index) if before else None
+    for place in places:
         try:
-            _save(sidecar, stamp, index)
-            return index
+            sidecar.save(place, stamp, index)
+            return index, change
         except OSError as error:
-            _log.info("no index at %s: %s", sidecar, error.strerror)
+            _log.info("no index at %s: %s", place, error.strerror)
     _log.warning("the index of %s could not be saved and will be built again next time", path)
-    return index
-
-
-def _sidecars(path: Path, image: str | None = None) -> list[Path]:
-    """Where the index of a shard may be: beside it, or in the cache folder, under a hash of its path. With another
-    choice of images the shard has another index."""
-    suffix = SIDECAR if image is None else f".{image}{SIDECAR}"
-    beside = path.with_name(path.name + suffix)
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    if not os.path.isabs(cache):  # nobody's home, or a setting that the XDG specification tells to ignore
-        return [beside]
-    name = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32]
-    return [beside, Path(cache, "selfvil", "index", name + suffix)]
-
-
-def _load(sidecar: Path, stamp: np.ndarray) -> _Index | None:
-    """The saved index, or None where there is none, or it is stale or damaged."""
-    if not sidecar.is_file():
-        return None
-    try:
-        with np.load(sidecar, allow_pickle=False) as saved:  # the zip's own CRC sees flipped bits
-            if not np.array_equal(saved["stamp"], stamp):
-                _log.info("%s belongs to an earlier version of its shard; building it again", sidecar)
-                return None
-            index = _Index(**{column.name: saved[column.name] for column in fields(_Index)})
-        columns = (index.blocks, index.sizes, index.crcs, index.labels)
-        kinds = (np.uint32, np.uint32, np.uint32, np.int64)
-        shape = (len(index.names()),)
-        if all(column.dtype == kind and column.shape == shape for column, kind in zip(columns, kinds)):
-            return index
-        _log.info("%s is not a valid index; building it again", sidecar)
-    except Exception as error:  # a damaged zip raises nearly anything
-        _log.info("%s cannot be read (%s); building it again", sidecar, error)
-    return None
-
-
-def _save(sidecar: Path, stamp: np.ndarray, index: _Index) -> None:
-    """Write aside, then rename: other processes may build the same index at this moment."""
-    sidecar.parent.mkdir(parents=True, exist_ok=True)
-    if not sidecar.parent.stat().st_mode & 0o222:  # marked read-only: left alone by root too, whom nothing would stop
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(sidecar.parent))
-    content = io.BytesIO()
-    np.savez(content, allow_pickle=False, stamp=stamp, **vars(index))
-    aside = sidecar.with_name(f".{sidecar.name}.{os.getpid()}-{os.urandom(4).hex()}")
-    try:
-        with open(aside, "xb") as file:
-            file.write(content.getbuffer())
-        aside.replace(sidecar)
-    finally:
-        aside.unlink(missing_ok=True)
+    return index, change
 
 
 # --- all shards as one list ---------------------------------------------------------------------------------------
@@ -365,12 +305,16 @@ def open_shards(pattern: Pattern, progress: Progress | None = None, image: str |
     if image is not None and image not in EXTENSIONS:
         raise UserError(f"image extension {image!r} is not known; expected one of {', '.join(EXTENSIONS)}")
     paths = expand_shards(pattern)
-    indexes: list[_Index] = []
+    indexes: list[ShardIndex] = []
+    changed: dict[Path, Change] = {}
     errors: list[str] = []
     with ThreadPoolExecutor(min(len(paths), os.cpu_count() or 1, 16)) as pool:  # zlib and file reads run in parallel
         for number, future in enumerate([pool.submit(_load_or_build, path, image) for path in paths]):
             try:
-                indexes.append(future.result())
+                index, change = future.result()
+                indexes.append(index)
+                if change:
+                    changed[paths[number]] = change
             except UserError as error:
                 errors.append(str(error))
             if progress is not None:
@@ -379,6 +323,9 @@ def open_shards(pattern: Pattern, progress: Progress | None = None, image: str |
         more = f"; and {len(errors) - 5} more" if len(errors) > 5 else ""
         raise UserError("; ".join(errors[:5]) + more)
     shards = Shards(paths, indexes, image)
+    if changed:
+        shards.changed = describe_changes(changed)
+        _log.warning("%s. If nobody changed them on purpose, copy the shards again", shards.changed)
     if shards.several and image is None:
         _log.warning("%s; to use another, set data.image, or --image", describe_several(shards.several))
     return shards
@@ -387,11 +334,13 @@ def open_shards(pattern: Pattern, progress: Progress | None = None, image: str |
 def index_shards(pattern: Pattern, progress: Progress | None = None, image: str | None = None) -> IndexReport:
     """Index shards ahead of a run, and say what they hold. Arguments and errors as `open_shards`."""
     shards = open_shards(pattern, progress, image)
-    labelled = 0 if shards.labels is None else int((shards.labels >= 0).sum())
+    labels = np.zeros(0, np.int64) if shards.labels is None else shards.labels[shards.labels >= 0]
+    found = np.unique(labels).tolist()
     size = sum(path.stat().st_size for path in shards.paths)
     return IndexReport(
-        len(shards.paths), len(shards), labelled, shards.num_classes, size, shards.ignored, shards.several
-    )
+        len(shards.paths), len(shards), len(labels), len(found), (found[0], found[-1]) if found else None, size,
+        shards.ignored, shards.several,
+    )  # fmt: skip
 
 
 class Shards:
@@ -404,10 +353,11 @@ class Shards:
         ignored: samples left out because they have no image.
         several: samples with more than one image, counted by their extensions; the first is used.
         image: the extension that was asked for where a sample has several images, or None.
+        changed: how images and labels differ from when the shards were last indexed; "" where they do not.
     """
 
-    def __init__(self, paths: Sequence[Path], indexes: Sequence[_Index], image: str | None = None) -> None:
-        self.paths, self.image = list(paths), image
+    def __init__(self, paths: Sequence[Path], indexes: Sequence[ShardIndex], image: str | None = None) -> None:
+        self.paths, self.image, self.changed = list(paths), image, ""
         self.several = sum((index.combinations() for index in indexes), Counter())
         self.ignored = int(sum(index.ignored for index in indexes))
         self._ends = list(itertools.accumulate(len(index.labels) for index in indexes))
@@ -445,7 +395,7 @@ class Shards:
         shard = self._shard(i)
         if self._keys is None or self._keys[0] != shard:  # names stay on the disk: they would fill the memory
             try:
-                self._keys = shard, _load_or_build(self.paths[shard], self.image).names()
+                self._keys = shard, _load_or_build(self.paths[shard], self.image)[0].names()
             except UserError:  # the shard went bad after it was opened
                 self._keys = shard, []
         number, names = i - (self._ends[shard - 1] if shard else 0), self._keys[1]
@@ -467,6 +417,21 @@ class Shards:
     def contents(self) -> np.ndarray:
         """uint64 (len,): CRC-32 and size of each image file, equal where the bytes are equal (chance aside)."""
         return self._crcs.astype(np.uint64) << np.uint64(32) | self._sizes
+
+    @cached_property
+    def digests(self) -> list[str]:
+        """Of each shard: its number of samples and 8 hex digits that depend on its images and labels."""
+        labels = np.full(len(self), -1) if self.labels is None else self.labels
+        return digests(self._ends, (self._sizes, self._crcs, labels))
+
+    def describe_change(self, num_samples: int, before: Sequence[str] | None) -> str:
+        """Say how these shards differ from earlier ones with another fingerprint, which had `num_samples` samples.
+
+        `before`: the earlier `digests`, where they are known.
+        """
+        parts = [f"there are {len(self):,} images, {num_samples:,} before"] if len(self) != num_samples else []
+        parts += [describe_difference(before, self.digests, self.paths)] if before else []
+        return "; ".join([*parts, *filter(None, [self.changed])]) or "images or labels differ"
 
     def _shard(self, i: int) -> int:
         if not 0 <= i < len(self):

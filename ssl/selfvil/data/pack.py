@@ -338,7 +338,9 @@ def _read_file(files: list[str], i: int) -> bytes:
 def _open_shards(shards: Shards) -> _Source:
     labels = np.full(len(shards), -1) if shards.labels is None else shards.labels
     given = class_names(shards) if shards.num_classes else None
-    classes = given.names if given else [str(label) for label in range(shards.num_classes)]
+    # Without names the numbers are the names, unless most of them would be of classes without images.
+    numbers = range(shards.num_classes if shards.num_classes <= 1000 + 10 * len(shards) else 0)
+    classes = given.names if given else [str(label) for label in numbers]
     return _Source(len(shards), shards.read, lambda i: f"{shards.shard_of(i)}:{shards.key(i)}", labels, classes)
 
 

@@ -1,0 +1,66 @@
+"""How the samples of shards differ from what they were: since they were last indexed, or since a run began."""
+
+import zlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from selfvil.data.sidecar import ShardIndex
+
+
+@dataclass(frozen=True)
+class Change:
+    """Between two indexes of a shard: the samples now and before, and how many have other image bytes or labels."""
+
+    samples: int
+    before: int
+    images: int
+    labels: int
+
+
+def compare(before: ShardIndex, now: ShardIndex) -> Change | None:
+    """None where images and labels are the same in the same order, whatever their names."""
+    old, new = (index.sizes.astype(np.uint64) << np.uint64(32) | index.crcs for index in (before, now))
+    if len(old) == len(new):
+        images, labels = int((old != new).sum()), int((before.labels != now.labels).sum())
+        return Change(len(new), len(old), images, labels) if images or labels else None
+    return Change(len(new), len(old), int(np.isin(new, old, invert=True).sum()), 0)
+
+
+def describe_changes(changes: Mapping[Path, Change]) -> str:
+    """Say what differs from the last time that these shards were indexed."""
+    samples, before, images, labels = (
+        sum(getattr(change, name) for change in changes.values()) for name in ("samples", "before", "images", "labels")
+    )
+    parts = [f"{images:,} of {samples:,} samples have other bytes"] if images else []
+    parts += [f"{labels:,} of {samples:,} samples have other labels"] if labels else []
+    parts += [f"there are {samples:,} samples, {before:,} before"] if samples != before else []
+    where = f"{next(iter(changes))} changed since it was last indexed"
+    if len(changes) > 1:
+        where = f"{len(changes):,} shards changed since they were last indexed, the first is {next(iter(changes))}"
+    return f"{where}: {', '.join(parts)}"
+
+
+def digests(ends: Sequence[int], columns: Sequence[np.ndarray]) -> list[str]:
+    """Of each shard, which ends before sample `ends[i]`: its number of samples and a CRC-32 of these columns."""
+    found, first = [], 0
+    for end in ends:
+        crc = 0
+        for column in columns:
+            crc = zlib.crc32(np.ascontiguousarray(column[first:end]).tobytes(), crc)
+        found.append(f"{end - first}:{crc:08x}")
+        first = end
+    return found
+
+
+def describe_difference(before: Sequence[str], now: Sequence[str], paths: Sequence[Path]) -> str:
+    """Say how shards differ from earlier ones, from the `digests` of both; `paths` are those of now."""
+    if Counter(before) == Counter(now):
+        return "the shards are the same, in another order"
+    if len(before) != len(now):
+        return f"there are {len(now):,} shards, {len(before):,} before"
+    changed = [path for path, old, new in zip(paths, before, now) if old != new]
+    return f"{len(changed):,} of {len(now):,} shards hold other images or labels, the first is {changed[0]}"
