@@ -250,6 +250,7 @@ def eval_finetune(
     drop_path: Annotated[float, typer.Option(help="Probability of leaving a block out.")] = 0.1,
     label_smoothing: Annotated[float, typer.Option(help="Share of a target spread over all classes.")] = 0.1,
     min_crop: Annotated[float, typer.Option(help="Smallest share of an image that a crop shows.")] = 0.08,
+    out: Annotated[Path | None, typer.Option(help="New folder for the fine-tuned network, which timm loads.")] = None,
     img_size: Annotated[str | None, typer.Option(help="Side in pixels, or HEIGHTxWIDTH; pretraining's else.")] = None,
     precision: PrecisionName = "fp32",
 ) -> None:  # fmt: skip
@@ -265,7 +266,10 @@ def eval_finetune(
         finetune(
             source, train, test, settings=settings, labels_per_class=labels_per_class, baselines=baselines,
             readout=readout, network=network, img_size=size, workers=workers, precision=precision, seed=seed, keep=keep,
+            out=out,
         )  # fmt: skip
+    if out is not None:
+        print(f"the fine-tuned network: import selfvil, timm; timm.create_model('local-dir:{out}', pretrained=True)")
 
 
 def _size(text: str | None) -> tuple[int, int] | None:

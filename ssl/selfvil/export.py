@@ -118,8 +118,8 @@ def write_network(
     """
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.state_dict().items()}
     save_file(weights, folder / WEIGHTS)
-    origin = {"format": FORMAT, "version": __version__, "sha256": sha256(folder / WEIGHTS)} | ours
-    config = _timm_config(backbone, arguments, normalisation, label_names) | {"selfvil": origin}
+    origin: dict[str, Any] = {"format": FORMAT, "version": __version__, "sha256": sha256(folder / WEIGHTS)}
+    config = _timm_config(backbone, arguments, normalisation, label_names) | {"selfvil": origin | dict(ours)}
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(card, encoding="utf-8")
     loaded = load_export(folder).backbone.state_dict()

@@ -159,6 +159,14 @@ def load_pretrained(source: str | Path) -> Network:
     return load_export(source, num_classes=0) if is_export else load_network(open_checkpoint(source))
 
 
+def model_arguments(source: str | Path) -> dict[str, Any]:
+    """Arguments of `timm.create_model` by which the backbone of an export, a run or a checkpoint is made."""
+    source = Path(source)
+    if (source / CONFIG).is_file():
+        return dict(read_config(source)["model_args"])
+    return dict(open_checkpoint(source).meta["model"]["kwargs"])
+
+
 def fit(module: nn.Module, weights: Mapping[str, Tensor], where: str, advice: str = "") -> None:
     """Raise UserError unless `weights` are just what `module` holds."""
     expected = module.state_dict()

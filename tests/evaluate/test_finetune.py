@@ -25,9 +25,10 @@ from selfvil.evaluate.features import extract, load_backbone
 from selfvil.evaluate.finetune import choose_heads, finetune, resize
 from selfvil.evaluate.linear import linear_probe
 from selfvil.evaluate.score import as_json, as_table
-from selfvil.export import export
+from selfvil.export import export, write_network, written_aside
 from selfvil.models.heads import read_out
-from selfvil.weights import Network, Normalisation
+from selfvil.start_from import start_backbone
+from selfvil.weights import Network, Normalisation, model_arguments
 from tars import write_tar
 
 KWARGS = {"img_size": [8, 8], "patch_size": 2, "in_chans": 1, "num_classes": 0, "embed_dim": 32, "depth": 2}
@@ -217,6 +218,82 @@ def test_rows_so_far_are_kept_when_a_later_one_fails(run, parts, monkeypatch):
     assert kept == [1, 2]
 
 
+@pytest.fixture(scope="module")
+def vit_export(tmp_path_factory) -> Path:
+    """An export of a ViT, as `selfvil export` writes it."""
+    kwargs = {"img_size": [8, 8], "patch_size": 2, "in_chans": 1, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    folder = tmp_path_factory.mktemp("vit") / "export"
+    with written_aside(folder) as aside:
+        backbone = timm.create_model("vit_tiny_patch16_224", num_classes=0, **kwargs)
+        write_network(aside, backbone, kwargs, Normalisation((0.3,), (0.4,), (8, 8)), {"samples_seen": 7}, "")
+    return folder
+
+
+@pytest.mark.parametrize(("kind", "readout"), [("run", None), ("run", "mean"), ("vit", None), ("vit", "mean")])
+def test_the_fine_tuned_network_is_loaded_by_timm(run, vit_export, parts, tmp_path, monkeypatch, kind, readout):
+    """With its head, its classes by name, its image size and its outputs; and it can be fine-tuned and scored again."""
+    source = run if kind == "run" else vit_export
+    made, train = [], module.train_classifier
+    monkeypatch.setattr(module, "train_classifier", lambda *a, **o: made.append(train(*a, **o)) or made[-1])
+    rows = finetune(
+        source, *parts, settings=SHORT, readout=readout, img_size=(8, 12), out=tmp_path / "out", labels_per_class=3,
+        **FAST,
+    )  # fmt: skip
+    tuned = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+    images = torch.randn(3, 1, 8, 12)
+    with torch.no_grad():
+        assert torch.equal(tuned(images), made[0].model.eval()(images))
+    cfg = tuned.pretrained_cfg
+    assert cfg["label_names"] == [str(label) for label in range(10)]
+    assert (cfg["num_classes"], tuple(cfg["input_size"])) == (10, (1, 8, 12))
+    view = timm.data.create_transform(**timm.data.resolve_model_data_config(tuned))
+    assert view(Image.new("L", (40, 40))).shape == (1, 8, 12)
+    value = next(row.value for row in rows if row.protocol.startswith("fine-tuning"))
+    assert f"- Accuracy: {value:.2f} % top-1 on 80 test images" in (tmp_path / "out" / "README.md").read_text()
+
+    again = load_backbone(tmp_path / "out")
+    assert again.normalisation.img_size == (8, 12)
+    for row in finetune(tmp_path / "out", *parts, settings=SHORT, **FAST):
+        assert row.value >= 0
+    start = timm.create_model(cfg["architecture"], **model_arguments(tmp_path / "out") | {"num_classes": 0})
+    start_backbone(start, tmp_path / "out")
+    tuned.reset_classifier(0)
+    with torch.no_grad():
+        assert torch.equal(start.eval()(images), tuned(images))
+
+
+def test_classes_have_the_names_of_classes_txt(run, parts, tmp_path):
+    """Also where training has only some of the labels, and where the list is shorter than the labels."""
+    for part, path in zip(("train", "test"), parts):
+        (tmp_path / f"{part}.tar").write_bytes(Path(path).read_bytes())
+    (tmp_path / "classes.txt").write_text("".join(f"digit {label}\n" for label in range(9)))
+    named = str(tmp_path / "train.tar"), str(tmp_path / "test.tar")
+    finetune(run, *named, settings=SHORT, readout="mean", out=tmp_path / "out", **FAST)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["label_names"] == [f"digit {label}" for label in range(9)] + ["9"]
+    assert config["selfvil"]["fine_tuning"]["labels"] == list(range(10))
+    assert config["selfvil"]["samples_seen"] == 640
+
+
+def test_the_network_is_written_before_it_is_scored(run, parts, tmp_path, monkeypatch):
+    monkeypatch.setattr(classifiers.Classifier, "accuracy", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        finetune(run, *parts, settings=SHORT, out=tmp_path / "out", **FAST)
+    assert timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).num_classes == 10
+    assert "- Accuracy: not scored yet" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_training(run, parts, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "load_backbone", None)  # calling it would be a TypeError
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("mine")
+    for out, message in ((tmp_path / "mine", "not an empty folder"),
+                         (tmp_path / "mine" / "thesis.txt", "not an empty folder"),
+                         (tmp_path / "mine" / "thesis.txt" / "out", "Could not write")):  # fmt: skip
+        with pytest.raises(UserError, match=message):
+            finetune(run, *parts, settings=SHORT, out=out, **FAST)
+
+
 def test_two_calls_give_the_same_rows(run, parts):
     calls = [finetune(run, *parts, settings=SHORT, seed=3, **FAST) for _ in range(2)]
     assert [row.value for row in calls[0]] == [row.value for row in calls[1]]
@@ -362,12 +439,17 @@ def test_divergence_is_told(run, parts):
 def test_command(run, parts, tmp_path, capsys, monkeypatch):
     train, test = parts
     monkeypatch.setattr(sys, "argv", ["finetune.py", str(run), "--train", train, "--test", test, "--workers", "0",
-                        "--epochs", "1", "--batch-size", "60", "--json", str(tmp_path / "rows.json")])  # fmt: skip
+                        "--epochs", "1", "--batch-size", "60", "--json", str(tmp_path / "rows.json"),
+                        "--img-size", "12x8", "--out", str(tmp_path / "out")])  # fmt: skip
     script = Path(__file__).parents[2] / "eval" / "finetune.py"
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(script))
     assert not ended.value.code
-    assert "fine-tuning, 1 epoch" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "fine-tuning, 1 epoch" in printed
+    tuned = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
+    assert tuned.pretrained_cfg["input_size"] == (1, 12, 8)
+    assert f"import selfvil, timm; timm.create_model('local-dir:{tmp_path / 'out'}', pretrained=True)" in printed
     assert len(json.loads((tmp_path / "rows.json").read_text())) == 4
     with pytest.raises(SystemExit) as ended:
         cli.main(["eval", "finetune", str(run), "--train", train, "--test", test, "--layer-decay", "1.5"])

@@ -26,7 +26,9 @@ from selfvil.evaluate.checks import check_parts
 from selfvil.evaluate.classifier import Settings, plan_micro_batch, train_classifier
 from selfvil.evaluate.features import Features, Precision, extract, load_backbone
 from selfvil.evaluate.linear import few_label_probe, linear_probe
+from selfvil.evaluate.saved import add_score, export_classifier
 from selfvil.evaluate.score import Row
+from selfvil.export import need_new_folder
 from selfvil.models.heads import choose_readout
 from selfvil.version import __version__
 from selfvil.weights import Network
@@ -58,6 +60,7 @@ def finetune(
     precision: Precision = "fp32",
     seed: int = 0,
     keep: Callable[[list[Row]], None] | None = None,
+    out: str | Path | None = None,
 ) -> list[Row]:
     """Accuracy of the backbone in `source`, fine-tuned and frozen, under each head; and of the same one untrained.
 
@@ -74,12 +77,15 @@ def finetune(
         precision: float32 or bf16 autocast, in training and in scoring.
         seed: of the order of images, their augmentation, stochastic depth, the draw of labels, the untrained network.
         keep: called with all rows so far after each new one, so that a later failure loses none.
+        out: a new folder for the fine-tuned network with the first head, which timm loads. It is written before the
+            network is scored.
 
     One process on one device. On a CPU, the same seed and number of threads give the same weights bit for bit, unless
     memory is so short that micro-batches must be smaller.
     Raises UserError for anything wrong with source, shards, labels or settings, before training starts.
     """
     settings = settings or Settings()
+    out = None if out is None else need_new_folder(out)
     if precision not in ("fp32", "bf16"):
         raise UserError(f"There is no precision {precision!r}; choose one of: fp32, bf16.")
     given = load_backbone(source, network=network, drop_path_rate=settings.drop_path)
@@ -137,7 +143,14 @@ def finetune(
                 tuned, head, train_shards, settings, seed=seed, workers=workers, device=device, precision=precision,
                 title=title,
             )  # fmt: skip
+            wanted = out is not None and name == "pretrained" and head == heads[0]
+            if out is not None and wanted:
+                export_classifier(
+                    classifier, out, source=source, network=tuned, readout=head, train=train_shards, settings=how_tuned
+                )
             value = classifier.accuracy(test_shards, workers=workers, title=f"{title}, test images")
+            if out is not None and wanted:
+                add_score(out, value, test_shards)
             add(row(tuned, f"fine-tuning, {epochs}", value, head, time.monotonic() - began, how_tuned))
     return rows
 
