@@ -125,7 +125,9 @@ def test_model_card_tells_how_it_came_about(tmp_path):
                  "mean [0.5, 0.5, 0.5]", "|  | k-NN | 41.5 |"):  # fmt: skip
         assert fact in card
     assert (out / "recipe.yaml").read_text() == (run / "recipe.yaml").read_text()
-    assert {path.name for path in out.iterdir()} == {"model.safetensors", "config.json", "README.md", "recipe.yaml"}
+    assert {path.name for path in out.iterdir()} == {
+        "model.safetensors", "config.json", "manifest.json", "README.md", "recipe.yaml",
+    }  # fmt: skip
     (run / "run.json").write_text("not json")
     (run / "scores.json").write_text("{}")
     assert "## Scores" not in (export(run, tmp_path / "again") / "README.md").read_text()
@@ -226,7 +228,7 @@ def test_damaged_exports(tmp_path):
         with pytest.raises(UserError, match=r"config\.json"):
             load_export(out)
     config.unlink()
-    with pytest.raises(UserError, match="is no export"):
+    with pytest.raises(UserError, match=r"config\.json is missing"):
         load_export(out)
 
 

@@ -1,13 +1,31 @@
 """Self-supervised pretraining of Vision-LSTM. Importing the package registers its models with timm.
 
+The Python API: `load_backbone` and `verify` (imported on first use), `UserError`, and all that
+timm.create_model("vil_...") gives.
+
 The `selfvil` command imports torch and timm only where a command uses them, so that `selfvil --help` is quick. In its
-process the modules that build networks (`selfvil.export`, `selfvil.evaluate`) register the models.
+process the modules that build networks (`selfvil.weights`, `selfvil.evaluate`) register the models.
 """
 
 import os
 import sys
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
+from selfvil.errors import UserError as UserError
 from selfvil.version import __version__ as __version__
+
+if TYPE_CHECKING:
+    from selfvil.verification import verify as verify
+    from selfvil.weights import load_backbone as load_backbone
+
+_LAZY = {"load_backbone": "selfvil.weights", "verify": "selfvil.verification"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'selfvil' has no attribute {name!r}")
+    return getattr(import_module(_LAZY[name]), name)
 
 
 def _is_the_command() -> bool:

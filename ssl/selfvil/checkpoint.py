@@ -13,12 +13,12 @@ invisible otherwise: safetensors loads almost every file with one. Nothing here 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
 import re
 import shutil
+import stat
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,10 +29,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from selfvil.errors import UserError
-from selfvil.files import flush_file, flush_folder
+from selfvil.files import flush_folder
+from selfvil.manifest import MANIFEST, Files, check_files, read_manifest, write_manifest
 
-FORMAT = 1
-MANIFEST = "manifest.json"
 META = "meta.json"
 
 # `.replaced` is an older save of the same step, moved out of the way while the new one takes its name. It still
@@ -101,11 +100,11 @@ def save(
         _remove_leftovers(root)
         partial.mkdir()
         for name, group in tensors.items():
-            save_file(_storable(group), partial / f"{name}.safetensors")
+            save_tensors(_storable(group), partial / f"{name}.safetensors")
         (partial / META).write_text(meta_text, encoding="utf-8")
         if extra is not None:
             extra(partial)
-        _write_manifest(partial, step)
+        write_manifest(partial, step=step)
         _put_in_place(partial, final)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -156,6 +155,17 @@ def newest(root: str | Path) -> Checkpoint | None:
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write contiguous tensors to a safetensors file that has the permissions of any other new file.
+
+    safetensors itself makes files that only their owner can read, whatever the umask.
+    """
+    path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)  # of a new file: the umask and the folder's default ACL, without a race
+    save_file(tensors, path)
+    path.chmod(mode)
+
+
 def _storable(group: dict[str, Tensor]) -> dict[str, Tensor]:
     """Contiguous CPU tensors that share no memory, as safetensors asks for."""
     stored: dict[str, Tensor] = {}
@@ -168,21 +178,6 @@ def _storable(group: dict[str, Tensor]) -> dict[str, Tensor]:
         seen.add(memory)
         stored[name] = tensor
     return stored
-
-
-def _write_manifest(folder: Path, step: int) -> None:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    entries = {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files
-    }
-    for path in files:
-        flush_file(path)
-    manifest = folder / MANIFEST
-    manifest.write_text(_manifest_text(step, entries), encoding="utf-8")
-    flush_file(manifest)
-    for inner in [path for path in folder.rglob("*") if path.is_dir()]:
-        flush_folder(inner)
-    flush_folder(folder)
 
 
 def _put_in_place(partial: Path, final: Path) -> None:
@@ -203,56 +198,21 @@ def _replaced(folder: Path) -> Path:
 # --- verifying -------------------------------------------------------------------------------------------------------
 
 
-def _manifest_text(step: int, files: dict[str, dict[str, Any]]) -> str:
-    return json.dumps({"format": FORMAT, "step": step, "files": files}, indent=1, sort_keys=True) + "\n"
-
-
-def _read_manifest(folder: Path) -> tuple[int, dict[str, dict[str, Any]]]:
-    """Step and entries. Strict down to the bytes, since nothing but this function guards the manifest itself."""
-    path = folder / MANIFEST
+def _read_manifest(folder: Path) -> tuple[int, Files]:
+    """Step and entries. Raises UserError if there is no folder, or its manifest is missing or damaged."""
     if not folder.is_dir():
         raise UserError(f"There is no checkpoint folder {folder}.")
-    if not path.is_file():
-        raise UserError(f"{path} is missing: {folder} is no checkpoint, or an incomplete copy of one.")
-    try:
-        text = path.read_bytes().decode("utf-8")
-        content = json.loads(text)
-        written_by, step, files = content["format"], content["step"], content["files"]
-        if written_by != FORMAT:
-            raise UserError(f"{path} has format {written_by!r}, expected {FORMAT}; another selfvil wrote it.")
-        if text != _manifest_text(step, files):
-            raise ValueError("it is not as it was written")
-        if META not in files:
-            raise ValueError(f"it does not list {META}")
-        for name, entry in files.items():
-            inside = Path(name)
-            if inside.is_absolute() or ".." in inside.parts:
-                raise ValueError(f"it names a file outside the folder, {name!r}")
-            if not isinstance(entry["bytes"], int) or not isinstance(entry["sha256"], str):
-                raise ValueError(f"the entry of {name!r} is wrong")
-        named = _FOLDER.fullmatch(folder.name)
-        if not isinstance(step, int) or (named is not None and int(named[1]) != step):
-            raise ValueError(f"it belongs to step {step!r}")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path} is damaged: {error}.") from error
+    facts, files = read_manifest(folder, facts=["step"], required=[META])
+    step, named = facts["step"], _FOLDER.fullmatch(folder.name)
+    if not isinstance(step, int) or (named is not None and int(named[1]) != step):
+        raise UserError(f"{folder / MANIFEST} is damaged: it belongs to step {step!r}.")
     return step, files
 
 
-def _verify(folder: Path) -> tuple[int, dict[str, dict[str, Any]]]:
+def _verify(folder: Path) -> tuple[int, Files]:
     """`_read_manifest`, and every file compared with it. Raises UserError at the first difference."""
     step, files = _read_manifest(folder)
-    for name, expected in files.items():
-        path = folder / name
-        try:
-            if not path.is_file():
-                raise UserError(f"{path} is missing, though the manifest lists it.")
-            if path.stat().st_size != expected["bytes"]:
-                raise UserError(f"{path} is damaged: it has {path.stat().st_size} bytes, expected {expected['bytes']}.")
-            found = _sha256(path)
-        except OSError as error:
-            raise UserError(f"{path} cannot be read: {error}.") from error
-        if found != expected["sha256"]:
-            raise UserError(f"{path} is damaged: its SHA-256 is {found}, expected {expected['sha256']}.")
+    check_files(folder, files)
     return step, files
 
 
@@ -262,11 +222,6 @@ def _damage(folder: Path) -> str | None:
     except UserError as error:
         return str(error)
     return None
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # --- tidying ---------------------------------------------------------------------------------------------------------

@@ -142,11 +142,22 @@ def export(
     network: Annotated[str | None, typer.Option(help="Which network, where an objective has several.")] = None,
     heads: Annotated[bool, typer.Option("--heads", help="Also write the rest of the objective, to continue.")] = False,
 ) -> None:
-    """Export the pretrained backbone: a folder that timm.create_model("local-dir:OUT", pretrained=True) loads."""
+    """Export the pretrained backbone: a folder that selfvil.load_backbone and timm load."""
     from selfvil.export import export
 
     export(run, out, network=network, heads=heads)
-    print(f"exported {run} to {out}: timm.create_model('local-dir:{out}', pretrained=True)")
+    print(f"exported {run} to {out}; in Python: import selfvil; backbone = selfvil.load_backbone({str(out)!r})")
+
+
+@app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(help="Folder of an export, of a run, or of one of its checkpoints.")],
+) -> None:
+    """Compare every file with the digest that was written with it; exit with status 2 if one was damaged."""
+    from selfvil.verification import verify
+
+    for sentence in verify(folder):
+        print(sentence)
 
 
 @app.command()

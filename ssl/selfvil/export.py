@@ -1,8 +1,9 @@
-"""From a run to a backbone that others can load: `timm.create_model("local-dir:OUT", pretrained=True)`.
+"""From a run to a backbone that others can load: `selfvil.load_backbone(OUT)`, or timm alone.
 
 OUT/
     model.safetensors         the backbone, without a classifier
-    config.json               what timm reads: architecture, arguments, normalisation; and the weights' SHA-256
+    config.json               what timm reads: architecture, arguments, normalisation
+    manifest.json             size and SHA-256 of every other file, which timm does not look at
     README.md                 model card: what it is, how it came about, how to load it
     recipe.yaml               the run's recipe, where the run's folder is at hand
     heads/heads.safetensors   when asked for: the rest of the objective, to continue from
@@ -18,12 +19,12 @@ from typing import Any
 
 import timm
 import torch
-from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from selfvil.checkpoint import Checkpoint
+from selfvil.checkpoint import Checkpoint, save_tensors
 from selfvil.errors import UserError
+from selfvil.manifest import sha256, write_manifest
 from selfvil.models import VisionLSTM
 from selfvil.version import __version__
 from selfvil.weights import (
@@ -35,10 +36,10 @@ from selfvil.weights import (
     load_export,
     load_network,
     open_checkpoint,
-    sha256,
-)  # fmt: skip
+)
 
-FORMAT = 1
+FORMAT = 2
+"""2: a manifest covers all files. 1: config.json holds the digest of the weights, and nothing that of config.json."""
 _SCORE_COLUMNS = ["network", "protocol", "value", "deviation", "readout", "train_images", "test_images"]
 
 
@@ -60,7 +61,7 @@ def export(run: str | Path, out: str | Path, *, network: str | None = None, head
         if heads:
             rest = {name: t for name, t in saved.tensors("objective").items() if not name.startswith(prefix)}
             (aside / HEADS).parent.mkdir()  # beside the backbone, timm 1.0.20 would take this file for the weights
-            save_file(rest, aside / HEADS)
+            save_tensors(rest, aside / HEADS)
             ours["heads_sha256"] = sha256(aside / HEADS)
         folder = _run_folder(saved)
         if folder is not None:
@@ -111,17 +112,18 @@ def write_network(
     card: str,
     label_names: Sequence[str] = (),
 ) -> None:
-    """Write weights, config.json and model card into `folder`, and load them once to verify the result.
+    """Write weights, config.json, model card and a manifest of all that `folder` holds; load it once to verify it.
 
     arguments: of `timm.create_model`, as the backbone was made. ours: what config.json says about its origin.
     label_names: of the outputs of its classifier, if it has one.
     """
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.state_dict().items()}
-    save_file(weights, folder / WEIGHTS)
+    save_tensors(weights, folder / WEIGHTS)
     origin: dict[str, Any] = {"format": FORMAT, "version": __version__, "sha256": sha256(folder / WEIGHTS)}
     config = _timm_config(backbone, arguments, normalisation, label_names) | {"selfvil": origin | dict(ours)}
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(card, encoding="utf-8")
+    write_manifest(folder)
     loaded = load_export(folder).backbone.state_dict()
     if different := [name for name in weights if name not in loaded or not torch.equal(weights[name], loaded[name])]:
         raise UserError(f"The export would load other weights than were written, such as {different[0]}.")
@@ -197,10 +199,20 @@ def model_card(backbone: nn.Module, saved: Checkpoint, network: str, normalisati
         "",
         "```python",
         "import selfvil, timm  # importing selfvil registers the vil_* models",
-        'backbone = timm.create_model("local-dir:PATH_OF_THIS_FOLDER", pretrained=True).eval()',
+        'backbone = selfvil.load_backbone("PATH_OF_THIS_FOLDER")  # verifies weights and config.json first',
         "view = timm.data.create_transform(**timm.data.resolve_model_data_config(backbone))",
         "features = backbone.forward_features(view(image)[None])",
         "```",
+        "",
+        "With timm alone, without that verification:",
+        "",
+        "```python",
+        "import selfvil, timm",
+        'backbone = timm.create_model("local-dir:PATH_OF_THIS_FOLDER", pretrained=True).eval()',
+        "```",
+        "",
+        "timm does not compare files with manifest.json: it loads most weights that a copy or a disk has damaged,",
+        "without an error. `selfvil verify PATH_OF_THIS_FOLDER` compares every file.",
         "",
         "## How it came about",
         "",

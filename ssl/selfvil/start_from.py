@@ -15,7 +15,17 @@ from selfvil.errors import UserError
 from selfvil.models import VisionLSTM
 from selfvil.models.positions import resample_positions
 from selfvil.models.published import checkpoint_filter_fn
-from selfvil.weights import HEADS, WEIGHTS, fit, load_export, load_pretrained, open_checkpoint, read_config, sha256
+from selfvil.weights import (
+    HEADS,
+    WEIGHTS,
+    check_digest,
+    check_single_file,
+    fit,
+    is_export,
+    load_pretrained,
+    open_checkpoint,
+    verified_config,
+)  # fmt: skip
 
 
 def start_backbone(backbone: nn.Module, source: str | Path) -> None:
@@ -35,6 +45,7 @@ def start_backbone(backbone: nn.Module, source: str | Path) -> None:
 
 def _read_file(backbone: nn.Module, file: Path) -> dict[str, Tensor]:
     """Weights of a single file under the names of `backbone`, its classifier left out, positions on its grid."""
+    check_single_file(file)
     try:
         # As timm reads the same files for pretrained=True: tensors and plain values, or it refuses (weights_only).
         weights: dict[str, Any] = dict(load_state_dict(str(file), use_ema=False, weights_only=True))
@@ -61,16 +72,14 @@ def start_objective(objective: nn.Module, source: str | Path) -> None:
             f"model.start_from = {source} holds a backbone without the heads of an objective: set "
             f"model.start_heads=new to begin with new ones (optim.heads_first lets the backbone wait for them)"
         )
-    if (folder / "config.json").is_file():
-        load_export(folder)  # checks the weights
-        ours, heads = read_config(folder)["selfvil"], folder / HEADS
+    if is_export(folder):
+        ours, heads = verified_config(folder)["selfvil"], folder / HEADS
         if not heads.is_file() or "prefix" not in ours:
             raise UserError(
                 f"model.start_from = {source} holds a backbone without the heads that go with it: export the run "
                 f"again with --heads, or set model.start_heads=new to begin with new ones"
             )
-        if (found := sha256(heads)) != ours["heads_sha256"]:
-            raise UserError(f"{heads} is damaged: its SHA-256 is {found}, expected {ours['heads_sha256']}.")
+        check_digest(heads, ours["heads_sha256"])
         backbone = {ours["prefix"] + name: tensor for name, tensor in load_file(folder / WEIGHTS).items()}
         weights = backbone | load_file(heads)
     else:

@@ -3,8 +3,8 @@
 Nothing is unpickled, and no name or argument from a file reaches timm that could make it do so.
 """
 
-import hashlib
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from selfvil import checkpoint
+from selfvil import models as models  # registers the vil_* models with timm
 from selfvil.checkpoint import Checkpoint
 from selfvil.errors import UserError
+from selfvil.manifest import MANIFEST, check_files, read_manifest, sha256
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -28,6 +30,8 @@ _FACTORY_ARGUMENTS = {
     "scriptable", "exportable", "no_jit",
 }  # fmt: skip
 _META_KEYS = {"model", "networks", "export", "objective", "data", "seed", "samples", "seconds"}
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -118,28 +122,22 @@ def load_network(saved: Checkpoint, network: str | None = None) -> Network:
 
 
 def load_export(folder: str | Path, *, pretrained: bool = True, **overrides: Any) -> Network:
-    """The backbone and normalisation of an export, its weights checked against their SHA-256.
+    """The backbone and normalisation of an export whose config.json and weights were verified first.
 
     overrides: arguments of `timm.create_model`, such as num_classes or drop_path_rate. pretrained=False gives the same
     architecture freshly initialised. Raises UserError if the folder is no export, damaged, or does not fit them.
     """
     folder = Path(folder)
-    config = read_config(folder)
+    config = verified_config(folder)
     try:
         cfg = config["pretrained_cfg"]
         _, height, width = cfg["input_size"]
         normalisation = Normalisation(tuple(cfg["mean"]), tuple(cfg["std"]), (height, width))
-        architecture, ours = config["architecture"], config["selfvil"]
-        digest, samples_seen = ours["sha256"], ours["samples_seen"]
+        architecture, samples_seen = config["architecture"], config["selfvil"]["samples_seen"]
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{folder / 'config.json'} is no config that `selfvil export` wrote: {error!r}.") from error
-    weights = folder / WEIGHTS
-    if not weights.is_file():
-        raise UserError(f"{weights} is missing.")
-    if (found := sha256(weights)) != digest:
-        raise UserError(f"{weights} is damaged: its SHA-256 is {found}, expected {digest}.")
+        raise UserError(f"{folder / CONFIG} is no config that `selfvil export` wrote: {error!r}.") from error
     # The very file that was checked: left to itself, timm 1.0.20 would rather unpickle a *.bin that lies beside it.
-    source = {"source": "", "file": str(weights), "custom_load": False}
+    source = {"source": "", "file": str(folder / WEIGHTS), "custom_load": False}
     try:
         backbone = timm.create_model(
             f"local-dir:{folder}", pretrained=pretrained, pretrained_cfg_overlay=source, **overrides
@@ -149,14 +147,92 @@ def load_export(folder: str | Path, *, pretrained: bool = True, **overrides: Any
     return Network(backbone, normalisation, samples_seen if pretrained else 0)
 
 
+def verified_config(folder: Path) -> dict[str, Any]:
+    """The content of an export's config.json, once it and the weights are known to be as they were written.
+
+    An export from before 2026-11-27 has no manifest: its weights are compared with the digest in config.json, and a
+    warning says that config.json itself cannot be verified. Raises UserError if the folder is no export or damaged.
+    """
+    if (folder / MANIFEST).is_file():
+        _, files = read_manifest(folder, required=[CONFIG, WEIGHTS])
+        check_files(folder, {name: files[name] for name in (CONFIG, WEIGHTS)})
+        return read_config(folder)
+    config = read_config(folder)
+    try:
+        written_as, digest = config["selfvil"]["format"], config["selfvil"]["sha256"]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{folder / CONFIG} is no config that `selfvil export` wrote: {error!r}.") from error
+    if written_as != 1:
+        raise UserError(
+            f"{folder / MANIFEST} is missing, so nothing in {folder} can be verified: copy the whole export."
+        )
+    check_digest(folder / WEIGHTS, digest)
+    log.warning(
+        "%s is an older export without %s: its weights are as they were written, config.json could not be verified. "
+        "Export the run again to change that.", folder, MANIFEST,
+    )  # fmt: skip
+    return config
+
+
+def check_digest(file: Path, digest: str) -> None:
+    """Raise UserError if a file is missing or its SHA-256 is another."""
+    if not file.is_file():
+        raise UserError(f"{file} is missing.")
+    if (found := sha256(file)) != digest:
+        raise UserError(f"{file} is damaged: its SHA-256 is {found}, expected {digest}.")
+
+
+def check_single_file(file: Path) -> None:
+    """Verify a file of weights that lies in an export or a checkpoint; elsewhere nothing is known about it.
+
+    Raises UserError if it is damaged.
+    """
+    for folder in (file.parent, file.parent.parent):  # heads/heads.safetensors lies one folder below the manifest
+        name = file.relative_to(folder).as_posix()
+        if (folder / MANIFEST).is_file():
+            _, files = read_manifest(folder, facts=["step"] if (folder / checkpoint.META).is_file() else [])
+            if name in files:
+                check_files(folder, {name: files[name]})
+            return
+
+
 def load_pretrained(source: str | Path) -> Network:
     """The pretrained backbone of an export, a run or a checkpoint, without a classifier: of the two latter, the network
     it would export.
 
     Raises UserError if the source is none of these, or damaged.
     """
-    is_export = (Path(source) / "config.json").is_file()
-    return load_export(source, num_classes=0) if is_export else load_network(open_checkpoint(source))
+    if is_export(Path(source)):
+        return load_export(source, num_classes=0)
+    return load_network(open_checkpoint(source))
+
+
+def load_backbone(source: str | Path, *, network: str | None = None, **overrides: Any) -> nn.Module:
+    """A pretrained backbone, in evaluation mode, whose files were all found to be as they were written.
+
+    This is `timm.create_model("local-dir:SOURCE", pretrained=True, **overrides).eval()` with the verification that timm
+    does not do: a flipped bit in weights or in config.json is an error here, and wrong features there.
+
+    Args:
+        source: an export, a run (its newest valid checkpoint) or a checkpoint.
+        network: "student", "teacher" ... of a run that has several; None takes its choice. An export holds only one.
+        overrides: for an export, arguments of `timm.create_model` such as num_classes, img_size or drop_path_rate.
+
+    Raises:
+        UserError: the source is none of these, is damaged, or does not fit the arguments.
+    """
+    if is_export(Path(source)):
+        if network is not None:
+            raise UserError(f"{source} is an export and holds one network: leave out network = {network!r}.")
+        return load_export(source, **overrides).backbone.eval()
+    if overrides:
+        raise UserError(f"{source} is no export: only an export can be loaded with {', '.join(overrides)}.")
+    return load_network(open_checkpoint(source), network).backbone.eval()
+
+
+def is_export(folder: Path) -> bool:
+    """Whether a folder is an export, or what is left of one."""
+    return (folder / CONFIG).is_file() or (folder / WEIGHTS).is_file()
 
 
 def model_arguments(source: str | Path) -> dict[str, Any]:
@@ -200,8 +276,3 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise UserError(f"{path} is no config that `selfvil export` wrote.")
     return config
-
-
-def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -29,7 +29,7 @@ from selfvil.objectives.base import Batch, ImageSpec, Objective, Progress, StepO
 from selfvil.objectives.crops import Readout, Scale
 from selfvil.objectives.dino import StaysFloat32
 from selfvil.recipe import Section, Size
-from selfvil.weights import Normalisation, load_export
+from selfvil.weights import Normalisation, check_single_file, load_export
 
 
 class DistillSettings(Section):
@@ -215,6 +215,7 @@ def load_teacher(settings: DistillSettings) -> tuple[nn.Module, Normalisation]:
             f"objective.teacher_weights = {weights} is no safetensors file on this machine: {name} needs one, as its "
             f"page on the Hugging Face hub offers it (model.safetensors)"
         )
+    check_single_file(Path(weights))
     source = {"source": "", "file": weights, "custom_load": False}
     try:  # with its classifier: asked to leave that out, timm loads whatever fits, and says nothing of the rest
         backbone: Any = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=source)

@@ -1,0 +1,199 @@
+"""Nothing damaged is loaded: every bit of an export is compared before a backbone is built from it."""
+
+import json
+import logging
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+import selfvil
+from selfvil import checkpoint, cli
+from selfvil.errors import UserError
+from selfvil.export import export
+from selfvil.start_from import start_backbone, start_objective
+from selfvil.weights import load_export, load_pretrained
+from test_export import make_run
+
+FLIPS = 60
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    """A run and an export of it with heads."""
+    folder = tmp_path_factory.mktemp("source")
+    export(make_run(folder / "run")[0], folder / "export", heads=True)
+    return folder
+
+
+@pytest.fixture
+def exported(source, tmp_path) -> Path:
+    return Path(shutil.copytree(source / "export", tmp_path / "export"))
+
+
+def flip_bit(file: Path, bit: int) -> None:
+    data = bytearray(file.read_bytes())
+    data[bit // 8] ^= 1 << bit % 8
+    file.write_bytes(data)
+
+
+def run_command(*arguments) -> int | None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main([str(argument) for argument in arguments])
+    return ended.value.code
+
+
+def verified(folder: Path) -> str:
+    try:
+        return " ".join(selfvil.verify(folder))
+    except UserError as error:
+        return str(error)
+
+
+def make_older(folder: Path) -> None:
+    """What selfvil exported before there was a manifest."""
+    (folder / "manifest.json").unlink()
+    config = json.loads((folder / "config.json").read_text())
+    config["selfvil"]["format"] = 1
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def test_the_backbone_is_the_one_that_timm_loads(source, exported):
+    backbone = selfvil.load_backbone(exported)
+    expected = timm.create_model(f"local-dir:{exported}", pretrained=True).state_dict()
+    assert not backbone.training
+    assert backbone.state_dict().keys() == expected.keys()
+    for other in (backbone, selfvil.load_backbone(source / "run"), load_pretrained(exported).backbone):
+        assert all(torch.equal(value, expected[name]) for name, value in other.state_dict().items())
+    assert selfvil.load_backbone(exported, num_classes=7)(torch.randn(1, 3, 32, 32)).shape == (1, 7)
+    student = selfvil.load_backbone(source / "run", network="student")
+    assert not torch.equal(student.pos_embed, backbone.pos_embed)
+    with pytest.raises(UserError, match="holds one network"):
+        selfvil.load_backbone(exported, network="student")
+    with pytest.raises(UserError, match="only an export can be loaded with num_classes"):
+        selfvil.load_backbone(source / "run", num_classes=7)
+
+
+FILES = ["config.json", "manifest.json", "model.safetensors", "heads/heads.safetensors", "recipe.yaml", "README.md"]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_no_flipped_bit_is_silent(exported, name):
+    """What is loaded is what was written; and verification names what was flipped, wherever it lies."""
+    assert {path.relative_to(exported).as_posix() for path in exported.rglob("*") if path.is_file()} == set(FILES)
+    file, draw = exported / name, random.Random(name)
+    expected = load_export(exported).backbone.state_dict()
+    undamaged = verified(exported)
+    loaded = name not in ("config.json", "model.safetensors")
+    for _ in range(FLIPS):
+        bit = draw.randrange(8 * file.stat().st_size)
+        flip_bit(file, bit)
+        if not loaded:
+            with pytest.raises(UserError, match=f"{name} is damaged: its SHA-256 is .*, expected"):
+                selfvil.load_backbone(exported)
+        told = verified(exported)
+        if name == "README.md":  # it may be edited: no error
+            assert "README.md was edited, damaged or removed" in told
+        elif name == "manifest.json":  # any file may be blamed
+            assert told != undamaged
+        else:
+            assert f"{name} is damaged: its SHA-256" in told
+        flip_bit(file, bit)
+    if loaded:
+        flip_bit(file, 8 * (file.stat().st_size // 2))  # of what is not loaded
+        try:
+            backbone = selfvil.load_backbone(exported)
+        except UserError:
+            assert name == "manifest.json"
+        else:
+            assert all(torch.equal(value, expected[key]) for key, value in backbone.state_dict().items())
+        flip_bit(file, 8 * (file.stat().st_size // 2))
+    assert "README.md was edited" not in " ".join(selfvil.verify(exported))
+
+
+def test_all_own_ways_of_loading_refuse_damage(exported):
+    from selfvil.evaluate.features import load_backbone as for_evaluation
+    from selfvil.objectives.distill import DistillSettings, load_teacher
+
+    backbone = load_export(exported).backbone
+    objective = torch.nn.Module()
+    config = (exported / "config.json").read_bytes()
+    (exported / "config.json").write_bytes(config.replace(b'"mean": [\n      0.5', b'"mean": [\n      0.7'))
+    assert (exported / "config.json").read_bytes() != config
+    ways = [
+        lambda: load_export(exported),
+        lambda: load_pretrained(exported),
+        lambda: for_evaluation(exported),
+        lambda: for_evaluation(exported, untrained=True),
+        lambda: start_backbone(backbone, exported),
+        lambda: start_objective(objective, exported),
+        lambda: load_teacher(DistillSettings(name="distill", teacher=str(exported))),
+    ]
+    for way in ways:
+        with pytest.raises(UserError, match=r"config\.json is damaged: its SHA-256"):
+            way()
+    (exported / "config.json").write_bytes(config)
+    flip_bit(exported / "model.safetensors", 100_003)
+    file = str(exported / "model.safetensors")
+    ways += [
+        lambda: start_backbone(backbone, file),
+        lambda: load_teacher(DistillSettings(name="distill", teacher="vil_nano_patch4_32", teacher_weights=file)),
+    ]
+    for way in ways:
+        with pytest.raises(UserError, match=r"model\.safetensors is damaged: its SHA-256"):
+            way()
+
+
+def test_a_missing_file_is_no_older_export(exported):
+    for name in ("manifest.json", "config.json", "model.safetensors"):
+        content = (exported / name).read_bytes()
+        (exported / name).unlink()
+        for way in (selfvil.load_backbone, selfvil.verify):
+            with pytest.raises(UserError, match=f"{name} is missing"):
+                way(exported)
+        (exported / name).write_bytes(content)
+
+
+def test_an_older_export_loads_and_says_what_was_not_verified(exported, caplog):
+    make_older(exported)
+    with caplog.at_level(logging.WARNING):
+        load_export(exported)
+    assert [record.message for record in caplog.records if "could not be verified" in record.message]
+    assert "No other file of it has a digest" in selfvil.verify(exported)[0]
+    flip_bit(exported / "heads" / "heads.safetensors", 10_000)
+    with pytest.raises(UserError, match=r"heads\.safetensors is damaged"):
+        selfvil.verify(exported)
+    flip_bit(exported / "model.safetensors", 10_000)
+    with pytest.raises(UserError, match=r"model\.safetensors is damaged"):
+        load_export(exported)
+
+
+def test_the_command_verifies_exports_runs_and_checkpoints(source, exported, tmp_path, capsys):
+    run = Path(shutil.copytree(source / "run", tmp_path / "run"))
+    saved = run / "checkpoints" / "step-00000020"
+    (exported / "added.bin").write_bytes(b"x")
+    for folder, *told in (
+        (exported, "an export", "heads/heads.safetensors", "not verified: added.bin"),
+        (run, "a checkpoint of step 20", "No digest protects the other files of the run: recipe.yaml, run.json"),
+        (saved, "a checkpoint of step 20", "objective.safetensors"),
+    ):
+        assert run_command("verify", folder) in (0, None)
+        out = capsys.readouterr().out
+        assert all(part in out for part in told), out
+    make_run(run, step=30)
+    flip_bit(saved / "objective.safetensors", 80_000)
+    for folder in (run, saved):
+        assert run_command("verify", folder) == 2
+        error = capsys.readouterr().err
+        assert "Traceback" not in error
+        assert "objective.safetensors is damaged" in error
+        if folder == run:
+            assert "Undamaged checkpoints" in error
+    (tmp_path / "empty").mkdir()
+    for folder in (tmp_path / "nowhere", tmp_path / "empty"):
+        assert run_command("verify", folder) == 2
+    assert "nothing was verified" in capsys.readouterr().err
+    assert checkpoint.newest(run / "checkpoints").step == 30
