@@ -1,6 +1,8 @@
 """A layer's fused parts and its plain ones, to be run side by side in the process of `interpreted`."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -54,9 +56,7 @@ def gradients(part: str, reader, inputs, fuse: bool, device="cpu", amp=None, **h
 
 def of_model(model, x: Tensor, keep: Tensor | None, fuse: bool, device="cpu", amp=None, compiled=False) -> list[Tensor]:
     """Tokens, and the gradients of the sum of their squares, of x and all parameters that have one."""
-    before = os.environ.get("SELFVIL_FUSED")
-    os.environ["SELFVIL_FUSED"] = str(int(fuse))
-    try:
+    with fusing(fuse):
         model, x = model.to(device), x.detach().clone().to(device).requires_grad_()
         run = (
             torch.compile(model.forward_tokens, fullgraph=True, backend="aot_eager")
@@ -67,11 +67,31 @@ def of_model(model, x: Tensor, keep: Tensor | None, fuse: bool, device="cpu", am
             y = run(x, model.grid_size, keep)
         found = torch.autograd.grad(y.double().square().sum(), [x, *model.parameters()], allow_unused=True)
         return [t.detach().cpu() for t in (y, *(dx for dx in found if dx is not None))]
+
+
+@contextmanager
+def fusing(fuse: bool) -> Iterator[None]:
+    """Fused operators are on, or off, in this context."""
+    before = os.environ.get("SELFVIL_FUSED")
+    os.environ["SELFVIL_FUSED"] = str(int(fuse))
+    try:
+        yield
     finally:
         if before is None:
             del os.environ["SELFVIL_FUSED"]
         else:
             os.environ["SELFVIL_FUSED"] = before
+
+
+def forget_gates(model, images: Tensor, fuse: bool) -> dict[str, list[Tensor]]:
+    """The forget gates' pre-activations of each scan of a pass over images."""
+    from selfvil.monitor.gates import record_forget_gates
+    from selfvil.ops import fused
+
+    with fusing(fuse), torch.no_grad(), record_forget_gates(model) as gates:
+        assert fused.applies(images) == fuse
+        model(images)
+    return dict(gates)
 
 
 def check_operators(reader, inputs: dict[str, Tensor]) -> None:

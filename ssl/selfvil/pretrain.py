@@ -123,7 +123,7 @@ def pretrain(recipe: Recipe) -> Summary:
     means, last_loss = Means(), None
     doctor_every = recipe.monitor.doctor_every
     doctor = Doctor(recipe, total_steps, takes_vitals=doctor_every is not None)
-    vitals = Vitals(objective) if is_main and doctor_every else None
+    vitals = Vitals(objective, first_step) if is_main and doctor_every else None
     step, saved_at = first_step, first_step if resumed else None
     began = window_began = time.monotonic()
     window_step, collapsed = first_step, False
@@ -220,7 +220,7 @@ def pretrain(recipe: Recipe) -> Summary:
                 # Only now what the run can do without: the state is safe, whatever fails here.
                 if vitals and metrics and looked_at and batch is not None:
                     with optional("the diagnosis"):
-                        signs = vitals.after_step(lr, batch, output)
+                        signs = vitals.after_step(step, lr, batch, output)
                         metrics.write(step, signs, kind="doctor")
                         seen |= signs
                 if metrics and _due(step, recipe.monitor.pictures_every, ended) and batch is not None:

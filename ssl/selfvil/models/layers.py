@@ -13,6 +13,8 @@ are any), C channels of the block, E = 2·C inside it, h heads.
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -153,8 +155,12 @@ class Reader(nn.Module):
         places: Tensor | None,
         reverse: bool,
         gate: Tensor | None = None,
+        on_forget_gates: Callable[[Tensor], None] | None = None,
     ) -> Tensor:
-        """Sequence x (B, K, E) to the same shape, read from its last token if `reverse`; times SiLU of a gate."""
+        """Sequence x (B, K, E) to the same shape, read from its last token if `reverse`; times SiLU of a gate.
+
+        `on_forget_gates` is called with the forget gates' pre-activations (B, h, K).
+        """
         fuse = fused.applies(x)
         if fuse and isinstance(self.conv, nn.Conv2d) and keep is None and places is None:
             conv = fused.conv_silu(x, self.conv.weight, self.conv.bias, grid, reverse)  # type: ignore[arg-type]
@@ -167,6 +173,8 @@ class Reader(nn.Module):
         else:
             i, f = self.gates(conv, x)
             q, k, v = self.q_proj(conv), self.k_proj(conv), self.v_proj(x)
+        if on_forget_gates is not None:
+            on_forget_gates(f)
         steps = steps_of(keep, places, grid[0] * grid[1]) if self.gap_aware and keep is not None else None
         h = mlstm(q, k, v, i, f, reverse=reverse, positions=steps)
         if fuse:
@@ -280,6 +288,7 @@ class ViLLayer(Reader):
         super().__init__(inner, conv=conv, bias=bias)
         self.reverse = reverse
         self.directions = directions
+        self.on_forget_gates: Callable[[int, Tensor], None] | None = None  # see `selfvil.monitor.gates`
         self.proj_up = Linear(dim, 2 * inner, bias=bias)
         self.further = nn.ModuleList(
             Reader(inner, conv=conv, bias=bias) for _ in range(0 if shared else directions - 1)
@@ -297,16 +306,17 @@ class ViLLayer(Reader):
         `places` says which tokens of the sequence are extra ones (see `selfvil.models.order`).
         """
         x, gate = self.proj_up(x).chunk(2, dim=-1)
-        h = self.read(x, grid, keep, places, self.reverse, gate if self.directions == 1 else None)
+        record = [self.on_forget_gates and partial(self.on_forget_gates, scan) for scan in range(self.directions)]
+        h = self.read(x, grid, keep, places, self.reverse, gate if self.directions == 1 else None, record[0])
         if self.directions > 1:
             readers = [self, *(self.further or 3 * [self])]
-            h = h + readers[1].read(x, grid, keep, places, not self.reverse)
+            h = h + readers[1].read(x, grid, keep, places, not self.reverse, None, record[1])
             if self.directions == 4:
                 columns = Columns(x, grid, keep, places)
                 x = columns.from_rows(x)
                 down, up = (
-                    reader.read(x, columns.grid, columns.keep, columns.places, reverse)
-                    for reader, reverse in ((readers[2], False), (readers[3], True))
+                    readers[scan].read(x, columns.grid, columns.keep, columns.places, scan == 3, None, record[scan])
+                    for scan in (2, 3)
                 )
                 h = h + columns.to_rows(down + up)
             h = h * F.silu(gate)

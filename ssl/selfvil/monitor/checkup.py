@@ -20,9 +20,12 @@ from selfvil.data.views import CenterCrop, RandomCropFlip
 from selfvil.errors import UserError
 from selfvil.evaluate.features import choose_readout
 from selfvil.models.heads import read_out
-from selfvil.monitor.collapse import RULES, Doctor
+from selfvil.monitor.collapse import Doctor
+from selfvil.monitor.gates import gate_vitals, record_forget_gates
 from selfvil.monitor.metrics import read_metrics
-from selfvil.monitor.vitals import feature_vitals, gate_vitals, lidar_vitals, listening
+from selfvil.monitor.rules import RULES
+from selfvil.monitor.vitals import feature_vitals, lidar_vitals
+from selfvil.monitor.wording import number
 from selfvil.recipe import Recipe, parse
 from selfvil.weights import load_network, open_checkpoint
 
@@ -97,12 +100,12 @@ def measure(record: Record, num_images: int = 1024) -> dict[str, float]:
     backbone, normalisation, _ = load_network(open_checkpoint(record.folder))
     readout = choose_readout(backbone.eval())
     crop = RandomCropFlip(normalisation.img_size, (0.2, 1.0), normalisation.mean, normalisation.std)
-    with listening(backbone) as heard:
+    with record_forget_gates(backbone) as gates:
         whole = training_images(record, num_images)
         features = torch.cat([read_out(backbone, batch.views[0], readout) for batch in whole])
     (views,) = training_images(record, LIDAR_IMAGES, [crop] * LIDAR_VIEWS)
     crops = torch.stack([read_out(backbone, images, readout) for images in views.views], dim=1)
-    return feature_vitals(features) | lidar_vitals(crops) | gate_vitals(heard)
+    return feature_vitals(features) | lidar_vitals(crops) | gate_vitals(gates)
 
 
 def training_images(record: Record, count: int, views: Sequence[View] | None = None) -> Iterator[Batch]:
@@ -145,7 +148,7 @@ def rows(doctor: Doctor) -> list[tuple[str, str, str, str, str]]:
             continue
         value = alarm.value if alarm else doctor.latest[rule.value]
         advice = doctor.advice(rule) if alarm else ""
-        found.append((rule.symptom, f"{value:.3g}", rule.range(), doctor.verdict(rule), advice))
+        found.append((rule.symptom, number(value), rule.range(), doctor.verdict(rule), advice))
     return found
 
 
@@ -156,5 +159,5 @@ def signs_table(signs: dict[str, float], title: str) -> Table:
         table.add_column(column)
     ranges = {rule.value: rule.range() for rule in RULES}
     for name, value in signs.items():
-        table.add_row(name, f"{value:.3g}", ranges.get(name, ""))
+        table.add_row(name, number(value), ranges.get(name, ""))
     return table

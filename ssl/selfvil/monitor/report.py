@@ -16,10 +16,10 @@ import torch
 
 from selfvil.errors import UserError
 from selfvil.monitor.checkup import NOTHING_JUDGED, Record, examine, rows, training_images
-from selfvil.monitor.collapse import RULES
+from selfvil.monitor.gates import horizons, record_forget_gates
 from selfvil.monitor.pictures import curves_figure, png
+from selfvil.monitor.rules import RULES
 from selfvil.monitor.saliency import pca_colours, readout_saliency
-from selfvil.monitor.vitals import horizons, listening
 from selfvil.objectives.base import Objective, Progress
 from selfvil.recipe import Recipe
 from selfvil.weights import load_network, open_checkpoint
@@ -229,27 +229,28 @@ def _features(record: Record) -> str:
 def _horizons(record: Record) -> str:
     checkpoint = open_checkpoint(record.folder)
     backbone = load_network(checkpoint).backbone.eval()
-    with torch.no_grad(), listening(backbone) as heard:
+    with torch.no_grad(), record_forget_gates(backbone) as gates:
         for batch in training_images(record, 128):
             backbone(batch.views[0])
-    if not heard:
+    if not gates:
         raise UserError(f"{record.recipe.model.name} has no forget gates")
     figure, axes = _figure(1, 1, (8, 3.2))
     axis = axes[0, 0]
-    for direction, marker in (("forward", "o"), ("backward", "s")):
-        blocks = {int(name[:2]): horizons(f) for name, f in heard.items() if name.endswith(direction)}
+    scans = {tuple(name.split("_")): passes for name, passes in gates.items()}
+    for direction, marker in (("forward", "o"), ("backward", "s"), ("down", "v"), ("up", "^")):
+        blocks = {int(block): horizons(passes) for (block, way), passes in scans.items() if way == direction}
         points = [(block, tokens) for block, heads in blocks.items() for tokens in heads.tolist()]
         if points:
             axis.scatter(*zip(*points), marker=marker, alpha=0.7, label=direction)
-    (num_tokens,) = {f.shape[-1] for f in heard.values()}
+    num_tokens = max(f.shape[-1] for passes in gates.values() for f in passes)
     axis.axhline(num_tokens, color="tab:grey", linestyle="--", linewidth=1, label=f"the image, {num_tokens} tokens")
     axis.set_yscale("log")
     axis.set_xlabel("block")
-    axis.set_xticks(range(len(heard)))
+    axis.set_xticks(sorted({int(block) for block, _ in scans}))
     axis.set_ylabel("tokens to 1/e")
     axis.grid(alpha=0.3)
     _plain_numbers(axis)
-    figure.legend(loc="outside upper right", ncols=3, fontsize="small")
+    figure.legend(loc="outside upper right", ncols=5, fontsize="small")
     return _png(figure) + (
         f'<p class="note">Step {checkpoint.step:,}, 128 images. A point is a head: tokens after which its memory has '
         "fallen to 1/e, by the mean of its forget gates.</p>"

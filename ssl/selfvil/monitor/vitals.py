@@ -1,31 +1,28 @@
 """Vital signs: numbers that move before a loss or a score shows that something is wrong. `collapse.py` judges them.
 
-Shapes: N images, V views of each, D features, B images of a batch, L tokens, h heads.
+Shapes: N images, V views of each, D features, B images of a batch.
 """
 
 import math
 import statistics
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from lightly.utils.debug import std_of_l2_normalized
 from torch import Tensor, nn
 
 from selfvil.evaluate.features import choose_readout
 from selfvil.models.heads import read_out
+from selfvil.monitor.gates import gate_vitals, record_forget_gates
 from selfvil.objectives.base import Batch, Objective, StepOutput
 
 MOST_IMAGES = 96
 """Images of a batch that are looked at: enough to see a collapse, at the price of a step in a hundred."""
 
-SATURATED = 7.0
-"""Pre-activation beyond which a forget gate is within 0.1 % of 0 or 1, and its gradient gone."""
+SETTLED = 10
+"""Steps of a launch after which the distance that its teacher has moved says whether it follows."""
 
-_SAMPLE = 4096  # weights of each tensor by which the way of all of them is measured
+_SAMPLE = 4096  # weights of each tensor by which the distance that all of them move is measured
 
 
 # --- features --------------------------------------------------------------------------------------------------------
@@ -104,56 +101,6 @@ def lidar_vitals(views: Tensor) -> dict[str, float]:
     return {"lidar": rank, "lidar_share": rank / min(len(views), views.shape[2])}
 
 
-# --- gates -----------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def listening(backbone: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Within, each pass of `backbone` leaves the forget gates' pre-activations (B, h, L), one entry for each mLSTM.
-
-    Keys are block and direction, such as 03_backward, counted from 0; there are none where nothing forgets.
-    """
-    heard: dict[str, Tensor] = {}
-    layers: list[Any] = [module for module in backbone.modules() if hasattr(module, "gates")]
-
-    def overhear(name: str, gates: Any) -> Any:
-        def listener(*arguments: Any) -> Any:
-            i, f = gates(*arguments)
-            heard[name] = f.detach()
-            return i, f
-
-        return listener
-
-    for number, layer in enumerate(layers):
-        layer.gates = overhear(f"{number:02d}_{'backward' if layer.reverse else 'forward'}", layer.gates)
-    try:
-        yield heard
-    finally:
-        for layer in layers:
-            del layer.gates  # the method of its class shows again
-
-
-def horizons(f: Tensor) -> Tensor:
-    """Tokens after which a memory has fallen to 1/e, for each head (h,), by its mean decay; f is (B, h, L)."""
-    return -1 / F.logsigmoid(f.float()).mean(dim=(0, 2))
-
-
-def gate_vitals(heard: Mapping[str, Tensor]) -> dict[str, float]:
-    """`horizon/…` and `saturated/…` of each mLSTM, the shortest `horizon` of all and the largest share `saturated`.
-
-    An mLSTM's horizon is the geometric mean of its heads'.
-    """
-    if not heard:
-        return {}
-    tokens = {name: float(horizons(f).log().mean().exp()) for name, f in heard.items()}
-    shares = {name: float((f.abs() > SATURATED).float().mean()) for name, f in heard.items()}
-    return (
-        {"horizon": min(tokens.values()), "saturated": max(shares.values())}
-        | {f"horizon/{name}": value for name, value in tokens.items()}
-        | {f"saturated/{name}": value for name, value in shares.items()}
-    )
-
-
 # --- a run -----------------------------------------------------------------------------------------------------------
 
 
@@ -164,8 +111,9 @@ class Vitals:
     has followed. Nothing of the run is changed: no randomness is drawn, no buffer moves.
     """
 
-    def __init__(self, objective: Objective) -> None:
+    def __init__(self, objective: Objective, first_step: int = 0) -> None:
         self.objective = objective
+        self._first_step = first_step
         self.readout = choose_readout(objective.backbone)
         self.teacher = (
             objective.get_submodule(objective.networks["teacher"].removesuffix("."))
@@ -184,12 +132,13 @@ class Vitals:
         self._gradients = gradient_norms(self.objective) if gradients else {}
 
     @torch.no_grad()
-    def after_step(self, lr: float, batch: Batch, output: StepOutput) -> dict[str, float]:
-        """All vital signs. lr: the step's learning rate; batch and output: those of its last micro-batch."""
+    def after_step(self, step: int, lr: float, batch: Batch, output: StepOutput) -> dict[str, float]:
+        """All vital signs after `step` steps. lr: the last one's learning rate; batch and output: those of its last
+        micro-batch."""
         began, was_training = time.monotonic(), self.objective.training
         self.objective.eval()
         try:
-            values = self._gradients | self._weights(lr) | self._of_images(batch)
+            values = self._gradients | self._weights(step, lr) | self._of_images(batch)
             trivial = self.objective.trivial_loss(batch)
         finally:
             self.objective.train(was_training)
@@ -198,21 +147,28 @@ class Vitals:
         values["seconds"] = time.monotonic() - began
         return {name: value for name, value in values.items() if math.isfinite(value)}
 
-    def _weights(self, lr: float) -> dict[str, float]:
+    def _weights(self, step: int, lr: float) -> dict[str, float]:
         """How fast weights move, and how the teacher follows them.
 
-        `relative_lr`: the learning rate, which is about the most that AdamW moves a weight, over the typical weight at
-        the launch. `speed`: the length of the last step over that of all weights. `teacher_lag`: distance of the
-        teacher from the student, in lengths of the last step. `teacher_follows`: the teacher's way since the launch,
-        over the student's.
+        `typical_weight`: of the backbone at the launch. `relative_lr`: the learning rate, which is about the most that
+        AdamW moves a weight, over it. `speed`: the length of the last step over that of all weights. `teacher_lag`:
+        distance of the teacher from the student in steps, each as long as the last one or the mean since the launch,
+        whichever is longer, and at most the steps of the run so far. `teacher_follows`: distance that the teacher has
+        moved since the launch, over the student's.
         """
-        now = _sample(self.objective.backbone)
-        step, way = float((now - self._before).norm()), float((now - self._start).norm())
-        values = {"relative_lr": lr / self._typical, "speed": step / float(self._before.norm())}
-        if self.teacher is not None and self._teachers_start is not None and step > 0:
+        now, steps = _sample(self.objective.backbone), step - self._first_step
+        length, moved = float((now - self._before).norm()), float((now - self._start).norm())
+        values = {
+            "typical_weight": self._typical,
+            "relative_lr": lr / self._typical,
+            "speed": length / float(self._before.norm()),
+        }
+        if self.teacher is not None and self._teachers_start is not None and length > 0:
             teacher = _sample(self.teacher)
-            values["teacher_lag"] = float((teacher - now).norm()) / step
-            values["teacher_follows"] = float((teacher - self._teachers_start).norm()) / way
+            distance = float((teacher - now).norm())
+            values["teacher_lag"] = min(distance / max(length, moved / steps), float(step))
+            if steps >= SETTLED:
+                values["teacher_follows"] = float((teacher - self._teachers_start).norm()) / moved
         return values
 
     def _of_images(self, batch: Batch) -> dict[str, float]:
@@ -220,12 +176,12 @@ class Vitals:
         backbone = self.objective.exported()
         same = [view for view in batch.views if view.shape == batch.views[0].shape][:2]
         images = [view[: MOST_IMAGES // len(same)] for view in same]
-        with torch.autocast(images[0].device.type, enabled=False), listening(backbone) as heard:
+        with torch.autocast(images[0].device.type, enabled=False), record_forget_gates(backbone) as gates:
             features = read_out(backbone, torch.cat(images), self.readout).float()
         if not features.isfinite().all():  # a divergence; the loop says so
             return {}
         views = features.unflatten(0, (len(images), -1)).transpose(0, 1)
-        values = feature_vitals(views[:, 0]) | gate_vitals(heard)
+        values = {"images": float(len(views))} | feature_vitals(views[:, 0]) | gate_vitals(gates)
         return values if len(images) == 1 else values | lidar_vitals(views)
 
 

@@ -157,6 +157,14 @@ class Autoregressive(Objective):
         return backbone.forward_features(images, attn_mask=order <= order.unsqueeze(1))[:, prefix:]
 
     @torch.no_grad()
+    def trivial_loss(self, batch: Batch) -> Tensor | None:
+        images = batch.views[0]
+        if len(images) < 2:
+            return None
+        targets = pixel_targets(images, self.image.patch_size, self.settings.normalise_targets)
+        return targets[:, self.cluster_of > 0].var(dim=0).mean()
+
+    @torch.no_grad()
     def picture(self, batch: Batch, progress: Progress) -> Tensor:
         """Rows of three: the image, its first cluster, and each further one as predicted from those before it."""
         images = batch.views[0][:8].float()

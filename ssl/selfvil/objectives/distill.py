@@ -130,6 +130,17 @@ class Distill(Objective):
         loss = torch.stack(list(losses.values())).sum()
         return StepOutput(loss, {name: value.detach() for name, value in losses.items()})
 
+    @torch.no_grad()
+    def trivial_loss(self, batch: Batch) -> Tensor | None:
+        images, settings = batch.views[0], self.settings
+        if len(images) < 2:
+            return None
+        wanted, wanted_map = self.teacher(images)
+        loss = settings.readout_weight * constant_feature_loss(wanted, settings.loss)
+        if settings.patch_weight and wanted_map is not None:
+            loss = loss + settings.patch_weight * constant_feature_loss(wanted_map.movedim(1, -1), settings.loss)
+        return loss
+
 
 class FrozenTeacher(StaysFloat32):
     """A trained backbone as it is, in evaluation mode, without gradients, in a normalisation of its own."""
@@ -241,3 +252,17 @@ def feature_loss(found: Tensor, wanted: Tensor, kind: Literal["cosine", "smooth_
     if kind == "cosine":
         return 1 - F.cosine_similarity(found, wanted, dim=-1).mean()
     return F.smooth_l1_loss(found, F.layer_norm(wanted, wanted.shape[-1:]), beta=2.0)
+
+
+def constant_feature_loss(wanted: Tensor, kind: Literal["cosine", "smooth_l1"]) -> Tensor:
+    """Expected `feature_loss` of the best features (..., C) that are the same for all images; wanted is (B, ..., C).
+
+    The best direction, or mean, is estimated from the same B images, and the estimate is corrected for that.
+    """
+    count, wanted = len(wanted), wanted.float()
+    if kind == "cosine":
+        square = F.normalize(wanted, dim=-1).mean(dim=0).square().sum(dim=-1)
+        return 1 - ((count * square - 1) / (count - 1)).clamp_min(0).sqrt().mean()
+    wanted = F.layer_norm(wanted, wanted.shape[-1:])
+    constant = wanted.mean(dim=0, keepdim=True).expand_as(wanted)
+    return F.smooth_l1_loss(constant, wanted, beta=2.0) * count / (count - 1)

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from lightly.loss import LeJEPALoss
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from selfvil.models.heads import MLPHead, choose_readout
 from selfvil.objectives.base import Batch, ImageSpec, Objective, Progress, StepOutput, View
@@ -100,6 +100,17 @@ class LeJEPA(Objective):
             0, (len(crops), -1)
         )
         return projections.to(torch.promote_types(projections.dtype, torch.float32))
+
+    @torch.no_grad()
+    def trivial_loss(self, batch: Batch) -> Tensor:
+        """SIGReg of projections that are all 0: no other constant is nearer to a Gaussian, and crops do not differ.
+
+        The characteristic function of a constant 0 is 1, so that no process needs the others' projections.
+        """
+        sigreg = self.loss.sigreg
+        processes = distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+        images = len(batch.views[0]) * processes
+        return self.settings.sigreg_weight * images * ((1 - sigreg.phi).square() @ sigreg.weights)
 
     @torch.no_grad()
     def picture(self, batch: Batch, progress: Progress) -> Tensor:

@@ -169,8 +169,9 @@ class MAE(Objective):
         return pixel_targets(images, self.image.patch_size, self.settings.normalise_targets)
 
     @torch.no_grad()
-    def trivial_loss(self, batch: Batch) -> Tensor:
-        return self.targets(batch.views[0]).var(dim=0).mean()
+    def trivial_loss(self, batch: Batch) -> Tensor | None:
+        images = batch.views[0]
+        return self.targets(images).var(dim=0).mean() if len(images) > 1 else None
 
     @torch.no_grad()
     def picture(self, batch: Batch, progress: Progress) -> Tensor:
