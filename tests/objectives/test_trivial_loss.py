@@ -31,7 +31,7 @@ def best_constant(loss, wanted: torch.Tensor) -> float:
         value = loss(constant.expand_as(wanted), wanted)
         value.backward()
         optimizer.step()
-    return float(value)
+    return float(value.detach())
 
 
 @pytest.mark.parametrize("normalise", [False, True])

@@ -33,9 +33,9 @@ IMAGES = 8
 VITALS = {
     "relative_lr": "learning rate over typical weight",
     "speed": "length of a step over all weights",
-    "explained": "share of the trivial loss explained",
+    "explained": "share learned (0: one answer for all images)",
     "teacher_lag": "steps the teacher is behind",
-    "teacher_follows": "way of the teacher over the student's",
+    "teacher_follows": "distance the teacher moved over the student's",
     "feature_std": "feature standard deviation (1: isotropic)",
     "rank_share": "RankMe over the most it can be",
     "alpha_req": "α-ReQ",
