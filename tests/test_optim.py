@@ -10,6 +10,7 @@ from torch import nn
 
 from selfvil import optim
 from selfvil.errors import UserError
+from selfvil.recipe import OptimSection
 
 
 def test_cosine_is_the_published_schedule():
@@ -144,5 +145,6 @@ def test_warmup_stable_decay_by_hand():
 
 @pytest.mark.parametrize(("scaling", "expected"), [("linear", 4e-3), ("sqrt", 2e-3), ("none", 1e-3)])
 def test_peak_rate_follows_the_batch(scaling, expected):
-    assert optim.peak_lr(1e-3, 1024, scaling) == pytest.approx(expected)
-    assert optim.peak_lr(1e-3, 256, scaling) == pytest.approx(1e-3)
+    settings = OptimSection(batch_size=1024, base_lr=1e-3, lr_scaling=scaling)
+    assert settings.peak_lr == pytest.approx(expected)
+    assert settings.model_copy(update={"batch_size": 256}).peak_lr == pytest.approx(1e-3)

@@ -24,8 +24,8 @@ def test_every_recipe_parses_and_resolves_to_itself(name):
 def test_every_recipe_opens_with_its_command(name):
     lines = [line.lstrip("# ") for line in find(name).read_text().splitlines() if line.startswith("#")]
     text = "\n".join(lines)
-    assert f"accelerate launch launch/pretrain.py recipes/{name}.yaml" in text
-    for word in ("Hardware:", "Time:", "Expect:"):
+    assert f"accelerate launch launch/pretrain.py recipes/{name}.yaml" in text or f"selfvil pretrain {name}" in text
+    for word in ("Hardware:", "Memory:", "Time:", "Expect:"):
         assert word in text
 
 
@@ -57,11 +57,10 @@ def test_a_square_size_may_be_one_number():
         ("optim.accumulate=3", ["batch_size 256 is not divisible by accumulate 3"]),
         ("optim.schedule=wds", ["optim.schedule", "cosine", "wsd", "constant"]),
         ("optim.layer_decay=0", ["optim.layer_decay = 0", "greater than 0"]),
-        ("budget.epochs=3", ["exactly one of epochs, samples and steps"]),
         ("data.augment=gpu", ["data.augment = 'gpu'", "workers", "device"]),
         ("data.mean=[0.5]", ["data.mean has 1 values, but model.in_chans is 3"]),
         ("eval.train=a.tar", ["give both train and test"]),
-        ("optimiser.base_lr=1", ["no section 'optimiser'", "did you mean optim?"]),
+        ("optimiser.base_lr=1", ["no section optimiser", "did you mean optim?"]),
         ("batch_size=3", ["section.key=value"]),
         ("optim.batch_size", ["section.key=value"]),
     ],

@@ -63,9 +63,8 @@ def parameter_groups(recipe: Recipe, objective: Objective) -> list[dict]:
 
 def learning_rate(recipe: Recipe, step: int, total: int) -> float:
     settings = recipe.optim
-    peak = optim.peak_lr(settings.base_lr, settings.batch_size, settings.lr_scaling)
     warmup = round(settings.warmup * total)
     if settings.schedule == "cosine":
-        return optim.cosine(step, total, peak, settings.min_lr, warmup)
+        return optim.cosine(step, total, settings.peak_lr, settings.min_lr, warmup)
     cooldown = round(settings.cooldown * total) if settings.schedule == "wsd" else 0
-    return optim.warmup_stable_decay(step, total, peak, settings.min_lr, warmup, cooldown)
+    return optim.warmup_stable_decay(step, total, settings.peak_lr, settings.min_lr, warmup, cooldown)

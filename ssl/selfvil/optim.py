@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Literal
 
 import torch
 from timm.optim import param_groups_layer_decay
@@ -95,14 +94,6 @@ def warmup_stable_decay(step: int, total: int, start: float, end: float, warmup:
         return start * step / max(1, warmup - 1)
     done = max(0.0, (step - (total - decay)) / max(1, decay))
     return end + (start - end) * (1 - math.sqrt(done))
-
-
-def peak_lr(base_lr: float, batch_size: int, scaling: Literal["linear", "sqrt", "none"]) -> float:
-    """Peak learning rate for steps of `batch_size` images: base_lr is the one for 256 images.
-
-    "linear": Goyal et al. (2017); "sqrt", the rule for Adam: Malladi et al. (2022), and DINOv2's; "none": base_lr.
-    """
-    return base_lr * {"linear": batch_size / 256, "sqrt": math.sqrt(batch_size / 256), "none": 1.0}[scaling]
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None, per_tensor: bool = False) -> Tensor:

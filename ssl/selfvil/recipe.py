@@ -6,33 +6,24 @@ Every field is documented here, with its unit; `selfvil schema` turns this file 
 complete from. A recipe holds values only: no import paths, no interpolation, no inheritance.
 """
 
-import difflib
-import importlib.resources
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
+from selfvil import advice
+from selfvil import overrides as command_line
 from selfvil.errors import UserError
+from selfvil.packaged import find as find
+from selfvil.packaged import packaged_recipes as packaged_recipes
+from selfvil.safe_yaml import read_mapping
+from selfvil.settings import Section, Size
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-
-
-class Section(BaseModel):
-    """A frozen group of settings that refuses keys it does not know."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
-
-
-def _pair(value: Any) -> Any:
-    return (value, value) if isinstance(value, int) else value
-
-
-Size = Annotated[tuple[int, int], BeforeValidator(_pair)]
-"""Height and width in pixels; a single number means a square."""
 
 
 class ModelSection(Section):
@@ -137,9 +128,9 @@ class DataSection(Section):
     image: str | None = None
     """Extension of the image to train on where samples have several, such as KEY.png with a mask KEY.jpg; null takes
     the first of jpg, png, webp, tif ... and warns."""
-    mean: list[Annotated[float, Field(ge=0, le=1)]] = list(IMAGENET_MEAN)
+    mean: list[Annotated[float, Field(ge=0, le=1)]] = list(IMAGENET_MEAN)  # noqa: RUF012 - pydantic copies it
     """Mean of each channel, on a scale of 0 to 1."""
-    std: list[Annotated[float, Field(gt=0, le=1)]] = list(IMAGENET_STD)
+    std: list[Annotated[float, Field(gt=0, le=1)]] = list(IMAGENET_STD)  # noqa: RUF012
     """Standard deviation of each channel, on a scale of 0 to 1."""
     workers: int = Field(8, ge=0, le=128)
     """Processes that decode and augment, for each training process; 0 does it in the training process."""
@@ -191,6 +182,24 @@ class OptimSection(Section):
     def _batch_splits(self) -> "OptimSection":
         if self.batch_size % self.accumulate:
             raise ValueError(f"batch_size {self.batch_size} is not divisible by accumulate {self.accumulate}")
+        return self
+
+    @property
+    def peak_lr(self) -> float:
+        """Peak learning rate at this batch size: base_lr is the one for 256 images a step.
+
+        "linear": Goyal et al. (2017); "sqrt", the rule for Adam: Malladi et al. (2022), and DINOv2's; "none": base_lr.
+        """
+        ratio = self.batch_size / 256
+        return self.base_lr * {"linear": ratio, "sqrt": math.sqrt(ratio), "none": 1.0}[self.lr_scaling]
+
+    @model_validator(mode="after")
+    def _rate_falls(self) -> "OptimSection":
+        if self.schedule != "constant" and self.min_lr > self.peak_lr:
+            raise ValueError(
+                f"min_lr {self.min_lr:g}, the rate at the end, is above the peak rate {self.peak_lr:g} that base_lr "
+                f"{self.base_lr:g} gives at batch_size {self.batch_size}: lower min_lr, or raise base_lr"
+            )
         return self
 
     @model_validator(mode="after")
@@ -303,6 +312,17 @@ class Recipe(Section):
                 raise ValueError(f"data.{key} has {length} values, but model.in_chans is {self.model.in_chans}")
         return self
 
+    @model_validator(mode="after")
+    def _small_crops_are_smaller(self) -> "Recipe":
+        size = getattr(self.objective, "local_crop_size", None)
+        if size and self.objective.local_crops and any(a > b for a, b in zip(size, self.model.img_size)):
+            half = [max(side // 2 // (patch := self.model.patch_size or 1), 1) * patch for side in self.model.img_size]
+            raise ValueError(
+                f"objective.local_crop_size {list(size)} is larger than model.img_size {list(self.model.img_size)}: "
+                f"small crops are meant to be smaller, such as {half}"
+            )
+        return self
+
     def to_yaml(self) -> str:
         """The resolved recipe: every field, defaults included, in the order of this file."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=120)
@@ -320,65 +340,68 @@ class Recipe(Section):
 def load(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe file, or a packaged recipe by its name, and apply `section.key=value` overrides.
 
+    An override of budget.epochs, samples or steps replaces the others; one of objective.name takes the defaults of that
+    objective.
+
     Raises:
         UserError: the file is missing or no YAML mapping, a key is unknown, a value has the wrong type or does not fit.
     """
     path = find(source)
-    try:
-        tree = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, dict) or not all(value is None or isinstance(value, dict) for value in tree.values()):
-        raise UserError(f"{path} is not a recipe: expected sections ({', '.join(Recipe.model_fields)}), each a mapping")
-    tree = {section: dict(value or {}) for section, value in tree.items()}
-    for override in overrides:
-        _apply(tree, override)
-    return parse(tree, str(path))
+    tree = _sections(read_mapping(path), str(path))
+    given = command_line.apply(tree, overrides, list(Recipe.model_fields), TEXTS)
+    return parse(tree, str(path), given)
 
 
-def parse(tree: dict[str, Any], where: str) -> Recipe:
-    """Check a mapping of sections; `where` names its origin in messages. Raises UserError."""
+def read(path: Path) -> Recipe:
+    """The recipe that a file holds, as written into a run's folder. Raises UserError."""
+    return parse(read_mapping(path), str(path))
+
+
+def parse(tree: dict[str, Any], where: str, given: dict[str, str] | None = None) -> Recipe:
+    """Check a mapping of sections. Raises UserError.
+
+    where: origin of the tree, for messages. given: the override that set a key, to be named instead.
+    """
     from selfvil.objectives import settings_model  # looked up only when a recipe is read: it imports torch
 
-    problems: list[str] = []
-    objective = tree.get("objective")
-    if isinstance(objective, dict):
-        model = settings_model(objective.get("name"))
+    given = given or {}
+    problems: list[tuple[str, str]] = []
+    fields = {name: list(getattr(field.annotation, "model_fields", ())) for name, field in Recipe.model_fields.items()}
+    tree = _sections(tree, where)
+    objective: Any = tree.get("objective")
+    if objective is not None:
         try:
-            objective = model.model_validate(objective)
-        except ValidationError as error:
-            problems += _explain(error, model, prefix="objective.")
+            model = settings_model(objective.get("name"))
+        except UserError as error:
+            problems.append(("objective.name", str(error)))
+            objective = None
+        else:
+            fields["objective"] = list(model.model_fields)
+            try:
+                objective = model.model_validate(objective)
+            except ValidationError as error:
+                problems += advice.explain_errors(error, model, fields, prefix="objective")
         tree = tree | {"objective": objective}
     try:
         recipe = Recipe.model_validate(tree)
     except ValidationError as error:
-        problems += _explain(error, Recipe)
+        problems += advice.explain_errors(error, Recipe, fields)
     if problems:
-        raise UserError(f"{where}: " + "; ".join(dict.fromkeys(problems)))
+        raise UserError(advice.report(problems, where, given))
     return recipe
 
 
-def find(source: str | Path) -> Path:
-    """Path of a recipe given as a file or as the bare name of a packaged one. Raises UserError."""
-    path = Path(source).expanduser()
-    if path.is_file():
-        return path
-    packaged = packaged_recipes()
-    if str(source) in packaged:
-        return packaged[str(source)]
-    if path.suffix == ".yaml" and not path.parent.name and path.stem in packaged:
-        return packaged[path.stem]
-    raise UserError(
-        f"no recipe {source}: there is no such file, and the packaged recipes are {', '.join(sorted(packaged))}"
-    )
-
-
-def packaged_recipes() -> dict[str, Path]:
-    """The recipes installed with the package, by name."""
-    folder = Path(str(importlib.resources.files("selfvil").joinpath("recipes")))
-    if not folder.is_dir():  # a checkout used through PYTHONPATH or an editable install
-        folder = Path(__file__).parents[2] / "recipes"
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+def _sections(tree: dict[str, Any], where: str) -> dict[str, dict[str, Any]]:
+    """A copy in which each section is a mapping of its own; a section without keys is an empty one."""
+    sections = {}
+    for section, value in tree.items():
+        sections[str(section)] = {str(key): each for key, each in value.items()} if isinstance(value, dict) else {}
+        if value is not None and not isinstance(value, dict):
+            raise UserError(
+                f"{where} is not a recipe: {str(section)[:60]} is not a section of `key: value` lines "
+                f"(sections: {', '.join(Recipe.model_fields)})"
+            )
+    return sections
 
 
 def schema() -> dict[str, Any]:
@@ -405,50 +428,7 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
             yield f"{prefix}{key}", value
 
 
-def _apply(tree: dict[str, dict[str, Any]], override: str) -> None:
-    name, equals, text = override.partition("=")
-    section, dot, key = name.partition(".")
-    if not (equals and dot and section and key) or "." in key:
-        raise UserError(f"override {override!r} is not of the form section.key=value, such as optim.batch_size=256")
-    if section not in Recipe.model_fields:
-        raise UserError(f"override {override!r}: no section {section!r}{_nearest(section, Recipe.model_fields)}")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        value = text
-    # A brace pattern at the start of a path reads as a YAML mapping; no field takes a mapping, so it is meant as text.
-    tree.setdefault(section, {})[key] = text if isinstance(value, dict) else value
-
-
-def _explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -> list[str]:
-    """All problems that pydantic found, each with key, value and, for an unknown key, the nearest valid one."""
-    lines = []
-    for problem in error.errors():
-        location = [part for part in problem["loc"] if isinstance(part, str)]
-        fields, key = _fields_at(model, location), f"{prefix}{'.'.join(location)}".rstrip(".")
-        if problem["type"] == "extra_forbidden":
-            lines.append(f"unknown key {key} = {problem['input']!r}{_nearest(location[-1], fields, key)}")
-        elif problem["type"] == "missing":
-            lines.append(f"missing key {key}")
-        elif problem["type"] == "value_error":
-            lines.append(f"{key}: {problem['ctx']['error']}" if key else str(problem["ctx"]["error"]))
-        else:
-            lines.append(f"{key} = {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}")
-    return lines
-
-
-def _fields_at(model: type[BaseModel], location: list[str]) -> Iterable[str]:
-    for part in location[:-1]:
-        field = model.model_fields.get(part)
-        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
-            break
-        model = field.annotation
-    return model.model_fields
-
-
-def _nearest(key: str, valid: Iterable[str], full_key: str = "") -> str:
-    close = difflib.get_close_matches(key, list(valid), n=1, cutoff=0.5)
-    parent = full_key.rpartition(".")[0]
-    if close:
-        return f" (did you mean {parent + '.' if parent else ''}{close[0]}?)"
-    return f" (valid keys: {', '.join(valid)})"
+TEXTS = frozenset(
+    {"model.name", "model.start_from", "data.train", "run.out", "monitor.wandb", "eval.train", "eval.test"}
+)
+"""Keys whose values are text, so that run.out=2026 is a folder of that name."""

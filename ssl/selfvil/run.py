@@ -11,13 +11,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from selfvil import checkpoint
 from selfvil.data.index import Shards
 from selfvil.errors import UserError, shorten
 from selfvil.files import write_text
-from selfvil.recipe import Recipe, differences, parse
+from selfvil.recipe import Recipe, differences, read
 
 log = logging.getLogger("selfvil")
 
@@ -63,7 +61,7 @@ class RunFolder:
             raise UserError(f"run.out = {out} is not empty and holds no run: choose a new folder")
         if recipe.run.resume == "never":
             raise UserError(f"run.out = {out} already holds a run, and run.resume is never: choose a new folder")
-        old = parse(yaml.safe_load(old_file.read_text()), str(old_file))
+        old = read(old_file)
         if changed := differences(old.identity(), recipe.identity()):
             raise UserError(
                 f"run.out = {out} holds a run of another recipe ({'; '.join(changed[:3])}"

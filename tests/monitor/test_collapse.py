@@ -11,7 +11,6 @@ from selfvil.monitor.collapse import Doctor
 from selfvil.monitor.metrics import read_metrics
 from selfvil.monitor.rules import CAUSES, FEWEST_STEPS, RULES
 from selfvil.monitor.vitals import typical_weight
-from selfvil.optim import peak_lr
 from selfvil.recipe import load, packaged_recipes
 
 BY_NAME = {rule.name: rule for rule in RULES}
@@ -124,7 +123,7 @@ def test_no_packaged_recipe_has_a_wrong_rate_and_thirty_times_and_a_hundredth_of
     """vil_b, at 0.11 and 0.13 of its typical weight, is left out for its size."""
     recipe = load(name)
     backbone = timm.create_model(recipe.model.name, **recipe.model.create_kwargs())
-    peak = peak_lr(recipe.optim.base_lr, recipe.optim.batch_size, recipe.optim.lr_scaling) / typical_weight(backbone)
+    peak = recipe.optim.peak_lr / typical_weight(backbone)
     too_high, too_low = BY_NAME["high_learning_rate"], BY_NAME["low_learning_rate"]
     assert too_high.healthy(1.8 * peak)
     assert not too_high.healthy(30 * peak / 1.8)

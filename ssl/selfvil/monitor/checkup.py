@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from rich.table import Table
 
 from selfvil.data.index import open_shards
@@ -26,7 +25,7 @@ from selfvil.monitor.metrics import read_metrics
 from selfvil.monitor.rules import RULES
 from selfvil.monitor.vitals import feature_vitals, lidar_vitals
 from selfvil.monitor.wording import number
-from selfvil.recipe import Recipe, parse
+from selfvil.recipe import Recipe, read
 from selfvil.weights import load_network, open_checkpoint
 
 LIDAR_IMAGES, LIDAR_VIEWS = 128, 8
@@ -63,10 +62,7 @@ def open_run(folder: Path) -> Record:
     recipe_file, metrics_file, run_file = (folder / name for name in ("recipe.yaml", "metrics.jsonl", "run.json"))
     if not recipe_file.is_file():
         raise UserError(f"{folder} is not the folder of a run: it holds no recipe.yaml")
-    try:
-        tree = yaml.safe_load(recipe_file.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{recipe_file} cannot be read: {' '.join(str(error).split())}") from None
+    recipe = read(recipe_file)
     metrics = read_metrics(metrics_file) if metrics_file.is_file() else []
     if not any(record["kind"] == "train" for record in metrics):
         raise UserError(
@@ -77,7 +73,7 @@ def open_run(folder: Path) -> Record:
     except (OSError, ValueError):  # it only informs
         run = {}
     cut = not metrics_file.read_bytes().endswith(b"\n")
-    return Record(folder, parse(tree, str(recipe_file)), metrics, run.get("launches", []), run.get("summary"), cut)
+    return Record(folder, recipe, metrics, run.get("launches", []), run.get("summary"), cut)
 
 
 def examine(record: Record) -> Doctor:

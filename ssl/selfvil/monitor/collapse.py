@@ -8,7 +8,6 @@ from typing import Any
 
 from selfvil.monitor.rules import FEWEST_IMAGES, FEWEST_PROTOTYPES, RULES, VISIBLE, Rule
 from selfvil.monitor.wording import Case
-from selfvil.optim import peak_lr
 from selfvil.recipe import Recipe
 
 SCORES = {"knn_20", "linear"}
@@ -77,7 +76,7 @@ class Doctor:
         found = {}
         if "typical_weight" in values and self._recipe.model.start_from is None:  # trained weights need smaller steps
             optim = self._recipe.optim
-            peak = peak_lr(optim.base_lr, optim.batch_size, optim.lr_scaling)
+            peak = optim.peak_lr
             found["peak_relative_lr"] = peak / values["typical_weight"]
         if {"kl", "teacher_entropy", "teacher_spread"} <= values.keys():
             # Of what the teacher's outputs tell about an image, as the entropy of the mean output exceeds the mean

@@ -30,7 +30,7 @@ from selfvil.models.layers import ViLLayer
 from selfvil.models.masking import token_grid
 from selfvil.objectives.base import Batch, ImageSpec, Objective, Progress, StepOutput, View
 from selfvil.objectives.mae import fixed_positions, pixel_targets, reconstruction
-from selfvil.recipe import Section
+from selfvil.settings import Section
 
 
 class AutoregressiveSettings(Section):

@@ -19,7 +19,7 @@ from selfvil.data.views import DINOCrop
 from selfvil.errors import UserError
 from selfvil.models.heads import read_out, take_any_size
 from selfvil.objectives.base import ImageSpec, View
-from selfvil.recipe import Section, Size
+from selfvil.settings import Section, Size
 
 
 def _ascending_share(scale: tuple[float, float]) -> tuple[float, float]:

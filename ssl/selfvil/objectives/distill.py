@@ -28,7 +28,7 @@ from selfvil.models.heads import READOUTS, choose_readout, patch_grid, split_tok
 from selfvil.objectives.base import Batch, ImageSpec, Objective, Progress, StepOutput, View
 from selfvil.objectives.crops import Readout, Scale
 from selfvil.objectives.dino import StaysFloat32
-from selfvil.recipe import Section, Size
+from selfvil.settings import Section, Size
 from selfvil.weights import Normalisation, check_single_file, load_export
 
 

@@ -28,7 +28,7 @@ from selfvil.models.layers import Reader
 from selfvil.models.masking import encode_kept, kept_ids, sample_mask, scatter_tokens, token_grid
 from selfvil.models.vision_lstm import VisionLSTM
 from selfvil.objectives.base import Batch, ImageSpec, Objective, Progress, StepOutput, View, keyed_noise
-from selfvil.recipe import Section
+from selfvil.settings import Section
 
 
 class MAESettings(Section):

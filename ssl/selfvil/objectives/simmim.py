@@ -18,7 +18,7 @@ from selfvil.errors import UserError
 from selfvil.models.masking import encode_masked, sample_mask, token_grid
 from selfvil.objectives.base import Batch, ImageSpec, Objective, Progress, StepOutput, View, keyed_noise
 from selfvil.objectives.mae import pixel_targets, reconstruction
-from selfvil.recipe import Section
+from selfvil.settings import Section
 
 
 class SimMIMSettings(Section):

@@ -1,0 +1,19 @@
+"""The base of every settings model: the sections of a recipe and the settings of an objective."""
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict
+
+
+class Section(BaseModel):
+    """A frozen group of settings that refuses keys it does not know. A field's docstring is its documentation."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+def _pair(value: Any) -> Any:
+    return (value, value) if isinstance(value, int) else value
+
+
+Size = Annotated[tuple[int, int], BeforeValidator(_pair)]
+"""Height and width in pixels; a single number means a square."""
