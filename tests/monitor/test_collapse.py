@@ -150,22 +150,19 @@ def test_trained_weights_may_be_continued_at_a_low_rate():
 
 
 def test_a_student_at_ln_k_beside_a_sharp_teacher_is_not_learning():
-    """Its loss is the entropy of a uniform distribution, whatever the teacher's outputs are."""
-    uniform = {"teacher_entropy": 0.51, "teacher_spread": 0.85, "kl": 1 - 0.51}
-    examiner = doctor("dino")
-    assert [names(examiner.see(step, LOOK | uniform)) for step in (400, 500, 510)] == [[], [], ["not_learning"]]
-    assert "worse than one answer for all images" in examiner.alarms["not_learning"].sentence
+    """Its loss is that of a uniform output, whatever the teacher's outputs are; or above, as in a run at a low rate."""
+    for kl in (1 - 0.51, 0.53):
+        uniform = {"teacher_entropy": 0.51, "teacher_spread": 0.85, "kl": kl}
+        examiner = doctor("dino")
+        for step in (400, 500, 510):
+            assert examiner.see(step, LOOK | uniform | {"kl": kl + 1e-6}) == []
+        (alarm,) = examiner.see(520, LOOK | uniform | {"kl": kl + 1e-6})
+        assert alarm.rule.name == "not_learning"
+        assert "one answer for all images" in alarm.sentence
     learned = doctor("dino")
     for step in (400, 500, 510, 1000):
         assert learned.see(step, LOOK | uniform | {"kl": 0.2}) == []
-    assert learned.latest["explained"] == pytest.approx(0.14 / 0.34)
-
-
-def test_a_teacher_that_does_not_depend_on_the_image_teaches_nothing():
-    """Even where the student gives its one answer too, and the two do not differ."""
-    examiner = doctor("dino")
-    same = {"teacher_entropy": 0.7, "teacher_spread": 0.7, "kl": 0.0}
-    assert [names(examiner.see(step, LOOK | same)) for step in (500, 510)] == [[], ["not_learning"]]
+    assert learned.latest["explained"] == pytest.approx(0.29)
 
 
 def test_a_short_run_is_judged_by_its_only_record_and_a_very_short_one_is_not():

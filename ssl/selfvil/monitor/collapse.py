@@ -14,10 +14,6 @@ SCORES = {"knn_20", "linear"}
 
 FEW_IMAGES_SAY_LITTLE = ("rank_share", "alpha_req", "lidar_share")
 
-LEAST_INFORMATION = 0.1
-"""Share of ln K. What is learned from a teacher is measured in at least this: of a teacher whose outputs hardly depend
-on the image, there is nothing to learn."""
-
 
 @dataclass(frozen=True)
 class Alarm:
@@ -39,7 +35,7 @@ class Doctor:
         self.alarms: dict[str, Alarm] = {}
         self._recipe = recipe
         self._crossed: dict[str, int] = {}
-        self._judged: set[str] = set()
+        self._judged: dict[str, int] = {}
         self._best: dict[str, float] = {}
         self._takes_vitals = takes_vitals
         sections = {"model": recipe.model, "data": recipe.data, "objective": recipe.objective, "optim": recipe.optim}
@@ -58,12 +54,12 @@ class Doctor:
             if rule.value not in values or not self._judges(rule, step):
                 continue
             value = values[rule.value]
-            # A run with one record of a rule, its last, has no second one to confirm it.
-            only_one = step >= self.total_steps and rule.name not in self._judged
-            self._judged.add(rule.name)
+            self._judged[rule.name] = self._judged.get(rule.name, 0) + 1
+            # After the last step no record can follow to confirm what all so far have in common.
+            patience = min(rule.patience, self._judged[rule.name]) if step >= self.total_steps else rule.patience
             self._crossed[rule.name] = 0 if rule.healthy(value) else self._crossed.get(rule.name, 0) + 1
             may_speak = rule.name not in self.alarms and not self._explained(rule) and not self._too_early(rule)
-            if self._crossed[rule.name] >= (1 if only_one else rule.patience) and may_speak:
+            if self._crossed[rule.name] >= patience and may_speak:
                 self.alarms[rule.name] = Alarm(rule, step, value, rule.sentence(self._case(value)))
                 new.append(self.alarms[rule.name])
         return new
@@ -78,11 +74,10 @@ class Doctor:
             optim = self._recipe.optim
             peak = optim.peak_lr
             found["peak_relative_lr"] = peak / values["typical_weight"]
-        if {"kl", "teacher_entropy", "teacher_spread"} <= values.keys():
-            # Of what the teacher's outputs tell about an image, as the entropy of the mean output exceeds the mean
-            # entropy, the part that the student predicts.
-            information = values["teacher_spread"] - values["teacher_entropy"]
-            found["explained"] = (information - values["kl"]) / max(information, LEAST_INFORMATION)
+        if {"kl", "teacher_entropy"} <= values.keys():
+            # Centring, or Sinkhorn-Knopp, makes the teacher's mean output uniform: of outputs that are the same for
+            # every image, the uniform one has the least loss, ln K. `kl` and the entropy make up the loss, over ln K.
+            found["explained"] = 1 - values["teacher_entropy"] - values["kl"]
         explained = found.get("explained", values.get("explained"))
         if explained is not None and self._settings.get("objective.mask_ratio", 0) > VISIBLE:
             found["explained_masked"] = explained

@@ -185,11 +185,11 @@ RULES = (
         after=0.5, fewest_steps=FEWEST_STEPS, follows=CAUSES,
     ),
     Rule(
-        "not_learning", "share learned (0: one answer for all images)", "explained", 0.02, NO_HIGH,
+        "not_learning", "share learned (0: one answer for all images)", "explained", 0.0, NO_HIGH,
         lambda c: _learned(c.value),
         learn_more,
         "0 by definition for a network that ignores the image",
-        after=0.5, fewest_steps=FEWEST_STEPS, follows=(*COLLAPSES, "mask_ratio"),
+        after=0.5, patience=3, fewest_steps=FEWEST_STEPS, follows=(*COLLAPSES, "mask_ratio"),
     ),
     # Features of the network that would be exported, on up to 96 images.
     Rule(
