@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from selfvil.errors import UserError
 from selfvil.models import VisionLSTM
 from selfvil.models.positions import resample_positions
-from selfvil.models.published import checkpoint_filter_fn
+from selfvil.models.published import our_names
 from selfvil.weights import (
     HEADS,
     WEIGHTS,
@@ -44,13 +44,14 @@ def start_backbone(backbone: nn.Module, source: str | Path) -> None:
 
 
 def _read_file(backbone: nn.Module, file: Path) -> dict[str, Tensor]:
-    """Weights of a single file under the names of `backbone`, its classifier left out, positions on its grid."""
+    """Weights of a single file under the names of `backbone`, its classifier left out."""
     check_single_file(file)
     try:
         # As timm reads the same files for pretrained=True: tensors and plain values, or it refuses (weights_only).
         weights: dict[str, Any] = dict(load_state_dict(str(file), use_ema=False, weights_only=True))
         if isinstance(backbone, VisionLSTM):
-            return checkpoint_filter_fn(weights, backbone)
+            absent = tuple(f"{name}." for name in ("head", "fc_norm") if not backbone.get_submodule(name).state_dict())
+            return {name: value for name, value in our_names(weights).items() if not name.startswith(absent)}
     except Exception as error:  # torch, pickle and safetensors have each their own
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"model.start_from = {file} is no file of weights that can be read safely: {reason}") from None

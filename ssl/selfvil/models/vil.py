@@ -81,30 +81,22 @@ def _create(variant: str, pretrained: bool, device: Any = None, dtype: Any = Non
     return model.to(dtype=dtype)
 
 
-def _create_published(variant: str, pretrained: bool, **kwargs: Any) -> VisionLSTM:
-    # The published weights were trained with a norm after Bilateral Concat; new networks go without. A configuration
-    # that is no tag of ours comes from a folder or the hub, and says itself what it needs.
-    published = pretrained and isinstance(kwargs.get("pretrained_cfg"), str | None)
-    has_norm = published and kwargs.get("global_pool", "bilateral_concat") == "bilateral_concat"
-    return _create(variant, pretrained, **{"fc_norm": has_norm, **kwargs})
-
-
 @register_model
 def vil_tiny_patch16_224(pretrained: bool = False, **kwargs: Any) -> VisionLSTM:
     """ViL-T: 6 M parameters, 1.5 GMAC at 224 px."""
-    return _create_published("vil_tiny_patch16_224", pretrained, **{"embed_dim": 192, "depth": 12, **kwargs})
+    return _create("vil_tiny_patch16_224", pretrained, **{"embed_dim": 192, "depth": 12, **kwargs})
 
 
 @register_model
 def vil_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> VisionLSTM:
     """ViL-S: 23 M parameters, 5.1 GMAC at 224 px."""
-    return _create_published("vil_small_patch16_224", pretrained, **{"embed_dim": 384, "depth": 12, **kwargs})
+    return _create("vil_small_patch16_224", pretrained, **{"embed_dim": 384, "depth": 12, **kwargs})
 
 
 @register_model
 def vil_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> VisionLSTM:
     """ViL-B: 89 M parameters, 18.6 GMAC at 224 px."""
-    return _create_published("vil_base_patch16_224", pretrained, **{"embed_dim": 768, "depth": 12, **kwargs})
+    return _create("vil_base_patch16_224", pretrained, **{"embed_dim": 768, "depth": 12, **kwargs})
 
 
 @register_model

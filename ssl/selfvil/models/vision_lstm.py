@@ -11,6 +11,7 @@ Shapes: B images, H × W patches, N = H·W, K kept ones, R extra tokens (class t
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from selfvil.models.masking import gather_tokens
 from selfvil.models.order import Grid, all_patches, join, places_of, split
 from selfvil.models.pooling import CLASS_TOKEN_POOLINGS, POOLINGS, pooled_dim
 from selfvil.models.positions import resample_positions, sincos_positions
+from selfvil.models.published import checkpoint_filter_fn, is_published
 
 
 class VisionLSTM(nn.Module):
@@ -44,7 +46,8 @@ class VisionLSTM(nn.Module):
         conv: "2d", "causal1d" (version 1) or None.
         bias: of projections and norms in the blocks, and of the norm after them; version 1 has none.
         norm_eps, fc_norm_eps: of the norm after the blocks and of `fc_norm`.
-        fc_norm: a LayerNorm between pooling and classifier. The published checkpoints have one.
+        fc_norm: a LayerNorm between pooling and classifier. None: only if the weights that are loaded have one, as the
+            published files do.
         pos_embed: "learn", or "sincos" for fixed positions.
         pos_interpolation: how positions are resampled, see `selfvil.models.positions.INTERPOLATIONS`.
         drop_rate: dropout before the classifier.
@@ -74,7 +77,7 @@ class VisionLSTM(nn.Module):
         conv: str | None = "2d",
         bias: bool = True,
         norm_eps: float = 1e-6,
-        fc_norm: bool = False,
+        fc_norm: bool | None = None,
         fc_norm_eps: float = 1e-5,
         pos_embed: str = "learn",
         pos_interpolation: str = "auto",
@@ -131,6 +134,8 @@ class VisionLSTM(nn.Module):
             {"module": f"blocks.{i}", "num_chs": embed_dim, "reduction": reduction} for i in range(num_pairs)
         ]
         self.norm: nn.Module = ResidualLayerNorm(embed_dim, eps=norm_eps, bias=bias)
+        self.fc_norm_eps = fc_norm_eps
+        self.fc_norm_by_weights = fc_norm is None
         self.fc_norm = nn.LayerNorm(self.head_hidden_size, eps=fc_norm_eps) if fc_norm else nn.Identity()
         self.head_drop = nn.Dropout(drop_rate)
         self.head = self._make_head()
@@ -289,6 +294,25 @@ class VisionLSTM(nn.Module):
             self.pos_embed = nn.Parameter(resampled, requires_grad=self.pos_embed.requires_grad)
         else:
             self.pos_embed = sincos_positions(self.grid_size, self.embed_dim).to(self.pos_embed)
+
+    @torch.jit.ignore
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As torch's; takes the published files too, and adds the norm after pooling where `fc_norm` is None.
+
+        Raises UserError if a published file is of another network.
+        """
+        if is_published(state_dict):
+            state_dict = checkpoint_filter_fn(state_dict, self)
+        elif "fc_norm.weight" in state_dict and len(state_dict["fc_norm.weight"]) == self.head_hidden_size:
+            self.add_fc_norm()
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+    @torch.jit.ignore
+    def add_fc_norm(self) -> None:
+        """Add the norm after pooling, unless there is one or `fc_norm` was False."""
+        if self.fc_norm_by_weights and isinstance(self.fc_norm, nn.Identity):
+            norm = nn.LayerNorm(self.head_hidden_size, eps=self.fc_norm_eps)
+            self.fc_norm = norm.to(self.patch_embed.proj.weight).train(self.training)
 
     def get_classifier(self) -> nn.Module:
         return self.head
