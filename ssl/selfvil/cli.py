@@ -119,12 +119,23 @@ def pretrain(
 
 
 @app.command()
-def recipes() -> None:
-    """List the packaged recipes, each with the first line of its header."""
-    from selfvil.recipe import packaged_recipes
+def recipes(name: Annotated[str | None, typer.Argument(help="Print this recipe.")] = None) -> None:
+    """List the packaged recipes, or print one."""
+    from selfvil.packaged import find, packaged_recipes
 
-    for name, path in packaged_recipes().items():
-        print(f"{name:20} {path.read_text().splitlines()[0].lstrip('# ')}")
+    if name is not None:
+        print(find(name).read_text(), end="")
+        return
+    for each, path in packaged_recipes().items():
+        print(f"{each:20} {path.read_text().splitlines()[0].lstrip('# ')}")
+
+
+@app.command()
+def explain(key: Annotated[str, typer.Argument(help="A key such as optim.base_lr, or a section.")]) -> None:
+    """Explain a recipe's key: meaning, type, default."""
+    from selfvil.explain import explain
+
+    print(explain(key))
 
 
 @app.command()

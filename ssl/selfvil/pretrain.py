@@ -5,6 +5,7 @@ recipe -> shards -> order -> decode -> views -> objective -> loss -> optimizer s
 
 import logging
 import math
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -33,6 +34,7 @@ from selfvil.monitor.summary import print_summary
 from selfvil.monitor.vitals import Vitals
 from selfvil.objectives import objective_class
 from selfvil.objectives.base import Objective, Progress
+from selfvil.preflight import check_batch, check_wandb, workers_warning
 from selfvil.recipe import Recipe
 from selfvil.run import RunFolder, Summary, checkpoint_meta
 from selfvil.zero import Zero, apply_recipe, numel
@@ -62,7 +64,10 @@ def pretrain(recipe: Recipe) -> Summary:
     if divided:
         _configure_deepspeed(recipe, accelerator)
     with accelerator.main_process_first():
+        if is_main:
+            check_wandb(recipe)
         shards = open_shards(recipe.data.train, image=recipe.data.image)
+        check_batch(recipe.optim.batch_size, len(shards))
         for warning in check_probes(recipe):
             log.log(logging.WARNING if is_main else logging.DEBUG, warning)
         resumed = folder.claim(recipe, shards) if is_main else None
@@ -115,11 +120,14 @@ def pretrain(recipe: Recipe) -> Summary:
         raise UserError(problem)
     outputs = Outputs()
     metrics = MetricsWriter(
-        out, first_step, recipe.monitor.tensorboard, recipe.monitor.wandb, out.name, outputs
+        out, first_step, recipe.monitor.tensorboard, recipe.monitor.wandb, out.name, outputs,
+        recipe.model_dump(mode="json"),
     ) if is_main else None  # fmt: skip
     line = ProgressLine(first_step, total_steps, enabled=is_main, outputs=outputs)
     if is_main:
         _greet(line, recipe, accelerator, objective, shards, first_step, total_steps)
+        if crowded := workers_warning(recipe.data.workers, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))):
+            line.say(crowded)
     means, last_loss = Means(), None
     doctor_every = recipe.monitor.doctor_every
     doctor = Doctor(recipe, total_steps, takes_vitals=doctor_every is not None)

@@ -49,7 +49,7 @@ class MetricsWriter:
 
     def __init__(
         self, folder: Path, resume_step: int, tensorboard: bool, wandb: str | None, name: str,
-        outputs: Outputs | None = None,
+        outputs: Outputs | None = None, config: dict[str, Any] | None = None,
     ) -> None:  # fmt: skip
         self.path, self._outputs = folder / "metrics.jsonl", outputs or Outputs()
         try:
@@ -70,7 +70,15 @@ class MetricsWriter:
                 raise UserError(
                     "monitor.wandb is set, but wandb is not installed: pip install 'selfvil[wandb]'"
                 ) from None
-            self._wandb = wandb_module.init(project=wandb, name=name, dir=str(folder), id=name, resume="allow")
+            try:
+                self._wandb = wandb_module.init(
+                    project=wandb, name=name, dir=str(folder), id=name, resume="allow", config=config
+                )
+            except Exception as error:  # of the network, the account or the service, by classes of wandb's own
+                raise UserError(
+                    f"Weights & Biases cannot be started: {str(error)[:300]}; set WANDB_MODE=offline, or "
+                    "monitor.wandb=null"
+                ) from error
 
     def write(self, step: int, values: dict[str, float], kind: str = "train") -> None:
         """Write one record; `step` counts finished optimizer steps."""
