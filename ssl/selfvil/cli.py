@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from selfvil.errors import UserError
+from selfvil.errors import UserError, shorten
 from selfvil.version import __version__
 
 app = typer.Typer(
@@ -55,20 +55,27 @@ def pack(
     size: Annotated[int | None, typer.Option(min=1, help="Shrink the shorter side to this many pixels.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the shuffle.")] = 0,
     classes: Annotated[Path | None, typer.Option(help="classes.txt of earlier shards, whose labels to keep.")] = None,
+    no_labels: Annotated[bool, typer.Option("--no-labels", help="Class subfolders are no labels.")] = False,
+    image: Annotated[str | None, typer.Option(help="Ending of the image where one name has several, as jpg.")] = None,
+    mask: Annotated[str | None, typer.Option(help="Ending of its mask, kept as KEY.mask.png, as png.")] = None,
+    max_value: Annotated[int | None, typer.Option(help="White in 16-bit grey: 4095 where it holds 12 bits.")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Leave out images that decoders complain about.")] = False,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; all cores unless told.")] = None,
 ) -> None:
     """Pack images into WebDataset shards, and index them."""
+    from selfvil.data.classes import read_classes
     from selfvil.data.pack import pack
 
-    names = None if classes is None else _lines(classes)
+    names = None if classes is None else read_classes(classes)
     with _progress("packing") as progress:
         report = pack(
-            source, out, name=name, samples_per_shard=samples_per_shard, size=size, classes=names, seed=seed,
-            workers=workers, progress=progress,
+            source, out, name=name, samples_per_shard=samples_per_shard, size=size, classes=names, labels=not no_labels,
+            image=image, mask=mask, max_value=max_value, strict=strict, seed=seed, workers=workers, progress=progress,
         )  # fmt: skip
     print(report)
-    for file, reason in report.skipped[:5]:
-        print(f"  skipped {file}: {reason}")
+    for what, found in (("skipped", report.skipped), ("warning:", report.warnings)):
+        for file, reason in found[:5]:
+            print(shorten(f"  {what} {file}: {reason}", 300))
 
 
 @app.command()
@@ -94,13 +101,6 @@ def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
     with Progress(console=terminal.console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task(title, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--classes {path} cannot be read: {error}") from None
 
 
 @app.command()

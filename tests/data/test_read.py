@@ -1,23 +1,17 @@
 """Decoding: exact where it must be, and safe on hostile bytes."""
 
-import io
 import struct
 import zlib
 
 import numpy as np
 import pytest
 from PIL import Image
+from tests.images import encode, png_chunk, tiff
 
 from selfvil.data import read
 from selfvil.data.read import DamagedImage, decode_image
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
-
-
-def encode(image: Image.Image, kind: str, **options) -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
 
 
 @pytest.fixture
@@ -153,3 +147,81 @@ def test_flipped_bytes_give_an_image_or_one_kind_of_error(rgb, kind):
 def test_channels_must_be_possible(rgb):
     with pytest.raises(ValueError, match="channels"):
         decode_image(encode(rgb, "PNG"), 2)
+
+
+# --- metadata and declared depths ---------------------------------------------------------------------------------
+
+
+def with_chunks(data: bytes, *chunks: bytes) -> bytes:
+    return data[:33] + b"".join(chunks) + data[33:]
+
+
+BROKEN_CHUNKS = {
+    "zTXt of 5 MB": png_chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(5 << 20))),
+    "iTXt of 5 MB": png_chunk(b"iTXt", b"a\0\1\0\0\0" + zlib.compress(bytes(5 << 20))),
+    "tEXt of 70 MB": b"".join(png_chunk(b"tEXt", b"a%d\0" % i + bytes(1 << 20)) for i in range(70)),
+    "iCCP of 5 MB": png_chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(5 << 20))),
+    "iCCP": png_chunk(b"iCCP", b"a\0\0junk"),
+    "pHYs": png_chunk(b"pHYs", b"a"),
+    "gAMA": png_chunk(b"gAMA", b"a"),
+    "cHRM": png_chunk(b"cHRM", b"a"),
+    "sRGB": png_chunk(b"sRGB", b""),
+    "eXIf": png_chunk(b"eXIf", b"junk"),
+    "acTL": png_chunk(b"acTL", b"\0"),
+    "CRC of tEXt": png_chunk(b"tEXt", b"a\0b")[:-1] + b"!",
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_CHUNKS)
+@pytest.mark.parametrize("place", ["before", "after"])
+def test_broken_or_large_metadata_of_a_png_costs_no_pixels(rgb, name, place):
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    data = encode(rgb, "PNG", exif=exif)
+    chunk = BROKEN_CHUNKS[name]
+    data = with_chunks(data, chunk) if place == "before" else data[:-12] + chunk + data[-12:]
+    decoded = np.asarray(decode_image(data))
+    upright = np.asarray(rgb.transpose(Image.Transpose.ROTATE_180))
+    possible = [upright, np.asarray(rgb)] if name == "eXIf" else [upright]
+    assert any(np.array_equal(decoded, each) for each in possible)
+
+
+def test_broken_metadata_does_not_excuse_broken_pixels(rgb):
+    data = with_chunks(encode(rgb, "PNG"), BROKEN_CHUNKS["pHYs"])
+    with pytest.raises(DamagedImage):
+        decode_image(data[: len(data) // 2])
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.filterwarnings("ignore")
+def test_broken_exif_costs_no_pixels(rgb, kind):
+    exif = Image.Exif()
+    exif[0x0112], exif[0x011A], exif[0x010E] = 6, (72, 1), "text"
+    exif.get_ifd(0x8769)[0x9003] = "2020:01:01"
+    raw, rng = exif.tobytes(), np.random.default_rng(0)
+    for _ in range(300):
+        broken = bytearray(raw)
+        for place in rng.integers(6, len(raw), rng.integers(1, 8)):
+            broken[place] = rng.integers(256)
+        assert sorted(decode_image(encode(rgb, kind, exif=bytes(broken))).size) == [13, 17]
+
+
+def test_a_jpeg_with_a_broken_header_segment_is_read(rgb):
+    data = encode(rgb, "JPEG")
+    broken = data[:2] + b"\xff\xe0\0\7JFIF\0" + data[2:]
+    np.testing.assert_array_equal(np.asarray(decode_image(broken)), np.asarray(decode_image(data)))
+
+
+def test_a_declared_depth_is_the_scale():
+    values = np.array([[0, 16, 2048, 4095]], np.uint16)
+    expected = [[0, 1, 128, 255]]
+    assert np.asarray(decode_image(tiff(values, bits=12), 1)).tolist() == expected
+    assert np.asarray(decode_image(b"P5 4 1 4095\n" + values.astype(">u2").tobytes(), 1)).tolist() == expected
+
+
+def test_tags_about_the_values_in_use_do_not_change_the_scale():
+    """TIFF 6.0 has MaxSampleValue for statistics only; PNG writers with sBIT scale to the full range."""
+    values = np.array([[0, 257, 4095, 4095]], np.uint16)
+    assert np.asarray(decode_image(tiff(values, bits=16, more=((281, 3, 4095),)), 1)).tolist() == [[0, 1, 16, 16]]
+    data = with_chunks(encode(Image.fromarray(values), "PNG"), png_chunk(b"sBIT", b"\x0c"))
+    assert np.asarray(decode_image(data, 1)).tolist() == [[0, 1, 16, 16]]

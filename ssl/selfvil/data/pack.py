@@ -1,46 +1,56 @@
 """Pack images into WebDataset shards: checked, shuffled once, indexed, and the same bytes every time.
 
-OUT/NAME-000000.tar ...   members KEY.jpg (or png ...) and, with labels, KEY.cls
+OUT/NAME-000000.tar ...   members KEY.jpg (or png ...); with labels, KEY.cls; with masks, KEY.mask.png
 OUT/NAME-000000.tar.index.npz ...
 OUT/classes.txt           the classes in the order of their labels
 OUT/sources.tsv           KEY and the file it was made from
-OUT/skipped.txt           files that could not be read as images, and why
+OUT/skipped.txt           files that were not packed, and why
+OUT/warnings.txt          images that were packed, although something is wrong with their files
 """
 
-import io
 import itertools
 import os
 import shutil
 import signal
-from collections import deque
+from array import array
+from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 import numpy as np
-from PIL import Image
+import torch
 from webdataset import TarWriter
 
-from selfvil.data.classes import CLASSES, class_names
-from selfvil.data.index import Pattern, Progress, Shards, index_shards, open_shards
+from selfvil.data.check import SEVERAL_PAGES, Checked, Checker, decoding_rates
+from selfvil.data.classes import CLASSES
+from selfvil.data.index import Pattern, Progress, index_shards
 from selfvil.data.order import Order
-from selfvil.data.read import EXTENSIONS, MAX_BYTES, DamagedImage, decode_image, open_image
-from selfvil.errors import UserError
+from selfvil.data.sources import MASK, Source, open_source
+from selfvil.errors import UserError, shorten
 
 _CHUNK = 32  # images a worker takes at once
-_SUFFIXES = tuple(f".{name}" for name in EXTENSIONS)
-_MEMBERS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "TIFF": "tif", "BMP": "bmp", "PPM": "ppm"}
+_LARGE = 640  # pixels of the shorter side, well above what training at 224 needs
+_TRIED = 8  # images to measure decoding with
 
 
 @dataclass(frozen=True)
 class PackReport:
-    """What was packed into the folder `out`. `bytes` counts the shards; `skipped` holds (source, reason)."""
+    """What was packed into the folder `out`.
+
+    Attributes:
+        shards, samples: how many.
+        classes: names in classes.txt, or different labels where there are no names.
+        bytes: of the shards.
+        skipped: (source, reason) of images that could not be read.
+        warnings: (source, what is wrong) of images that were packed all the same.
+        notes: sentences about the whole.
+    """
 
     out: Path
     shards: int
@@ -48,32 +58,17 @@ class PackReport:
     classes: int
     bytes: int
     skipped: list[tuple[str, str]]
+    warnings: list[tuple[str, str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         labels = f"{self.classes} classes" if self.classes else "no labels"
         skipped = f"; {len(self.skipped)} unreadable files are listed in {self.out / 'skipped.txt'}"
-        return (
+        first = (
             f"{self.samples} images in {self.shards} shards ({self.bytes / 1e6:.1f} MB; {labels}) in {self.out}"
             f"{skipped if self.skipped else ''}"
         )
-
-
-class _Image(NamedTuple):
-    """A checked image: the bytes to store, and the extension of its member; or, with no bytes, why it is skipped."""
-
-    data: bytes
-    extension: str = ""
-    reason: str = ""
-
-
-class _Source(NamedTuple):
-    """Where images come from: `read(i)` gives bytes, `name(i)` what to call them; `labels` (N,) int64, -1 for none."""
-
-    size: int
-    read: Callable[[int], bytes]
-    name: Callable[[int], str]
-    labels: np.ndarray
-    classes: list[str]
+        return shorten("\n".join([shorten(first, 500), *(f"  {shorten(note, 400)}" for note in self.notes)]))
 
 
 def pack(
@@ -85,24 +80,35 @@ def pack(
     shard_bytes: int = 1 << 30,
     size: int | None = None,
     classes: Sequence[str] | None = None,
+    labels: bool = True,
+    image: str | None = None,
+    mask: str | None = None,
+    max_value: int | None = None,
+    strict: bool = False,
     seed: int = 0,
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> PackReport:
     """Pack an image folder, or existing shards, into new shards OUT/NAME-000000.tar.
 
-    Files are kept as they are, but for the name of their member, which tells their real format. The result does not
-    depend on the number of workers. Whatever fails, `out` appears whole or not at all.
+    Files are kept as they are, but for the name of their member, which tells their real format. Each image is decoded
+    fully; `selfvil.data.check` lists which damage can be found. The result does not depend on the number of workers.
+    Whatever fails, `out` appears whole or not at all.
 
     Args:
-        source: a folder of images, at any depth; or a pattern of shards (see `expand_shards`), of which the image and
-            the label of each sample are kept. Where all images of a folder lie in two or more subfolders, these are the
-            classes, in alphabetical order; hidden files are left out.
+        source: a folder of images (its rules: `selfvil.data.sources`), or a pattern of shards (see `expand_shards`), of
+            which the image, the label and the mask of each sample are kept.
         out: a new or empty folder.
         samples_per_shard, shard_bytes: a shard is closed when either would be exceeded.
         size: shrink larger images until their shorter side has this many pixels (bicubic; JPEG and opaque WebP become
-            JPEG of quality 95, all else PNG).
+            JPEG of quality 95, all else PNG; masks by nearest neighbour).
         classes: the classes in the order of their labels, so that several folders (train, test) agree.
+        labels: whether to store labels.
+        image: the ending of the image where several files or members have one name.
+        mask: the ending of the mask there; it becomes KEY.mask.png. Files KEY.mask.png are masks anyway.
+        max_value: the value of white in 16-bit grey whose files do not declare their range, such as 4095 for 12 bits;
+            these images are stored with 8 bits. Without it, white is 65535.
+        strict: leave out images that decoders complain about.
         seed: of the shuffle, which mixes classes and folders over the shards.
         workers: processes; None for all cores.
 
@@ -115,26 +121,31 @@ def pack(
         raise UserError(f"shard name {name!r} must be a plain word without dots and slashes, such as train")
     if min(samples_per_shard, shard_bytes, 1 if size is None else size, 1 if workers is None else workers) < 1:
         raise UserError("samples_per_shard, shard_bytes, size and workers must be at least 1")
+    if max_value is not None and not 255 < max_value <= 65535:
+        raise UserError(f"a maximum value of {max_value} is not possible; 16-bit grey has one from 256 to 65535")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} already holds files; give a new folder to pack into (nothing was changed)")
-    images = _open_source(source, classes)
+    images = open_source(source, classes, labels, image, mask)
+    check = Checker(images.read, images.read_mask, size, max_value, strict)
+    found = _Findings(images)
     aside = out.absolute().with_name(f".{out.absolute().name}.packing-{os.getpid()}")
     try:
         aside.mkdir(parents=True)
         ids = Order(images.size, seed).ids(np.arange(images.size)).tolist()
         with (
             _ShardFiles(aside, name, samples_per_shard, shard_bytes) as shards,
-            closing(_check_all(images, ids, size, workers, progress)) as checked,
+            closing(_check_all(check, ids, workers, progress)) as checked,
         ):
-            samples, skipped = _write(images, checked, shards)
-        if not samples:
+            _write(images, checked, shards, found)
+        if not found.samples:
             raise UserError(
-                f"none of the {images.size} images of {source} can be read; the first: {': '.join(skipped[0])}"
+                f"none of the {images.size} images of {source} can be read; the first: {': '.join(min(found.skipped))}"
             )
         if images.classes:
             _write_lines(aside / CLASSES, images.classes)
-        if skipped:
-            _write_lines(aside / "skipped.txt", (f"{path}: {reason}" for path, reason in skipped))
+        for file, lines in (("skipped.txt", found.skipped + images.left_out), ("warnings.txt", found.warnings)):
+            if lines:
+                _write_lines(aside / file, (f"{path}: {reason}" for path, reason in sorted(lines)))
         report = index_shards(aside)
         aside.rename(out)
     except BrokenProcessPool:
@@ -143,27 +154,26 @@ def pack(
         raise UserError(f"cannot pack into {out}: {error}") from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    return PackReport(out, report.shards, samples, len(images.classes), report.bytes, skipped)
+    return PackReport(
+        out, report.shards, found.samples, len(images.classes) or len(found.labels), report.bytes,
+        sorted(found.skipped), sorted(found.warnings), found.describe(size, max_value),
+    )  # fmt: skip
 
 
-def _write(
-    images: _Source, checked: Iterable[tuple[int, _Image]], shards: "_ShardFiles"
-) -> tuple[int, list[tuple[str, str]]]:
-    """Fill the shards and sources.tsv; returns the number of samples, and (source, reason) of what was skipped."""
-    samples, skipped = 0, []
+def _write(images: Source, checked: Iterable[tuple[int, Checked]], shards: "_ShardFiles", found: "_Findings") -> None:
+    """Fill the shards and sources.tsv."""
     with open(shards.folder / "sources.tsv", "w", encoding="utf-8", errors="backslashreplace") as sources:
         for i, image in checked:
-            if image.reason:
-                skipped.append((images.name(i), image.reason))
+            key = f"{shards.name}-{found.samples:08d}"
+            if not found.add(i, image):
                 continue
-            key = f"{shards.name}-{samples:08d}"
             members = {image.extension: image.data}
+            if image.mask:
+                members[MASK] = image.mask
             if images.labels[i] >= 0:
                 members["cls"] = str(images.labels[i]).encode()
             shards.add(key, members)
             sources.write(f"{key}\t{_one_line(images.name(i))}\n")
-            samples += 1
-    return samples, sorted(skipped)
 
 
 class _ShardFiles:
@@ -200,26 +210,25 @@ class _ShardFiles:
 
 # --- checking images, in parallel ---------------------------------------------------------------------------------
 
-_Check = Callable[[list[int]], list[_Image]]
+_Check = Callable[[int], Checked]
 
 
 def _check_all(
-    images: _Source, ids: list[int], size: int | None, workers: int | None, progress: Progress | None
-) -> Generator[tuple[int, _Image], None, None]:
+    check: _Check, ids: list[int], workers: int | None, progress: Progress | None
+) -> Generator[tuple[int, Checked], None, None]:
     """Each id with its checked image, in the order of `ids`."""
     chunks = [ids[start : start + _CHUNK] for start in range(0, len(ids), _CHUNK)]
-    workers = min(workers or os.cpu_count() or 1, len(chunks))
-    check = partial(_check, images.read, size)
     done = 0
-    for chunk, checked in zip(chunks, map(check, chunks) if workers == 1 else _map_processes(check, chunks, workers)):
+    for chunk, checked in zip(chunks, _map_processes(check, chunks, min(workers or os.cpu_count() or 1, len(chunks)))):
         yield from zip(chunk, checked)
         done += len(chunk)
         if progress is not None:
             progress(done, len(ids))
 
 
-def _map_processes(check: _Check, chunks: Iterable[list[int]], workers: int) -> Iterator[list[_Image]]:
+def _map_processes(check: _Check, chunks: Iterable[list[int]], workers: int) -> Iterator[list[Checked]]:
     """`map` over processes, in order, with a bounded number of results in memory."""
+    # Even one worker is a process: a checker collects what decoders write to standard error, and a decoder may crash.
     # Forked workers inherit the list of files instead of receiving it.
     pool = ProcessPoolExecutor(workers, get_context("fork"), initializer=_begin_worker, initargs=(check,))
     waiting = iter(chunks)
@@ -238,110 +247,99 @@ _worker_check: _Check  # set in worker processes only
 def _begin_worker(check: _Check) -> None:
     global _worker_check
     _worker_check = check
+    torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the main one ends the others
 
 
-def _call_worker(chunk: list[int]) -> list[_Image]:
-    return _worker_check(chunk)
+def _call_worker(chunk: list[int]) -> list[Checked]:
+    return [_worker_check(i) for i in chunk]
 
 
-def _check(read: Callable[[int], bytes], size: int | None, ids: list[int]) -> list[_Image]:
-    checked = []
-    for i in ids:
-        try:
-            data = read(i)
-            kind = open_image(data).format
-            image = decode_image(data, channels=None)
-            if size is not None and min(image.size) > size:
-                data, kind = _shrink(image, size, str(kind))
-            checked.append(_Image(data, _MEMBERS[str(kind)]))
-        except DamagedImage as damage:
-            checked.append(_Image(b"", reason=str(damage)))
-    return checked
+# --- what was found -----------------------------------------------------------------------------------------------
 
 
-def _shrink(image: Image.Image, size: int, kind: str) -> tuple[bytes, str]:
-    factor = size / min(image.size)
-    width, height = (max(size, round(side * factor)) for side in image.size)
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
-    kind = "JPEG" if kind in ("JPEG", "MPO", "WEBP") and image.mode != "RGBA" else "PNG"
-    file = io.BytesIO()
-    image.save(file, kind, **({"quality": 95} if kind == "JPEG" else {}))
-    return file.getvalue(), kind
+class _Findings:
+    """What is known of the images that were checked so far, for the report."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.samples = self.damaged = self.several_pages = self.masks = self.deep = self.deepest = 0
+        self.labels = Counter[int]()
+        self.skipped: list[tuple[str, str]] = []
+        self.warnings: list[tuple[str, str]] = []
+        self.sides = array("i")  # width, height, width ...
+        self.tried: list[bytes] = []
+
+    def add(self, i: int, image: Checked) -> bool:
+        """Whether the image is to be packed."""
+        if image.reason:
+            self.skipped.append((self.source.name(i), image.reason))
+            return False
+        self.samples += 1
+        if self.source.labels[i] >= 0:
+            self.labels[int(self.source.labels[i])] += 1
+        self.warnings += [(self.source.name(i), text) for text in (*image.damage, *image.notes)]
+        self.damaged += bool(image.damage)
+        self.several_pages += SEVERAL_PAGES in image.notes
+        self.masks += bool(image.mask)
+        self.deep += image.deepest > 0
+        self.deepest = max(self.deepest, image.deepest)
+        self.sides.extend(image.size)
+        if len(self.tried) < _TRIED:  # a fair sample: the order is shuffled
+            self.tried.append(image.data)
+        return True
+
+    def describe(self, size: int | None, max_value: int | None) -> list[str]:
+        notes = [*self.source.notes]
+        if self.masks:
+            notes.append(f"{self.masks} samples have a mask, KEY.{MASK}")
+        if self.damaged:
+            notes.append(
+                f"{self.damaged} images are probably damaged: a decoder complained, but gave pixels; they are listed "
+                "in warnings.txt, and --strict leaves them out"
+            )
+        if self.several_pages:
+            notes.append(f"{self.several_pages} files hold several pages or frames; only the first is packed")
+        if other := len({name for name, _ in self.warnings}) - self.damaged - self.several_pages:
+            notes += [f"{other} images have other oddities, listed in warnings.txt"] * (other > 0)
+        return notes + self._describe_classes() + self._describe_depth(max_value) + self._describe_size(size)
+
+    def _describe_classes(self) -> list[str]:
+        empty = [f"{name} ({i})" for i, name in enumerate(self.source.classes) if i not in self.labels]
+        if empty:
+            shown = ", ".join(shorten(name, 60) for name in empty[:5]) + (" ..." if len(empty) > 5 else "")
+            return [
+                f"{len(empty)} of {len(self.source.classes)} classes have no image: {shown}; they keep their labels, "
+                "so that the other classes keep theirs"
+            ]
+        if self.labels and not self.source.classes:
+            return [f"labels {min(self.labels)} to {max(self.labels)}, without names: the source has no classes.txt"]
+        return []
+
+    def _describe_depth(self, max_value: int | None) -> list[str]:
+        if max_value is not None or not 0 < self.deepest < 1 << 14:
+            return []
+        likely = (1 << max(9, self.deepest.bit_length())) - 1
+        return [
+            f"{self.deep} images of 16-bit grey have values up to {self.deepest} only, but white is 65535: they will "
+            f"be dark, with at most {self.deepest // 257 + 1} grey levels; if they hold {likely.bit_length()} bits, "
+            f"pack them with --max-value {likely}"
+        ]
+
+    def _describe_size(self, size: int | None) -> list[str]:
+        sides = np.frombuffer(self.sides, np.int32).reshape(-1, 2).astype(np.int64)
+        if np.median(sides.min(axis=1)) <= _LARGE or (size or 0) > _LARGE:
+            return []
+        now, then = decoding_rates(self.tried, 320)
+        return [
+            f"the images are larger than training needs: their median is {np.median(sides.prod(axis=1)) / 1e6:.1f} "
+            f"megapixels, of which one core decodes {_rate(now)} images a second here; packed with --size 320 it would "
+            f"decode {_rate(then)}"
+        ]
 
 
-# --- where images come from ---------------------------------------------------------------------------------------
-
-
-def _open_source(source: Pattern, classes: Sequence[str] | None) -> _Source:
-    folder = Path(source).expanduser() if isinstance(source, (str, os.PathLike)) else None
-    if folder is not None and folder.is_dir():
-        files = list(_list_images(folder, ()))
-        tars = any(folder.glob("*.tar"))
-        if files and tars:
-            raise UserError(f"{folder} holds both images and .tar files; give the images' folder, or {folder}/*.tar")
-        if not files and not tars:
-            raise UserError(f"{folder} holds no images; expected files ending in {', '.join(_SUFFIXES)}, or shards")
-        if files:
-            return _open_folder(folder, files, classes)
-    elif folder is not None and folder.is_file() and folder.suffix != ".tar":
-        raise UserError(f"{folder} is a file; expected a folder of images, or WebDataset shards (.tar)")
-    if classes is not None:
-        raise UserError(f"classes are for a folder of images; the labels of the shards {source} are kept as they are")
-    return _open_shards(open_shards(source))
-
-
-def _list_images(folder: Path, within: tuple[str, ...]) -> Iterator[str]:
-    """Image files at any depth, sorted, links followed but not in circles; hidden ones are left out."""
-    real = os.path.realpath(folder)
-    if real in within:
-        return
-    try:
-        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    except OSError as error:
-        raise UserError(f"folder {folder} cannot be read: {error.strerror}") from None
-    for entry in entries:
-        if entry.name.startswith("."):
-            continue
-        if entry.is_dir():
-            yield from _list_images(Path(entry.path), (*within, real))
-        elif entry.name.lower().endswith(_SUFFIXES):
-            yield entry.path
-
-
-def _open_folder(folder: Path, files: list[str], classes: Sequence[str] | None) -> _Source:
-    names = [os.path.relpath(file, folder) for file in files]
-    tops = [name.split(os.sep)[0] if os.sep in name else None for name in names]
-    found = sorted({top for top in tops if top is not None})
-    if classes is None:
-        classes = found if None not in tops and len(found) > 1 else []
-    elif unknown := sorted({str(top) for top in tops if top not in classes}):
-        raise UserError(
-            f"{folder}: every image must lie in a subfolder named after one of the {len(classes)} given classes, but "
-            f"there is {', '.join(unknown[:5]).replace('None', 'an image outside of any')}"
-        )
-    labels = {top: label for label, top in enumerate(classes)}
-    numbers = np.array([labels.get(str(top), -1) for top in tops], np.int64)
-    return _Source(len(files), partial(_read_file, files), names.__getitem__, numbers, list(classes))
-
-
-def _read_file(files: list[str], i: int) -> bytes:
-    try:
-        with open(files[i], "rb") as file:
-            if (size := os.fstat(file.fileno()).st_size) > MAX_BYTES:
-                raise DamagedImage(f"its {size} bytes are more than the limit of {MAX_BYTES}")
-            return file.read()
-    except OSError as error:
-        raise DamagedImage(f"cannot be read: {error.strerror}") from None
-
-
-def _open_shards(shards: Shards) -> _Source:
-    labels = np.full(len(shards), -1) if shards.labels is None else shards.labels
-    given = class_names(shards) if shards.num_classes else None
-    # Without names the numbers are the names, unless most of them would be of classes without images.
-    numbers = range(shards.num_classes if shards.num_classes <= 1000 + 10 * len(shards) else 0)
-    classes = given.names if given else [str(label) for label in numbers]
-    return _Source(len(shards), shards.read, lambda i: f"{shards.shard_of(i)}:{shards.key(i)}", labels, classes)
+def _rate(value: float) -> str:
+    return f"{value:.0f}" if value >= 10 else f"{value:.1f}"
 
 
 def _write_lines(path: Path, lines: Iterable[str]) -> None:

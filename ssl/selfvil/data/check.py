@@ -1,0 +1,266 @@
+"""Check an image before it is packed: decode it fully, and collect what the decoders complain about.
+
+What can be found, by format:
+
+| format | found | not found |
+|---|---|---|
+| PNG | any changed byte of the pixels: every chunk has a CRC-32, which is verified | |
+| JPEG | cut files, broken headers, data that libjpeg warns about | changes that still give valid codes: most |
+| WebP | cut files, wrong sizes in the container | most changes: lossy WebP has no checksums |
+| TIFF, BMP, PNM | cut files, broken headers; of TIFF, errors of its compression | changed pixels: no checksums |
+
+Only a checksum made when the file was sound can find the rest.
+"""
+
+import io
+import os
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from PIL.ImageFile import ImageFile
+from torchvision.io import ImageReadMode, decode_jpeg
+
+from selfvil.data.read import (
+    DamagedImage,
+    convert_image,
+    decode_image,
+    load_image,
+    open_image,
+    png_chunks,
+    raw_modes,
+    turn_upright,
+)
+from selfvil.errors import shorten
+
+SEVERAL_PAGES = "it holds several pages or frames, of which only the first is packed"
+
+_MEMBERS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "TIFF": "tif", "BMP": "bmp", "PPM": "ppm"}
+_PIXEL_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
+
+
+class Checked(NamedTuple):
+    """A checked image.
+
+    Attributes:
+        data: the bytes to store; empty for an image that is left out.
+        extension: of its member.
+        reason: why it is left out.
+        mask: a PNG of class ids, or empty.
+        damage: what decoders complained about, although they gave pixels.
+        notes: what is worth knowing, and does not change the pixels.
+        size: (width, height) as stored.
+        deepest: the largest value of 16-bit grey whose file does not declare its range; 0 for other images.
+    """
+
+    data: bytes
+    extension: str = ""
+    reason: str = ""
+    mask: bytes = b""
+    damage: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    size: tuple[int, int] = (0, 0)
+    deepest: int = 0
+
+
+@dataclass(frozen=True)
+class Checker:
+    """Checks image i of a source; runs in worker processes.
+
+    Attributes:
+        read: gives the bytes of image i.
+        read_mask: gives those of its mask, or None.
+        size: shrink the shorter side to this many pixels.
+        max_value: what stands for white in 16-bit grey.
+        strict: leave out images with damage.
+    """
+
+    read: Callable[[int], bytes]
+    read_mask: Callable[[int], bytes | None]
+    size: int | None
+    max_value: int | None
+    strict: bool
+
+    def __call__(self, i: int) -> Checked:
+        try:
+            checked = self._check(i)
+        except DamagedImage as damage:
+            return Checked(b"", reason=str(damage))
+        if self.strict and checked.damage:
+            return Checked(b"", reason="; ".join(checked.damage))
+        return checked
+
+    def _check(self, i: int) -> Checked:
+        data = self.read(i)
+        deepest = 0
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            header = open_image(data)
+            kind = str(header.format)
+            damage, notes = _check_container(data, kind)
+            if kind in ("JPEG", "MPO"):
+                image, complaints = _decode_jpeg(data, header)
+                damage += complaints
+            else:
+                with _standard_error() as written:  # libtiff's
+                    loaded = load_image(data)
+                damage += written
+                if loaded.white is None and loaded.image.mode.startswith("I"):
+                    deepest = int(np.asarray(loaded.image).max())
+                elif self.max_value is not None and _is_deep_colour(header):
+                    raise DamagedImage("16-bit colours cannot be scaled by a maximum value; convert it to 8 bits")
+                image = convert_image(loaded, None, self.max_value)
+        notes += [str(each.message) for each in caught]
+        if kind != "MPO" and getattr(header, "is_animated", False):
+            notes.append(SEVERAL_PAGES)
+        mask = self.read_mask(i)
+        if mask is not None:
+            mask, complaints = _check_mask(mask, image.size, self.size)
+            damage += complaints
+        if self.size is not None and min(image.size) > self.size:
+            image = _shrink(image, self.size)
+            data, kind = _encode(image, kind)
+        elif deepest and self.max_value is not None:
+            data, kind = _encode(image, "PNG")
+        return Checked(
+            data, _MEMBERS[kind], mask=mask or b"", damage=_short(damage), notes=_short(notes), size=image.size,
+            deepest=deepest,
+        )  # fmt: skip
+
+
+def _short(texts: list[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(shorten(" ".join(text.split()), 200) for text in texts))
+
+
+def _is_deep_colour(header: ImageFile) -> bool:
+    """Pillow reads only the upper 8 bits of 16-bit colours."""
+    return not header.mode.startswith("I") and any(";16" in mode for mode in raw_modes(header))
+
+
+# --- what decoders and containers tell ----------------------------------------------------------------------------
+
+
+def _check_container(data: bytes, kind: str) -> tuple[list[str], list[str]]:
+    """Damage, and notes, of what surrounds the pixels. Pillow does not verify the CRC-32 of a PNG's pixels."""
+    damage: list[str] = []
+    notes: list[str] = []
+    if kind == "PNG":
+        last = b""
+        for chunk in png_chunks(data):
+            last = chunk.kind
+            if not chunk.sound:
+                text = f"the CRC-32 of its chunk {chunk.kind.decode('latin-1')} differs"
+                (damage if chunk.kind in _PIXEL_CHUNKS else notes).append(text)
+        if last != b"IEND":
+            damage.append("it ends without an IEND chunk")
+    elif kind == "WEBP":
+        size = int.from_bytes(data[4:8], "little") + 8
+        if size not in (len(data), len(data) - 1):  # some writers pad
+            damage.append(f"its container declares {size} bytes, the file has {len(data)}")
+    return damage, notes
+
+
+def _decode_jpeg(data: bytes, header: Image.Image) -> tuple[Image.Image, list[str]]:
+    """Pixels, upright, and libjpeg's warnings, which Pillow drops and torchvision leaves to standard error."""
+    pixels, complaints = None, []
+    with _standard_error() as written, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torchvision 0.29 announces that its decoders will move to another package
+        try:
+            pixels = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.UNCHANGED)
+        except RuntimeError as error:
+            complaints = [str(error).rpartition("] ")[2].splitlines()[0]]
+    complaints += [line.strip() for line in written if line.strip()]
+    if pixels is None or pixels.shape[0] not in (1, 3):  # CMYK: Pillow's conversion is the one training uses
+        return convert_image(load_image(data), None), complaints
+    return turn_upright(Image.fromarray(pixels.permute(1, 2, 0).squeeze(-1).numpy()), header), complaints
+
+
+@contextmanager
+def _standard_error() -> Iterator[list[str]]:
+    """Lines that C code writes to standard error meanwhile. For processes without other threads that write there."""
+    lines: list[str] = []
+    file = _scratch_file(os.getpid())
+    try:
+        terminal = os.dup(2)
+    except OSError:  # it is closed
+        terminal = None
+    os.dup2(file.fileno(), 2)
+    try:
+        yield lines
+    finally:
+        if terminal is None:
+            os.close(2)
+        else:
+            os.dup2(terminal, 2)
+            os.close(terminal)
+        if length := os.lseek(file.fileno(), 0, os.SEEK_CUR):
+            lines += os.pread(file.fileno(), min(length, 4096), 0).decode("utf-8", "replace").splitlines()
+            os.lseek(file.fileno(), 0, os.SEEK_SET)
+
+
+@cache
+def _scratch_file(process: int) -> BinaryIO:
+    return tempfile.TemporaryFile(buffering=0)
+
+
+def decoding_rates(images: Sequence[bytes], size: int) -> tuple[float, float]:
+    """Images a second that this process decodes as training does: as they are, and after shrinking them to `size`."""
+    smaller = [_encode(_shrink(decode_image(data, None), size), str(open_image(data).format))[0] for data in images]
+    rates = []
+    for group in (images, smaller):
+        began = time.perf_counter()
+        for data in group:
+            decode_image(data)
+        rates.append(len(group) / (time.perf_counter() - began))
+    return rates[0], rates[1]
+
+
+# --- masks and smaller copies -------------------------------------------------------------------------------------
+
+
+def _check_mask(data: bytes, image_size: tuple[int, int], size: int | None) -> tuple[bytes, list[str]]:
+    """A mask as PNG, shrunk as its image is, by nearest neighbour; and what is damaged in it."""
+    try:
+        mask = open_image(data)
+        kind, mode = str(mask.format), mask.mode
+        mask.load()
+    except Exception as error:  # Pillow raises nearly anything
+        raise DamagedImage(f"its mask: {error}") from None
+    if mode not in ("1", "L", "P"):
+        raise DamagedImage(f"its mask has the mode {mode}; expected one channel of 8 bits that holds class ids")
+    if mask.size != image_size:
+        raise DamagedImage(f"its mask has {_pixels(mask.size)}, the image {_pixels(image_size)}")
+    damage = [f"its mask: {text}" for text in _check_container(data, kind)[0]]
+    if size is not None and min(image_size) > size:
+        return _encode(mask.resize(_shrunk(image_size, size), Image.Resampling.NEAREST), "PNG")[0], damage
+    return data if kind == "PNG" else _encode(mask, "PNG")[0], damage
+
+
+def _pixels(size: tuple[int, int]) -> str:
+    return f"{size[0]} × {size[1]} pixels"
+
+
+def _shrunk(size: tuple[int, int], shorter: int) -> tuple[int, int]:
+    factor = shorter / min(size)
+    width, height = (max(shorter, round(side * factor)) for side in size)
+    return width, height
+
+
+def _shrink(image: Image.Image, size: int) -> Image.Image:
+    return image.resize(_shrunk(image.size, size), Image.Resampling.BICUBIC)
+
+
+def _encode(image: Image.Image, kind: str) -> tuple[bytes, str]:
+    """JPEG for what was lossy, as far as JPEG can hold it; PNG for all else. Also gives the format used."""
+    kind = "JPEG" if kind in ("JPEG", "MPO", "WEBP") and image.mode != "RGBA" else "PNG"
+    file = io.BytesIO()
+    image.save(file, kind, **({"quality": 95} if kind == "JPEG" else {}))
+    return file.getvalue(), kind
