@@ -223,6 +223,9 @@ Test = Annotated[str, typer.Option(help="Labelled shards to score.")]
 Baselines = Annotated[bool, typer.Option("--baselines", help="Also score the untrained network and raw pixels.")]
 Readout = Annotated[str | None, typer.Option(help="How tokens become features; the architecture's usual way.")]
 NetworkName = Annotated[str | None, typer.Option("--network", help="Which network of a run that has several.")]
+ImageName = Annotated[
+    str | None, typer.Option("--image", help="Extension of the image to use where samples have several.")
+]
 Workers = Annotated[int, typer.Option(min=0, help="Processes that decode images.")]
 Seed = Annotated[int, typer.Option(help="Seed of the untrained network, the held-out part and the draws.")]
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the rows to this file.")]
@@ -234,34 +237,34 @@ PrecisionName = Annotated[Literal["fp32", "bf16"], typer.Option("--precision", h
 @eval_app.command("knn")
 def eval_knn(
     source: Source, train: Train, test: Test, baselines: Baselines = False, readout: Readout = None,
-    network: NetworkName = None, workers: Workers = 2, seed: Seed = 0, json_file: Json = None,
+    network: NetworkName = None, image: ImageName = None, workers: Workers = 2, seed: Seed = 0, json_file: Json = None,
     precision: PrecisionName = "fp32",
 ) -> None:  # fmt: skip
     """Weighted k-nearest-neighbour accuracy, k = 10, 20, 100 and 200."""
     _eval(["knn"], source, train, test, json_file,
-          baselines=baselines, readout=readout, network=network, workers=workers, seed=seed,
+          baselines=baselines, readout=readout, network=network, image=image, workers=workers, seed=seed,
           precision=precision)  # fmt: skip
 
 
 @eval_app.command("linear")
 def eval_linear(
     source: Source, train: Train, test: Test, baselines: Baselines = False, readout: Readout = None,
-    network: NetworkName = None, workers: Workers = 2, seed: Seed = 0, json_file: Json = None,
+    network: NetworkName = None, image: ImageName = None, workers: Workers = 2, seed: Seed = 0, json_file: Json = None,
     labels_per_class: LabelsPerClass = None,
     draws: Annotated[int, typer.Option(min=1, help="Draws of the few labels.")] = 20,
     probe_seeds: ProbeSeeds = 1, precision: PrecisionName = "fp32",
 ) -> None:  # fmt: skip
     """Accuracy of a logistic regression on frozen features, its strength chosen on a held-out part of train."""
     _eval(["linear"], source, train, test, json_file, labels_per_class=labels_per_class, draws=draws,
-          probe_seeds=probe_seeds, baselines=baselines, readout=readout, network=network, workers=workers, seed=seed,
-          precision=precision)  # fmt: skip
+          probe_seeds=probe_seeds, baselines=baselines, readout=readout, network=network, image=image,
+          workers=workers, seed=seed, precision=precision)  # fmt: skip
 
 
 @eval_app.command("finetune")
 def eval_finetune(
     source: Source, train: Train, test: Test, baselines: Baselines = False,
     readout: Annotated[str | None, typer.Option(help="The only head wanted; the architecture's and mean else.")] = None,
-    network: NetworkName = None, workers: Workers = 2, seed: Seed = 0, json_file: Json = None,
+    network: NetworkName = None, image: ImageName = None, workers: Workers = 2, seed: Seed = 0, json_file: Json = None,
     labels_per_class: LabelsPerClass = None,
     epochs: Annotated[int, typer.Option(help="Passes over the training images.")] = 100,
     batch_size: Annotated[int, typer.Option(help="Images in a step.")] = 1024,
@@ -287,8 +290,8 @@ def eval_finetune(
         )  # fmt: skip
         finetune(
             source, train, test, settings=settings, labels_per_class=labels_per_class, baselines=baselines,
-            readout=readout, network=network, img_size=size, workers=workers, precision=precision, seed=seed, keep=keep,
-            out=out,
+            readout=readout, network=network, image=image, img_size=size, workers=workers, precision=precision,
+            seed=seed, keep=keep, out=out,
         )  # fmt: skip
     if out is not None:
         print(f"the fine-tuned network: import selfvil, timm; timm.create_model('local-dir:{out}', pretrained=True)")
@@ -307,12 +310,12 @@ def _size(text: str | None) -> tuple[int, int] | None:
 @eval_app.command("all")
 def eval_all(
     source: Source, train: Train, test: Test, baselines: Baselines = False, readout: Readout = None,
-    network: NetworkName = None, workers: Workers = 2, seed: Seed = 0, json_file: Json = None,
+    network: NetworkName = None, image: ImageName = None, workers: Workers = 2, seed: Seed = 0, json_file: Json = None,
     probe_seeds: ProbeSeeds = 1, precision: PrecisionName = "fp32",
 ) -> None:  # fmt: skip
     """Every protocol, on features computed once."""
     _eval(["knn", "linear"], source, train, test, json_file,
-          baselines=baselines, readout=readout, network=network, workers=workers, seed=seed,
+          baselines=baselines, readout=readout, network=network, image=image, workers=workers, seed=seed,
           probe_seeds=probe_seeds, precision=precision)  # fmt: skip
 
 

@@ -53,6 +53,37 @@ def test_labels_of_another_order_of_classes_are_refused(colours, monkeypatch):
     assert check_parts(open_shards(train), open_shards(colours / "again"), protocols=BOTH) == []
 
 
+def test_classes_that_cannot_be_compared_are_a_warning(colours):
+    train, test = open_shards(colours / "train-packed"), open_shards(colours / "test-packed")
+    lists = [part.paths[0].with_name("classes.txt") for part in (train, test)]
+    for part, file in zip((train, test), lists):
+        file.rename(file.with_suffix(".away"))
+        (warning,) = check_parts(train, test, protocols=[])
+        assert f"no classes.txt beside {part.paths[0]}, so whether its labels mean the same" in warning
+        file.with_suffix(".away").rename(file)
+    for file in lists:
+        file.unlink()
+    assert check_parts(train, test, protocols=[]) == []
+
+
+def test_the_image_of_a_sample_is_chosen(tmp_path):
+    """Photographs are .png here and masks .jpg: without the choice, masks would be scored, which are all the same."""
+    parts = []
+    for part, values in (("train", range(20)), ("test", range(20, 30))):
+        files = [
+            file
+            for i in values
+            for file in ((f"k{i}.cls", b"%d" % (i % 2)), (f"k{i}.jpg", png(0)), (f"k{i}.png", png(i)))
+        ]
+        parts.append(write_tar(tmp_path / f"{part}.tar", files))
+    look = Normalisation((0.5,) * 3, (0.5,) * 3, (8, 8))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("selfvil.evaluate.score.load_backbone", lambda *_, **__: Network(network(), look, 0))
+        with pytest.raises(UserError, match="all 10 test images"):
+            score(tmp_path, *parts, protocols=["knn"], workers=0)
+        assert score(tmp_path, *parts, protocols=["knn"], image="png", workers=0)
+
+
 def test_the_same_images_in_another_order_are_refused(tmp_path):
     train = shards(tmp_path / "train.tar", range(20))
     with pytest.raises(UserError, match=r"all 20 test images in .*test.tar are also training images in .*train.tar"):

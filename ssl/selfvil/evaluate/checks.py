@@ -31,13 +31,20 @@ def check_parts(
     need_labels(train)
     need_labels(test)
     class_names(train, test)
+    warnings = _compare_contents(train, test)
+    named, unnamed = sorted((train, test), key=lambda part: class_names(part) is None)
+    if class_names(named) and not class_names(unnamed):
+        warnings.append(
+            f"there is no classes.txt beside {names(unnamed)}, so whether its labels mean the same classes as those of "
+            f"{names(named)} is not known"
+        )
     parts = [Features(torch.zeros(len(part), 1), torch.as_tensor(part.labels)) for part in (train, test)]
     shared_classes(*parts)
     if "knn" in protocols:
         need_neighbours(len(train))
     if "linear" in protocols:
         need_for_probe(parts[0].y, labels_per_class)
-    return _compare_contents(train, test)
+    return warnings
 
 
 def _compare_contents(train: Shards, test: Shards) -> list[str]:

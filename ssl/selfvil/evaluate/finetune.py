@@ -54,6 +54,7 @@ def finetune(
     baselines: bool = False,
     readout: str | None = None,
     network: str | None = None,
+    image: str | None = None,
     img_size: int | tuple[int, int] | None = None,
     workers: int = 2,
     device: torch.device | str | None = None,
@@ -72,6 +73,7 @@ def finetune(
         baselines: also do all of it with the untrained network.
         readout: the only head wanted, one of `HEADS`; None takes the architecture's own, and the mean beside it.
         network: which network of a run ("student", "teacher"); None takes the run's choice.
+        image: extension of the image to use where samples have several, as in `open_shards`.
         img_size: side of the images, or height and width, in pixels; None takes that of pretraining. Learned positions
             are resampled.
         precision: float32 or bf16 autocast, in training and in scoring.
@@ -91,7 +93,7 @@ def finetune(
     given = load_backbone(source, network=network, drop_path_rate=settings.drop_path)
     heads = choose_heads(given.backbone, readout)
     given = resize(given, img_size)
-    all_train, test_shards = open_shards(train), open_shards(test)
+    all_train, test_shards = open_shards(train, image=image), open_shards(test, image=image)
     for warning in check_parts(all_train, test_shards, protocols=["linear"], labels_per_class=labels_per_class):
         log.warning(warning)
     train_shards = all_train if labels_per_class is None else _FewLabels(all_train, labels_per_class, seed)

@@ -77,6 +77,7 @@ def score(
     baselines: bool = False,
     readout: str | None = None,
     network: str | None = None,
+    image: str | None = None,
     batch_size: int | None = None,
     workers: int = 2,
     device: torch.device | str | None = None,
@@ -94,6 +95,7 @@ def score(
         probe_seeds: linear probes on all labels, of which the mean is reported: seeds seed, seed + 1, ...
         readout: how tokens become features, one of `models.heads.READOUTS`; None takes the architecture's usual one.
         network: which network of a run ("student", "teacher"); None takes the run's choice.
+        image: extension of the image to use where samples have several, as in `open_shards`.
         seed: of the untrained network, of the held-out part and of the draws.
         keep: called with all rows so far after each protocol, so that a later failure loses none.
 
@@ -105,7 +107,7 @@ def score(
         raise UserError(f"There must be at least one probe, got probe_seeds = {probe_seeds}.")
     pretrained = load_backbone(source, network=network)
     readout = choose_readout(pretrained.backbone, readout)
-    shards = open_shards(train), open_shards(test)
+    shards = open_shards(train, image=image), open_shards(test, image=image)
     for warning in check_parts(*shards, protocols=protocols, labels_per_class=labels_per_class):
         log.warning(warning)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -20,7 +20,7 @@ def check_probes(recipe: Recipe) -> list[str]:
     if recipe.eval.train is None or recipe.eval.test is None:
         return []
     try:
-        train, test = open_shards(recipe.eval.train), open_shards(recipe.eval.test)
+        train, test = (open_shards(part, image=recipe.data.image) for part in (recipe.eval.train, recipe.eval.test))
         return check_parts(train, test, protocols=["knn", "linear"] if recipe.eval.linear else ["knn"])
     except UserError as error:
         raise UserError(f"eval.train and eval.test: {error}; set both to null to train without scores") from None
@@ -31,8 +31,8 @@ def probe_scores(backbone: nn.Module, recipe: Recipe, device: torch.device) -> d
     `recipe.eval`. Raises UserError where these can no longer be scored."""
     train, test = (
         extract(
-            backbone, open_shards(pattern), img_size=recipe.model.img_size, mean=recipe.data.mean, std=recipe.data.std,
-            workers=recipe.data.workers, device=device,
+            backbone, open_shards(pattern, image=recipe.data.image), img_size=recipe.model.img_size,
+            mean=recipe.data.mean, std=recipe.data.std, workers=recipe.data.workers, device=device,
         )
         for pattern in (recipe.eval.train or (), recipe.eval.test or ())
     )  # fmt: skip
