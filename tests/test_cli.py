@@ -76,7 +76,7 @@ def test_labels_of_two_folders_agree_through_classes(tmp_path, capsys):
     command("pack", tmp_path / "test", tmp_path / "packed-test", "--classes", tmp_path / "packed" / "classes.txt")
     capsys.readouterr()
     command("index", tmp_path / "packed-test")
-    assert "4 labelled, 3 classes" in capsys.readouterr().out
+    assert "4 labelled, labels 0 to 2: 2 classes" in capsys.readouterr().out
     error = refusal(capsys, "pack", tmp_path / "test", tmp_path / "x", "--classes", tmp_path / "nothing.txt")
     assert "nothing.txt cannot be read" in error
 
