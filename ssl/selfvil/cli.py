@@ -294,7 +294,7 @@ def eval_finetune(
             seed=seed, keep=keep, out=out,
         )  # fmt: skip
     if out is not None:
-        print(f"the fine-tuned network: import selfvil, timm; timm.create_model('local-dir:{out}', pretrained=True)")
+        print(f"fine-tuned network in {out}; in Python: import selfvil; model = selfvil.load_backbone({str(out)!r})")
 
 
 def _size(text: str | None) -> tuple[int, int] | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from selfvil.errors import UserError
-from selfvil.files import flush_file, flush_folder
+from selfvil.files import flush_file, flush_folder, write_text
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -22,9 +22,7 @@ Files = dict[str, dict[str, Any]]
 def write_manifest(folder: Path, **facts: Any) -> None:
     """Write the manifest of all files in `folder`, with `facts` (JSON values), and flush everything to the disk."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    entries = {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files
-    }
+    entries = {path.relative_to(folder).as_posix(): _entry(path) for path in files}
     for path in files:
         flush_file(path)
     manifest = folder / MANIFEST
@@ -33,6 +31,12 @@ def write_manifest(folder: Path, **facts: Any) -> None:
     for inner in [path for path in folder.rglob("*") if path.is_dir()]:
         flush_folder(inner)
     flush_folder(folder)
+
+
+def renew_entry(folder: Path, name: str) -> None:
+    """Enter the present size and SHA-256 of one file, which was changed on purpose, into a manifest without facts."""
+    _, files = read_manifest(folder)
+    write_text(folder / MANIFEST, _text({}, files | {name: _entry(folder / name)}))
 
 
 def read_manifest(
@@ -88,6 +92,10 @@ def sha256(path: Path) -> str:
     """Hexadecimal SHA-256 of a file. Raises OSError."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _entry(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
 def _text(facts: dict[str, Any], files: Files) -> str:

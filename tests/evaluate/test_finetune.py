@@ -15,6 +15,7 @@ from PIL import Image
 from rich.console import Console
 from torch import nn
 
+import selfvil
 from selfvil import checkpoint, cli, footprint, optim
 from selfvil.data.index import open_shards
 from selfvil.errors import UserError
@@ -28,6 +29,7 @@ from selfvil.evaluate.score import as_json, as_table
 from selfvil.export import export, write_network, written_aside
 from selfvil.models.heads import read_out
 from selfvil.start_from import start_backbone
+from selfvil.verification import verify
 from selfvil.weights import Network, Normalisation, model_arguments
 from tars import write_tar
 
@@ -251,6 +253,10 @@ def test_the_fine_tuned_network_is_loaded_by_timm(run, vit_export, parts, tmp_pa
     value = next(row.value for row in rows if row.protocol.startswith("fine-tuning"))
     assert f"- Accuracy: {value:.2f} % top-1 on 80 test images" in (tmp_path / "out" / "README.md").read_text()
 
+    with torch.no_grad():
+        assert torch.equal(selfvil.load_backbone(tmp_path / "out")(images), tuned(images))
+    (verified,) = verify(tmp_path / "out")
+    assert "README.md" not in verified
     again = load_backbone(tmp_path / "out")
     assert again.normalisation.img_size == (8, 12)
     for row in finetune(tmp_path / "out", *parts, settings=SHORT, **FAST):
@@ -449,7 +455,7 @@ def test_command(run, parts, tmp_path, capsys, monkeypatch):
     assert "fine-tuning, 1 epoch" in printed
     tuned = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
     assert tuned.pretrained_cfg["input_size"] == (1, 12, 8)
-    assert f"import selfvil, timm; timm.create_model('local-dir:{tmp_path / 'out'}', pretrained=True)" in printed
+    assert f"import selfvil; model = selfvil.load_backbone('{tmp_path / 'out'}')" in printed
     assert len(json.loads((tmp_path / "rows.json").read_text())) == 4
     with pytest.raises(SystemExit) as ended:
         cli.main(["eval", "finetune", str(run), "--train", train, "--test", test, "--layer-decay", "1.5"])

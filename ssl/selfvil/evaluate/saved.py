@@ -14,6 +14,7 @@ from selfvil.data.index import Shards
 from selfvil.evaluate.classifier import HEADS, Classifier
 from selfvil.export import need_new_folder, write_network, written_aside
 from selfvil.files import write_text
+from selfvil.manifest import renew_entry
 from selfvil.version import __version__
 from selfvil.weights import Network, model_arguments
 
@@ -63,6 +64,7 @@ def add_score(out: Path, accuracy: float, test: Shards) -> None:
     card = out / "README.md"
     score = f"{accuracy:.2f} % top-1 on {len(test):,} test images"
     write_text(card, card.read_text(encoding="utf-8").replace(_NOT_SCORED, score))
+    renew_entry(out, card.name)
 
 
 def _card(
@@ -98,10 +100,12 @@ def _card(
         "",
         "```python",
         "import selfvil, timm  # importing selfvil registers the vil_* models",
-        'model = timm.create_model("local-dir:PATH_OF_THIS_FOLDER", pretrained=True).eval()',
+        'model = selfvil.load_backbone("PATH_OF_THIS_FOLDER")  # with its head; verifies the files first',
         "view = timm.data.create_transform(**timm.data.resolve_model_data_config(model))",
         "name = model.pretrained_cfg['label_names'][model(view(image)[None]).argmax()]",
         "```",
+        "",
+        'timm.create_model("local-dir:PATH_OF_THIS_FOLDER", pretrained=True) loads it without that verification.',
         "",
         "## How it came about",
         "",
