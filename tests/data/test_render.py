@@ -293,3 +293,29 @@ def test_other_views_are_refused():
             UserError, match=rf"data\.augment = device: {type(view).__name__} .* set data\.augment to workers"
         ):
             drawable([*CROPS, view])
+
+
+def test_thin_images_do_not_make_a_batch_of_their_longest_sides():
+    """A strip of 1 x 20,000 pixels beside one of 20,000 x 1 would pad every image of a batch to 400 million pixels."""
+    images = [picture(0, 1, 20_000, 3), picture(1, 20_000, 1, 3), picture(2, 40, 30, 3)]
+    view = RandomCropFlip(24, (0.2, 1), **levels(3))
+    draws = []
+    for row, image in enumerate(images):
+        seed_randomness(1, row, 0)
+        draws.append(view.draw(*image.size, image.mode))
+    drawn = Drawn.collate(images, [draws], [view])
+    assert max(drawn.images.shape[2:]) <= 1024
+    (found,) = drawn.render("cpu")
+    assert found.isfinite().all()
+    assert abs(found.mean() - 127) < 30
+    assert (found[2] - view.apply(images[2], draws[2])).abs().max() < 2, "an image of a usual size is not reduced"
+
+
+def test_a_reduced_image_gives_nearly_the_same_views():
+    image = picture(3, 900, 3000, 3).resize((3000, 900), Image.Resampling.BICUBIC, (0, 0, 300, 90))
+    view = RandomCropFlip(24, (0.2, 1), **levels(3), flip=False)
+    for seed in range(5):
+        seed_randomness(seed, 0, 0)
+        draw = view.draw(*image.size, image.mode)
+        (found,) = Drawn.collate([image], [[draw]], [view]).render("cpu")
+        assert (found[0] - view.apply(image, draw)).abs().mean() < 3

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from selfvil.data.views import CenterCrop, RandomCropFlip, preserved_randomness, seed_randomness
+from selfvil.data.views import CenterCrop, DINOCrop, RandomCropFlip, preserved_randomness, seed_randomness
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -91,6 +91,66 @@ def test_very_long_images_fall_back_to_the_centre():
     left, top, w, h = RandomCropFlip(32, (1, 1), MEAN, STD)._box(1000, 30)
     assert (w, h) == (40, 30)
     assert (left, top) == (480, 0)
+
+
+def whole_image_resized(image: Image.Image, height: int, width: int, crop_pct: float) -> np.ndarray:
+    """The crop as the definition states it: all of the image is resized, then the centre is cut."""
+    factor = max(round(width / crop_pct) / image.width, round(height / crop_pct) / image.height)
+    resized = max(width, round(image.width * factor)), max(height, round(image.height * factor))
+    image = image.resize(resized, Image.Resampling.BICUBIC) if resized != image.size else image
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return np.asarray(image.crop((left, top, left + width, top + height)))
+
+
+PLAIN = {"mean": (0.0,) * 3, "std": (1 / 255,) * 3}
+
+
+@pytest.mark.parametrize("crop_pct", [1.0, 224 / 256])
+@pytest.mark.parametrize("size", [(32, 32), (24, 40)])
+@pytest.mark.parametrize(
+    "source", [(32, 32), (24, 40), (50, 40), (333, 500), (500, 333), (100, 31), (31, 100), (9, 30), (3, 5), (201, 900)]
+)
+def test_the_centre_of_usual_images_is_that_of_the_definition_bit_for_bit(source, size, crop_pct):
+    image = picture(*source)
+    found = CenterCrop(size, **PLAIN, crop_pct=crop_pct)(image).permute(1, 2, 0).numpy()
+    np.testing.assert_array_equal(found.round(), whole_image_resized(image, *size, crop_pct))
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("source", [(3, 200), (200, 3), (1, 300), (300, 1), (40, 1000), (900, 33)])
+def test_the_centre_of_thin_images_is_that_of_the_definition_to_a_level(source, channels):
+    image = picture(*source, channels).point(lambda level: 64 + level // 2)  # without what is cut at 0 and 255
+    view = CenterCrop((32, 24), (0.0,) * channels, (1 / 255,) * channels, crop_pct=0.9)
+    expected = whole_image_resized(image, 32, 24, 0.9).reshape(32, 24, channels).astype(np.float32)
+    difference = np.abs(view(image).permute(1, 2, 0).numpy() - expected)
+    # Where Pillow takes the two sides in another order, a level is rounded otherwise in between.
+    assert channels == 4 or difference.max() <= 1.01  # colours are divided by alpha, which magnifies a level
+    assert difference.mean() < 1
+
+
+@pytest.mark.parametrize("source", [(1, 20_000), (20_000, 1), (2, 60_000)])
+def test_no_view_of_a_thin_image_is_larger_than_its_output(source, monkeypatch):
+    """All of a strip of 1 x 20,000 pixels, resized until it is 224 high, has a thousand million pixels."""
+    made = []
+    resize = Image.Image.resize
+
+    def counting(self, size, *args, **kwargs):
+        made.append(size[0] * size[1])
+        assert made[-1] < 1e7, f"an image of {size}"
+        return resize(self, size, *args, **kwargs)
+
+    monkeypatch.setattr(Image.Image, "resize", counting)
+    image = picture(*source)
+    for view in (
+        CenterCrop(224, MEAN, STD, crop_pct=224 / 256),
+        RandomCropFlip(224, (0.2, 1), MEAN, STD),
+        DINOCrop(96, (0.05, 0.4), MEAN, STD, blur=0.5),
+    ):
+        for seed in range(5):
+            seed_randomness(0, seed, 0)
+            assert view(image).shape[0] == 3
+    assert made
+    assert max(made) <= 16 * 224 * 224
 
 
 @pytest.mark.parametrize("size", [32, (24, 40)])

@@ -5,7 +5,8 @@ changes of colour are equal, resampled pixels differ where a value lies at the e
 comes after magnifies that (a saturation turned up, a division by a small alpha), or where Pillow 13 begins to resize a
 tall part with its height: here the width is always first, as in earlier ones, and what is cut in between differs.
 
-It is meant for small images: all of a batch are padded to the largest, and every pixel takes part in the products.
+It is meant for small images: all of a batch are padded to the largest sides, and every pixel takes part in the
+products. Longer images are reduced first, so that no image's shape fills the memory.
 
 Resampling is a product with a matrix for each side of each row. Its weights are whole multiples of 2^-15, so that every
 sum of their products with pixels is below 2^24 units and exact in float32, in any order: a view does not depend on the
@@ -29,6 +30,7 @@ from selfvil.data.views import DINOCrop, Draw, RandomCropFlip
 from selfvil.errors import UserError
 
 _ONE = 2.0**15  # units of a resampling weight of 1
+_LONGEST_SIDE = 1024  # pixels of an image
 _BLURS = 3  # passes of a box that stand for a Gaussian
 
 # The numbers of a draw: the box 0 to 3, flip, four kinds of change, four values of them, grey, radius, solarise.
@@ -64,13 +66,21 @@ class Drawn:
     def collate(
         cls, images: Sequence[Image], draws: Sequence[Sequence[Draw]], views: Sequence[RandomCropFlip]
     ) -> "Drawn":
-        """Of images of one mode, whose sizes may differ; `draws[v][b]` is of view v of image b."""
+        """Of images of one mode, whose sizes may differ; `draws[v][b]` is of view v of image b.
+
+        Sides longer than 1,024 pixels, and twice those of the largest view, are reduced by a whole number first.
+        """
+        most = max(_LONGEST_SIDE, *(2 * max(view.height, view.width) for view in views))
+        reductions = [(-(-image.width // most), -(-image.height // most)) for image in images]
+        images = [image if by == (1, 1) else image.reduce(by) for image, by in zip(images, reductions)]
         height, width = max(image.height for image in images), max(image.width for image in images)
         padded = np.zeros((len(images), len(images[0].getbands()), height, width), np.uint8)
         for row, image in enumerate(images):
             pixels = np.asarray(image)
             padded[row, :, : image.height, : image.width] = pixels if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
-        numbers = np.array([[_numbers(draw) for draw in of_view] for of_view in draws], np.float32)
+        numbers = np.array(
+            [[_numbers(_reduced(draw, *by)) for draw, by in zip(of_view, reductions)] for of_view in draws], np.float32
+        )
         return cls(torch.from_numpy(padded), torch.from_numpy(numbers), views)
 
     def pin_memory(self) -> "Drawn":
@@ -97,6 +107,13 @@ class Drawn:
                 for number, rows in zip(numbers, pixels.split(len(images))):
                     rendered[number] = _normalised(rows, self.views[number])
         return [rendered[number] for number in range(len(self.views))]
+
+
+def _reduced(draw: Draw, across: int, down: int) -> Draw:
+    """The same view of an image whose sides were divided by these numbers: all pixels that the box touches."""
+    left, top, width, height = draw.box
+    first, last = (left // across, top // down), (-(-(left + width) // across), -(-(top + height) // down))
+    return draw._replace(box=(*first, last[0] - first[0], last[1] - first[1]))
 
 
 def _numbers(draw: Draw) -> list[float]:

@@ -232,8 +232,11 @@ class CenterCrop:
 
     The image is resized (bicubic) to the smallest size that covers `size / crop_pct` at its own aspect ratio, and
     `size` is cut from its centre. `crop_pct` 1 keeps all of the shorter side; the usual ImageNet protocol is 224/256.
-    An image that has the size already is not resampled.
+    An image that has the size already is not resampled. Of an image more than `LONGEST` times as long as the crop, only
+    the part that is shown is resized, so that the memory of a view does not depend on its image's shape.
     """
+
+    LONGEST = 16
 
     def __init__(self, size: Size, mean: Sequence[float], std: Sequence[float], crop_pct: float = 1.0) -> None:
         if not 0 < crop_pct <= 1:
@@ -246,9 +249,18 @@ class CenterCrop:
         width, height = image.size
         factor = max(round(self.width / self.crop_pct) / width, round(self.height / self.crop_pct) / height)
         resized = max(self.width, round(width * factor)), max(self.height, round(height * factor))
+        left, top = (resized[0] - self.width) // 2, (resized[1] - self.height) // 2
+        if (
+            resized[0] * self.crop_pct > self.LONGEST * self.width
+            or resized[1] * self.crop_pct > self.LONGEST * self.height
+        ):
+            # The same pixels to a rounding error: a box has coordinates in single precision.
+            across, down = width / resized[0], height / resized[1]
+            box = left * across, top * down, (left + self.width) * across, (top + self.height) * down
+            image = image.resize((self.width, self.height), Image.Resampling.BICUBIC, box)
+            return self.normalise(image)
         if resized != image.size:
             image = image.resize(resized, Image.Resampling.BICUBIC)
-        left, top = (image.width - self.width) // 2, (image.height - self.height) // 2
         if resized != (self.width, self.height):
             image = image.crop((left, top, left + self.width, top + self.height))
         return self.normalise(image)
