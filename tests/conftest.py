@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 
+import runs
 import selfvil  # noqa: F401 - registers the vil_* models with timm
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -34,18 +34,7 @@ def shared_data() -> Path:
 @pytest.fixture(scope="session")
 def digit_shards(tmp_path_factory) -> Path:
     """Folder with digits-000000.tar and digits-000001.tar: 200 real, labelled 8x8 images, packed by our packer."""
-    from sklearn.datasets import load_digits
-
-    from selfvil.data.pack import pack
-
-    folder = tmp_path_factory.mktemp("digits")
-    digits = load_digits()
-    for index in range(200):
-        path = folder / "images" / str(digits.target[index]) / f"{index:04d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray((digits.images[index] * 255 / 16).round().astype("uint8")).save(path)
-    pack(str(folder / "images"), folder / "shards", name="digits", samples_per_shard=120, workers=1)
-    return folder / "shards"
+    return runs.pack_digits(tmp_path_factory.mktemp("digits"))
 
 
 @pytest.hookimpl(wrapper=True)

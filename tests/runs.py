@@ -7,9 +7,11 @@ from pathlib import Path
 
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from selfvil import checkpoint
+from selfvil.data.pack import pack
 from selfvil.recipe import Recipe, load
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -60,6 +62,19 @@ def overrides(objective: str, shards: Path, out: Path, *more: str) -> list[str]:
         "monitor.log_every=4", "monitor.tensorboard=false", "monitor.pictures_every=null", "monitor.doctor_every=null",
         "run.checkpoint_every=5", *more,
     ]  # fmt: skip
+
+
+def pack_digits(folder: Path) -> Path:
+    """Folder with digits-000000.tar and digits-000001.tar: 200 real, labelled 8x8 images, packed by our packer."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    for index in range(200):
+        path = folder / "images" / str(digits.target[index]) / f"{index:04d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((digits.images[index] * 255 / 16).round().astype("uint8")).save(path)
+    pack(str(folder / "images"), folder / "shards", name="digits", samples_per_shard=120, workers=1)
+    return folder / "shards"
 
 
 def random_teacher(folder: Path, name: str = "test_vit") -> Path:

@@ -1,4 +1,4 @@
-"""The doctor on real runs: six that are broken on purpose, each named by its own rule, and three healthy ones, silent.
+"""The doctor on real runs: each broken one is named by its own rule, and healthy ones of many kinds and sizes are not.
 
 About 10 minutes on one core: pytest -m slow tests/test_doctor.py
 """
@@ -13,23 +13,19 @@ import runs
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-@pytest.mark.parametrize("name", broken.BROKEN)
-def test_a_broken_run_is_named(digit_shards, tmp_path, name, seed):
-    objective, settings = broken.BROKEN[name]
-    doctor = broken.on_digits(objective, digit_shards, tmp_path / "run", f"run.seed={seed}", *settings)
-    assert list(doctor.alarms) == [name]
+@pytest.mark.parametrize("name", broken.TRIALS)
+def test_a_broken_run_is_named_and_a_healthy_one_is_not(digit_shards, tmp_path, name):
+    trial = broken.TRIALS[name]
+    doctor = broken.run(trial, digit_shards, tmp_path / "run")
+    assert list(doctor.alarms) == ([] if trial.rule is None else [trial.rule])
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-@pytest.mark.parametrize("objective", ["mae", "dino"])
-def test_a_healthy_run_is_left_in_peace(digit_shards, tmp_path, objective, seed):
-    doctor = broken.on_digits(objective, digit_shards, tmp_path / "run", f"run.seed={seed}")
-    assert not doctor.alarms
-
-
-def test_the_recipe_of_cifar10_is_healthy_when_shortened(shared_data, tmp_path):
-    assert not broken.on_cifar10(shared_data, tmp_path / "run").alarms
+def test_there_are_twenty_healthy_runs_and_a_broken_one_for_each_rule_that_training_can_break():
+    rules = [trial.rule for trial in broken.TRIALS.values()]
+    assert rules.count(None) >= 20
+    assert {"high_learning_rate", "low_learning_rate", "no_ema", "dead_teacher", "flat_teacher", "constant_teacher",
+            "mask_ratio", "not_learning"} <= set(rules)  # fmt: skip
+    assert {trial.objective for trial in broken.TRIALS.values() if trial.rule is None} == runs.PACKAGED.keys()
 
 
 def test_two_processes_stop_together(digit_shards, tmp_path):
@@ -44,7 +40,19 @@ def test_two_processes_stop_together(digit_shards, tmp_path):
     assert summary["checkpoint"].endswith("step-00000004")
 
 
-@pytest.mark.parametrize("name", ["learning_rate", "no_ema", "dead_teacher", "constant_teacher"])
-def test_a_broken_run_on_cifar10_is_named(shared_data, tmp_path, name):
+SHORT = ["data.workers=0", "run.threads=1", "budget.samples=null", "budget.steps=120", "model.depth=2",
+         "objective.local_crops=2", "monitor.log_every=10", "monitor.doctor_every=10", "monitor.tensorboard=false",
+         "monitor.pictures_every=null"]  # fmt: skip
+
+
+@pytest.mark.parametrize(("rule", "settings"), [
+    (None, []), ("high_learning_rate", ["optim.base_lr=0.12"]), ("no_ema", ["objective.teacher_momentum=0"]),
+    ("dead_teacher", ["objective.teacher_momentum=1"]),
+    ("constant_teacher", ["objective.center_momentum=0.9999999"]),
+])  # fmt: skip
+def test_the_recipe_of_cifar10_shortened(shared_data, tmp_path, rule, settings):
     """Those that show within 120 steps; a flat teacher takes longer here."""
-    assert list(broken.on_cifar10(shared_data, tmp_path / "run", *broken.BROKEN[name][1]).alarms) == [name]
+    train = f"data.train={shared_data}/cifar10/cifar10-train-{{000000..000001}}.tar"
+    assert list(broken.of_recipe("cifar10_dino", train, tmp_path / "run", *SHORT, *settings).alarms) == (
+        [rule] if rule else []
+    )

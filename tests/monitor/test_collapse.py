@@ -154,13 +154,13 @@ def test_a_student_at_ln_k_beside_a_sharp_teacher_is_not_learning():
     for kl in (1 - 0.51, 0.53):
         uniform = {"teacher_entropy": 0.51, "teacher_spread": 0.85, "kl": kl}
         examiner = doctor("dino")
-        for step in (400, 500, 510):
+        for step in (700, 800, 810):
             assert examiner.see(step, LOOK | uniform | {"kl": kl + 1e-6}) == []
-        (alarm,) = examiner.see(520, LOOK | uniform | {"kl": kl + 1e-6})
+        (alarm,) = examiner.see(820, LOOK | uniform | {"kl": kl + 1e-6})
         assert alarm.rule.name == "not_learning"
         assert "one answer for all images" in alarm.sentence
     learned = doctor("dino")
-    for step in (400, 500, 510, 1000):
+    for step in (700, 800, 810, 1000):
         assert learned.see(step, LOOK | uniform | {"kl": 0.2}) == []
     assert learned.latest["explained"] == pytest.approx(0.29)
 

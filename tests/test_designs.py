@@ -1,0 +1,264 @@
+"""Every published design with every objective is pretrained, diagnosed, drawn, resumed and exported, or refused with
+one clear sentence.
+
+The fast tests cover every pair of choices (objective and traversal, traversal and pooling, ...). The slow one is the
+full product, with two steps of training and all that is measured and drawn of each:
+
+    pytest -m slow tests/test_designs.py
+"""
+
+import itertools
+import json
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest.mock import MagicMock
+
+import numpy as np
+import pytest
+import timm
+import torch
+from matplotlib import figure
+
+import runs
+from selfvil import checkpoint
+from selfvil.build import build_objective
+from selfvil.data.index import open_shards
+from selfvil.data.loader import train_batches
+from selfvil.errors import UserError
+from selfvil.export import export
+from selfvil.models.blocks import TRAVERSALS
+from selfvil.models.heads import choose_readout, read_out
+from selfvil.monitor.checkup import open_run
+from selfvil.monitor.report import write_report
+from selfvil.monitor.saliency import pca_colours, readout_saliency
+from selfvil.monitor.vitals import Vitals
+from selfvil.objectives.base import Progress
+from selfvil.pretrain import pretrain
+from selfvil.recipe import Recipe
+
+Case = dict[str, Any]
+
+DESIGN = {
+    "traversal": list(TRAVERSALS),
+    "global_pool": ["bilateral_concat", "bilateral_avg", "bilateral_patch", "avg", "middle_patch", "middle_cls",
+                    "registers"],
+    "conv": ["2d", "causal1d", "none"],
+    "name": ["vil_nano_patch4_32", "vil_v1_tiny_patch16_224"],
+    "num_registers": [None, 2],
+    "pos_embed": ["learn", "sincos"],
+    "init_values": [None, 1e-4],
+}  # fmt: skip
+CAUSAL = DESIGN | {"traversal": ["unidirectional"], "conv": ["causal1d", "none"]}
+"""What the autoregressive objective takes."""
+BIDIRECTIONAL = [name for name in runs.PACKAGED if name != "autoregressive"]
+WITHOUT_PATCHES = ["dino", "lejepa", "distill"]
+"""Objectives that take a ConvNeXt."""
+CROPS = ["dino", "ibot", "dinov2", "lejepa"]
+SCANS = {traversal: 2 * how.directions for traversal, how in TRAVERSALS.items()}
+"""mLSTM scans of one pair of blocks."""
+
+
+def possible(case: Case) -> bool:
+    if case["global_pool"] == "middle_cls":
+        return case["num_registers"] is None
+    return case["global_pool"] != "registers" or case["num_registers"] is not None
+
+
+def pairwise(axes: dict[str, list]) -> list[Case]:
+    """Few cases that hold every possible pair of values of two axes: the next is the best of 40 random ones."""
+    dice, names = random.Random(0), sorted(axes, key=lambda name: -len(axes[name]))
+    pairs = {
+        ((a, x), (b, y))
+        for a, b in itertools.combinations(names, 2)
+        for x, y in itertools.product(axes[a], axes[b])
+        if possible({"global_pool": "avg", "num_registers": 2 if "registers" in (x, y) else None} | {a: x, b: y})
+    }
+    cases = []
+    while pairs:
+        wanted = min(pairs, key=str)
+        tries = [{name: dice.choice(axes[name]) for name in names} | dict(wanted) for _ in range(40)]
+        covered = [
+            {pair for pair in itertools.combinations(((name, case[name]) for name in names), 2) if pair in pairs}
+            if possible(case) else set()
+            for case in tries
+        ]  # fmt: skip
+        best = max(range(len(tries)), key=lambda index: len(covered[index]))
+        cases.append(tries[best])
+        pairs -= covered[best]
+    return cases
+
+
+def named(case: Case) -> str:
+    return "-".join(str(value) for value in case.values() if value is not None)
+
+
+COVERING = pairwise(DESIGN | {"objective": BIDIRECTIONAL}) + [
+    case | {"objective": "autoregressive"} for case in pairwise(CAUSAL)
+]
+COMPARATORS = [
+    *({"objective": name, "name": "vit_tiny_patch16_224", "num_heads": 2} for name in runs.PACKAGED),
+    *({"objective": name, "name": "test_convnext", "patch_size": None} for name in WITHOUT_PATCHES),
+]
+
+
+def recipe_of(case: Case, shards, out, *more: str) -> Recipe:
+    model = {"traversal": None, "conv": None, "init_values": None, "drop_path_uniform": None} | case
+    objective = model.pop("objective")
+    settings = [f"model.{key}={'null' if value is None else value}" for key, value in model.items()]
+    if case.get("patch_size", 1) is None:  # images large enough for a ConvNeXt
+        settings += ["model.embed_dim=null", "model.depth=null", "model.img_size=64"]
+        settings += ["objective.local_crop_size=32"] if objective in CROPS else []
+    more = ("budget.steps=3", "monitor.doctor_every=1", "monitor.pictures_every=1", *more)
+    return runs.small(objective, shards, out, "optim.batch_size=20", *settings, *more)
+
+
+def expected_scans(case: Case) -> int:
+    return SCANS[case["traversal"]] if case["name"].startswith("vil") else 0
+
+
+class Canvas:
+    """Replaces matplotlib's figure, which takes longer than all else: it takes what is plotted and draws nothing."""
+
+    def __init__(self, *args, **how) -> None:
+        self.legend = self.savefig = lambda *args, **how: None
+
+    def subplots(self, rows: int, columns: int, squeeze: bool = True, **how) -> np.ndarray:
+        axis = MagicMock(**{"get_ylim.return_value": (1, 10), "get_yscale.return_value": "log"})
+        axes = np.empty((rows, columns), dtype=object)
+        for index in np.ndindex(rows, columns):
+            axes[index] = axis
+        return axes.flatten() if squeeze else axes
+
+
+@pytest.fixture
+def unrendered(monkeypatch) -> None:
+    monkeypatch.setattr(figure, "Figure", Canvas)
+
+
+@pytest.mark.parametrize("case", COVERING + COMPARATORS, ids=named)
+def test_a_run(case, digit_shards, tmp_path, unrendered):
+    recipe = recipe_of(case, digit_shards, tmp_path / "run")
+    paused = pretrain(recipe.model_copy(update={"budget": recipe.budget.model_copy(update={"pause_minutes": 1e-9})}))
+    assert (paused.finished, paused.step) == (False, 1)
+    summary = pretrain(recipe)
+    assert (summary.finished, summary.step) == (True, 3)
+
+    record = open_run(tmp_path / "run")
+    looks = [entry for entry in record.metrics if entry["kind"] == "doctor"]
+    assert [look["step"] for look in looks] == [1, 2, 3]
+    for look in looks:
+        assert sum(key.startswith("horizon/") for key in look) == expected_scans(case)
+        assert {"feature_std", "rankme", "relative_lr", "grad_norm/patch_embed"} - look.keys() <= (
+            set() if "traversal" in case or "vit" in case["name"] else {"grad_norm/patch_embed"}
+        )
+    pictures = sorted(path.name for path in (tmp_path / "run" / "pictures").glob("*.png"))
+    assert len(pictures) == (0 if case["objective"] == "distill" else 3)
+
+    exported = timm.create_model(f"local-dir:{export(tmp_path / 'run', tmp_path / 'exported')}", pretrained=True)
+    objective = build_objective(recipe, False)
+    objective.load_state_dict(checkpoint.newest(tmp_path / "run" / "checkpoints").tensors("objective"))
+    images = torch.rand(2, 1, *recipe.model.img_size)
+    with torch.no_grad():
+        got, want = exported.eval().forward_features(images), objective.exported().eval().forward_features(images)
+    torch.testing.assert_close(got, want)
+
+    page = write_report(record, tmp_path / "page.html", build_objective).read_text()
+    missing = [part.split("<")[0] for part in page.split("Not shown: ")[1:]]
+    reasons = {
+        "no scores": True, "draws no picture": case["objective"] == "distill",
+        "has no patches": case["name"] == "test_convnext", "has no forget gates": not expected_scans(case),
+    }  # fmt: skip
+    assert len(missing) == sum(reasons.values())
+    assert all(any(reason in text for text in missing) for reason, wanted in reasons.items() if wanted)
+
+
+def one_sentence(error: UserError, *words: str) -> None:
+    message = str(error)
+    assert "\n" not in message
+    assert len(message) < 300
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize("conv", DESIGN["conv"])
+@pytest.mark.parametrize("traversal", TRAVERSALS)
+def test_the_autoregressive_objective_refuses_what_is_not_causal(traversal, conv, digit_shards, tmp_path):
+    case = {"objective": "autoregressive", "name": "vil_nano_patch4_32", "traversal": traversal, "conv": conv}
+    recipe = recipe_of(case, digit_shards, tmp_path / "run")
+    if traversal == "unidirectional" and conv != "2d":
+        build_objective(recipe)
+        return
+    with pytest.raises(UserError) as refused:
+        pretrain(recipe)
+    one_sentence(refused.value, "traversal = unidirectional" if traversal != "unidirectional" else "conv = causal1d")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("objective", [name for name in runs.PACKAGED if name not in WITHOUT_PATCHES])
+def test_objectives_of_patches_refuse_networks_without(objective, digit_shards, tmp_path):
+    recipe = recipe_of({"objective": objective, "name": "test_convnext", "patch_size": None}, digit_shards, tmp_path)
+    with pytest.raises(UserError) as refused:
+        build_objective(recipe)
+    one_sentence(refused.value, "vil_* model")
+
+
+# --- the full product ------------------------------------------------------------------------------------------------
+
+
+def product(axes: dict[str, list]) -> Iterator[Case]:
+    for values in itertools.product(*axes.values()):
+        case = dict(zip(axes, values))
+        case["num_registers"] = 2 if case["global_pool"] == "registers" else None
+        yield case
+
+
+def look_at(case: Case, batch_of: Callable[[Recipe], Any], shards, tmp_path) -> None:
+    """Two steps of training, all vital signs, the objective's picture, features as colours and the readout's map."""
+    recipe = recipe_of(case, shards, tmp_path / "run")
+    objective = build_objective(recipe)
+    batch, optimizer = batch_of(recipe, objective), torch.optim.AdamW(objective.parameters(), 1e-3)
+    vitals = Vitals(objective)
+    for step in range(2):
+        output = objective(batch, Progress(step, 3, 10.0, 0))
+        output.loss.backward()
+        vitals.before_step()
+        optimizer.step()
+        optimizer.zero_grad()
+        objective.after_step(Progress(step, 3, 10.0, 0))
+    values = vitals.after_step(2, 1e-3, batch, output)
+    assert sum(key.startswith("horizon/") for key in values) == expected_scans(case)
+    assert {"feature_std", "rankme", "grad_reach"} <= values.keys()
+    objective.eval()
+    picture = objective.picture(batch, Progress(2, 3, 10.0, 0))
+    assert picture is None if case["objective"] == "distill" else np.isfinite(picture.numpy()).all()
+    backbone = objective.exported()
+    images = batch.views[0][:4]
+    assert readout_saliency(backbone, images).isfinite().all()
+    assert pca_colours(backbone, images).isfinite().all()
+    clone = timm.create_model(recipe.model.name, **recipe.model.create_kwargs()).eval()
+    clone.load_state_dict(backbone.state_dict())
+    readout, width = choose_readout(clone)
+    with torch.no_grad():
+        assert read_out(clone, images, readout).shape == (len(images), width)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", runs.PACKAGED)
+def test_the_full_product(objective, digit_shards, tmp_path):
+    """Traversals, poolings, convolutions and versions: 294 designs, of which the autoregressive objective takes 28."""
+    shards, batches = open_shards(f"{digit_shards}/digits-*.tar"), {}
+
+    def batch_of(recipe: Recipe, built) -> Any:
+        if not batches:
+            batches[0] = next(train_batches(shards, built.views(), seed=0, batch_size=20, stop_step=1, channels=1))
+        return batches[0]
+
+    axes = {key: (CAUSAL if objective == "autoregressive" else DESIGN)[key] for key in
+            ("traversal", "global_pool", "conv", "name")}  # fmt: skip
+    failed = []
+    for case in product(axes):
+        try:
+            look_at(case | {"objective": objective}, batch_of, digit_shards, tmp_path)
+        except Exception as error:
+            failed.append(f"{named(case)}: {type(error).__name__}: {error}")
+    assert not failed, f"{len(failed)} designs, such as {json.dumps(failed[:3], indent=1)}"
