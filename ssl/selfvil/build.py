@@ -1,4 +1,4 @@
-"""From a recipe to the objective, its parameter groups, and the learning rate at a step."""
+"""From a recipe to the objective and its parameter groups."""
 
 import difflib
 
@@ -59,12 +59,3 @@ def parameter_groups(recipe: Recipe, objective: Objective) -> list[dict]:
     scales = {f"backbone.{name}": scale for name, scale in scales.items()}
     tags = dict.fromkeys(scales, optim.BACKBONE) | objective.tags()
     return optim.parameter_groups(objective, objective.no_weight_decay(), tags, scales)
-
-
-def learning_rate(recipe: Recipe, step: int, total: int) -> float:
-    settings = recipe.optim
-    warmup = round(settings.warmup * total)
-    if settings.schedule == "cosine":
-        return optim.cosine(step, total, settings.peak_lr, settings.min_lr, warmup)
-    cooldown = round(settings.cooldown * total) if settings.schedule == "wsd" else 0
-    return optim.warmup_stable_decay(step, total, settings.peak_lr, settings.min_lr, warmup, cooldown)

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from selfvil.checkpoint import Checkpoint, save_tensors
 from selfvil.errors import UserError
 from selfvil.manifest import sha256, write_manifest
 from selfvil.models import VisionLSTM
+from selfvil.run import read_recipe, read_record
 from selfvil.version import __version__
 from selfvil.weights import (
     CONFIG,
@@ -65,7 +66,8 @@ def export(run: str | Path, out: str | Path, *, network: str | None = None, head
             ours["heads_sha256"] = sha256(aside / HEADS)
         folder = _run_folder(saved)
         if folder is not None:
-            shutil.copyfile(folder / "recipe.yaml", aside / "recipe.yaml")
+            with suppress(UserError):  # damaged, and an older checkpoint does not hold it
+                (aside / "recipe.yaml").write_text(read_recipe(folder).to_yaml(), encoding="utf-8")
         card = model_card(backbone, saved, network, normalisation)
         write_network(aside, backbone, arguments, normalisation, ours, card)
     return out
@@ -167,7 +169,7 @@ def model_card(backbone: nn.Module, saved: Checkpoint, network: str, normalisati
     name, objective = meta["model"]["name"], dict(meta["objective"])
     method = objective.pop("name")
     folder = _run_folder(saved)
-    launches = _read_json(folder / "run.json", dict).get("launches", []) if folder else []
+    launches = read_record(folder).launches if folder else []
     launch = launches[-1] if launches else {}
     data = meta["data"]
     size = sum(parameter.numel() for parameter in backbone.parameters())

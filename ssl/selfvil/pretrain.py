@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
 from selfvil import checkpoint, optim, runtime
-from selfvil.build import build_objective, learning_rate, parameter_groups
+from selfvil.build import build_objective, parameter_groups
 from selfvil.data.index import Shards, open_shards
 from selfvil.data.ledger import Ledger
 from selfvil.data.loader import Batch, train_batches
@@ -50,10 +50,13 @@ def pretrain(recipe: Recipe) -> Summary:
     Raises:
         UserError: nothing has been overwritten; the message says what to change.
     """
+    with RunFolder(Path(recipe.run.out)) as folder:
+        return _pretrain(recipe, folder)
+
+
+def _pretrain(recipe: Recipe, folder: RunFolder) -> Summary:
     accelerator = runtime.start(recipe.run.precision, recipe.optim.accumulate, recipe.run.threads)
-    is_main, world_size = accelerator.is_main_process, accelerator.num_processes
-    out = Path(recipe.run.out)
-    folder = RunFolder(out)
+    is_main, world_size, out = accelerator.is_main_process, accelerator.num_processes, folder.path
     per_step = world_size * recipe.optim.accumulate
     if recipe.optim.batch_size % per_step:
         raise UserError(
@@ -63,6 +66,7 @@ def pretrain(recipe: Recipe) -> Summary:
     divided = accelerator.distributed_type == DistributedType.DEEPSPEED  # the optimizer's state, among processes
     if divided:
         _configure_deepspeed(recipe, accelerator)
+    runtime.on_main(accelerator, folder.take)
     with accelerator.main_process_first():
         if is_main:
             check_wandb(recipe)
@@ -70,8 +74,8 @@ def pretrain(recipe: Recipe) -> Summary:
         check_batch(recipe.optim.batch_size, len(shards))
         for warning in check_probes(recipe):
             log.log(logging.WARNING if is_main else logging.DEBUG, warning)
-        resumed = folder.claim(recipe, shards) if is_main else None
-    resumed = runtime.agree(accelerator, resumed)
+    start = runtime.on_main(accelerator, partial(folder.start, recipe, shards))
+    plan, resumed = start.plan, start.checkpoint
 
     objective = build_objective(recipe, start=resumed is None).to(accelerator.device)
     micro_batch, channels = recipe.optim.batch_size // per_step, recipe.model.in_chans
@@ -90,7 +94,7 @@ def pretrain(recipe: Recipe) -> Summary:
     zero = Zero(model, optimizer) if divided else None
 
     batch_size = recipe.optim.batch_size
-    total_steps = recipe.budget.total_steps(len(shards), batch_size)
+    total_steps = plan.total_steps
     first_step, seconds_before = 0, 0.0
     if saved:
         if zero:
@@ -98,15 +102,14 @@ def pretrain(recipe: Recipe) -> Summary:
         else:
             optim.load_optimizer_tensors(optimizer, saved.tensors("optimizer"))
         first_step, seconds_before = saved.step, saved.meta["seconds"]
-    if first_step == total_steps and (ended_before := folder.final_summary()):
+    if first_step == total_steps and (ended_before := folder.final_summary(total_steps)):
         if is_main:
             print_summary(out)
         accelerator.end_training()
         return ended_before
-    if is_main:
-        description = runtime.describe(accelerator) | ({"zero_stage": zero.stage} if zero else {})
-        folder.record_launch(recipe, first_step, description)
-    accelerator.wait_for_everyone()
+    description = runtime.describe(accelerator) | ({"zero_stage": zero.stage} if zero else {})
+    known_id = saved.meta.get("run") if saved else None
+    run_id = runtime.on_main(accelerator, partial(folder.record_launch, recipe, first_step, description, known_id))
 
     seed, rank, device = recipe.run.seed, accelerator.process_index, accelerator.device
     final_decay = recipe.optim.weight_decay_end
@@ -120,7 +123,7 @@ def pretrain(recipe: Recipe) -> Summary:
         raise UserError(problem)
     outputs = Outputs()
     metrics = MetricsWriter(
-        out, first_step, recipe.monitor.tensorboard, recipe.monitor.wandb, out.name, outputs,
+        out, first_step, recipe.monitor.tensorboard, recipe.monitor.wandb, out.name, run_id, outputs,
         recipe.model_dump(mode="json"),
     ) if is_main else None  # fmt: skip
     line = ProgressLine(first_step, total_steps, enabled=is_main, outputs=outputs)
@@ -148,9 +151,9 @@ def pretrain(recipe: Recipe) -> Summary:
                 optional = partial(_optional, step + 1, metrics, line)
                 # One optimizer step: micro-batches, clipping, update, teacher.
                 progress = Progress(step, total_steps, steps_per_epoch, seed)
-                lr = learning_rate(recipe, step, total_steps)
+                lr = plan.learning_rate(recipe, step)
                 decay = optim.cosine(step, total_steps, recipe.optim.weight_decay, final_decay)
-                backbone_waits = progress.fraction < recipe.optim.heads_first
+                backbone_waits = step < plan.heads_first_steps
                 scales = {optim.BACKBONE: 0.0 if backbone_waits else 1.0} | objective.lr_scales(progress)
                 optim.set_rates(optimizer, lr, decay, scales)
                 runtime.seed_step(seed, step, rank)
@@ -219,7 +222,9 @@ def pretrain(recipe: Recipe) -> Summary:
                     with zero.whole() if zero else nullcontext():
                         tensors = {"objective": objective.state_dict(), "optimizer": moments} if is_main else {}
                         seconds = seconds_before + time.monotonic() - began
-                        meta = checkpoint_meta(recipe, shards, objective.networks, objective.export, step, seconds)
+                        meta = checkpoint_meta(
+                            recipe, shards, objective.networks, objective.export, step, seconds, plan, run_id
+                        )
                         save = partial(
                             checkpoint.save, out / "checkpoints", step, tensors, meta, recipe.run.keep_checkpoints
                         )

@@ -20,7 +20,7 @@ from selfvil.errors import UserError
 from selfvil.packaged import find as find
 from selfvil.packaged import packaged_recipes as packaged_recipes
 from selfvil.safe_yaml import read_mapping
-from selfvil.settings import Section, Size
+from selfvil.settings import PathText, Section, Size
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -75,7 +75,7 @@ class ModelSection(Section):
     """ViL: learnable tokens spread evenly through the sequence; null has none."""
     pos_embed: Literal["learn", "sincos"] | None = None
     """ViL: learned or fixed sine-cosine positions; null keeps the named model's own (learn)."""
-    start_from: str | None = None
+    start_from: PathText | None = None
     """Weights to begin a new run with, of the same architecture: an export, a run, a checkpoint; or a published file of
     Vision-LSTM (.th), or a safetensors file of the timm model, which need start_heads: new. null draws them."""
     start_heads: Literal["load", "new"] = "load"
@@ -123,7 +123,7 @@ class ModelSection(Section):
 class DataSection(Section):
     """Where the images come from."""
 
-    train: str | list[str]
+    train: PathText | list[PathText]
     """WebDataset shards: a path, a glob, a folder or a brace pattern such as shards/train-{000000..000009}.tar."""
     image: str | None = None
     """Extension of the image to train on where samples have several, such as KEY.png with a mask KEY.jpg; null takes
@@ -239,7 +239,7 @@ class BudgetSection(Section):
 class RunSection(Section):
     """Where and how the run takes place."""
 
-    out: str
+    out: PathText
     """Folder of the run: recipe, checkpoints, metrics, ledger."""
     seed: int = Field(0, ge=0, lt=2**31)
     """Seed of initialisation, sample order, augmentation and masks."""
@@ -276,9 +276,9 @@ class MonitorSection(Section):
 class EvalSection(Section):
     """Scores on labelled shards during the run, by the same code as `selfvil eval`."""
 
-    train: str | list[str] | None = None
+    train: PathText | list[PathText] | None = None
     """Labelled shards whose features are the neighbours."""
-    test: str | list[str] | None = None
+    test: PathText | list[PathText] | None = None
     """Labelled shards that are scored."""
     every: int | None = Field(None, ge=1)
     """Optimizer steps between two scores; null scores only at the end."""
@@ -328,13 +328,17 @@ class Recipe(Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=120)
 
     def identity(self) -> dict[str, Any]:
-        """The settings that decide what is computed: two runs with equal identities may continue each other."""
+        """The settings that decide what is computed: two runs with equal identities may continue each other.
+
+        The budget is compared apart (`selfvil.plan`), and the images by their fingerprint, wherever they lie.
+        optim.accumulate changes rounding, and for some objectives what a loss is taken over.
+        """
         whole = self.model_dump(mode="json")
         whole["run"] = {key: whole["run"][key] for key in ("seed", "precision")}
-        whole["data"].pop("workers")
-        whole["data"].pop("max_bad")
-        whole["budget"].pop("pause_minutes")
-        return {key: whole[key] for key in ("model", "data", "objective", "optim", "budget", "run")}
+        for key in ("train", "workers", "max_bad"):
+            whole["data"].pop(key)
+        whole["optim"].pop("accumulate")
+        return {key: whole[key] for key in ("model", "data", "objective", "optim", "run")}
 
 
 def load(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -1,8 +1,9 @@
 """The base of every settings model: the sections of a recipe and the settings of an objective."""
 
+import os
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict
 
 
 class Section(BaseModel):
@@ -17,3 +18,6 @@ def _pair(value: Any) -> Any:
 
 Size = Annotated[tuple[int, int], BeforeValidator(_pair)]
 """Height and width in pixels; a single number means a square."""
+
+PathText = Annotated[str, AfterValidator(os.path.expanduser)]
+"""A path or a pattern of paths; `~` at its start is the home of the user."""

@@ -14,7 +14,9 @@ from selfvil.monitor.pictures import loss_curve, save_picture
 
 
 def write(folder, steps, resume_step=0, **options):
-    writer = MetricsWriter(folder, resume_step, **({"tensorboard": False, "wandb": None, "name": "run"} | options))
+    writer = MetricsWriter(
+        folder, resume_step, **({"tensorboard": False, "wandb": None, "name": "run", "run_id": "1"} | options)
+    )
     for step in steps:
         writer.write(step, {"loss": 1 / step, "samples": 8 * step, "lr": 0.1})
     writer.close()

@@ -3,9 +3,8 @@
 The folder is only read, and none of its files is trusted to be whole: a run may have been killed at any moment.
 """
 
-import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,8 @@ from selfvil.monitor.metrics import read_metrics
 from selfvil.monitor.rules import RULES
 from selfvil.monitor.vitals import feature_vitals, lidar_vitals
 from selfvil.monitor.wording import number
-from selfvil.recipe import Recipe, read
+from selfvil.recipe import Recipe
+from selfvil.run import read_recipe, read_record
 from selfvil.weights import load_network, open_checkpoint
 
 LIDAR_IMAGES, LIDAR_VIEWS = 128, 8
@@ -59,21 +59,16 @@ def open_run(folder: Path) -> Record:
     Raises:
         UserError: it is no run, or one that has logged nothing yet.
     """
-    recipe_file, metrics_file, run_file = (folder / name for name in ("recipe.yaml", "metrics.jsonl", "run.json"))
-    if not recipe_file.is_file():
-        raise UserError(f"{folder} is not the folder of a run: it holds no recipe.yaml")
-    recipe = read(recipe_file)
+    recipe, metrics_file = read_recipe(folder), folder / "metrics.jsonl"
     metrics = read_metrics(metrics_file) if metrics_file.is_file() else []
     if not any(record["kind"] == "train" for record in metrics):
         raise UserError(
             f"{metrics_file} holds no training metrics: a run writes the first ones after monitor.log_every steps"
         )
-    try:
-        run = json.loads(run_file.read_text())
-    except (OSError, ValueError):  # it only informs
-        run = {}
+    run = read_record(folder)
     cut = not metrics_file.read_bytes().endswith(b"\n")
-    return Record(folder, recipe, metrics, run.get("launches", []), run.get("summary"), cut)
+    summary = asdict(run.summary) if run.summary else None
+    return Record(folder, recipe, metrics, run.launches, summary, cut)
 
 
 def examine(record: Record) -> Doctor:

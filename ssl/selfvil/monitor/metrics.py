@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from selfvil.errors import UserError
-from selfvil.files import Outputs
+from selfvil.files import Outputs, write_text
 
 log = logging.getLogger("selfvil")
+
+_ALWAYS = ("loss", "lr", "samples", "epoch")  # in every record of kind "train"
 
 
 class Means:
@@ -49,7 +51,7 @@ class MetricsWriter:
 
     def __init__(
         self, folder: Path, resume_step: int, tensorboard: bool, wandb: str | None, name: str,
-        outputs: Outputs | None = None, config: dict[str, Any] | None = None,
+        run_id: str, outputs: Outputs | None = None, config: dict[str, Any] | None = None,
     ) -> None:  # fmt: skip
         self.path, self._outputs = folder / "metrics.jsonl", outputs or Outputs()
         try:
@@ -72,7 +74,7 @@ class MetricsWriter:
                 ) from None
             try:
                 self._wandb = wandb_module.init(
-                    project=wandb, name=name, dir=str(folder), id=name, resume="allow", config=config
+                    project=wandb, name=name, dir=str(folder), id=run_id, resume="allow", config=config
                 )
             except Exception as error:  # of the network, the account or the service, by classes of wandb's own
                 raise UserError(
@@ -122,23 +124,41 @@ class MetricsWriter:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Records of a metrics.jsonl; lines that are none, such as a last one cut off by a crash, are left out."""
-    records = []
-    for line in path.read_text().splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
+    """Records of a metrics.jsonl, each with "step" and "kind"; damaged lines, and values that are neither number nor
+    text, are left out, with one warning unless it is only the last line, which a crash cuts off."""
+    records, damaged = [], 0
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    for number, line in enumerate(lines, 1):
+        record = _record(line)
+        if record is not None:
+            records.append(record)
+        elif number < len(lines):
+            damaged += 1
+    if damaged:
+        log.warning("%s: %d of %d lines are damaged and left out", path, damaged, len(lines))
     return records
+
+
+def _record(line: str) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict) or not isinstance(record.get("kind"), str):
+        return None
+    step = record.get("step")
+    if not isinstance(step, int) or isinstance(step, bool) or step < 0:
+        return None
+    if record["kind"] == "train" and not all(isinstance(record.get(key), int | float) for key in _ALWAYS):
+        return None
+    return {key: value for key, value in record.items() if isinstance(value, int | float | str)}
 
 
 def _drop_after(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = [record for record in read_metrics(path) if record["step"] <= step]
-    aside = path.with_suffix(".aside")
-    aside.write_text("".join(json.dumps(record) + "\n" for record in kept))
-    os.replace(aside, path)
+    write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
 
 
 def finite(values: dict[str, Tensor]) -> bool:

@@ -25,6 +25,7 @@ from selfvil.objectives.crops import Scale
 from selfvil.objectives.dino import Teacher
 from selfvil.objectives.ibot import IBOT, IBOTSettings
 from selfvil.objectives.processes import join
+from selfvil.settings import PathText
 from selfvil.weights import load_pretrained
 
 
@@ -55,7 +56,7 @@ class DINOv2Settings(IBOTSettings):
     """Weight of KoLeo, by which every image of a micro-batch of all processes moves away from the one nearest to it."""
     gram_weight: float = Field(0.0, ge=0)
     """Weight of Gram anchoring; 0 leaves it out."""
-    gram_from: str | None = None
+    gram_from: PathText | None = None
     """Network whose similarities of patches are held on to: an export, a run or a checkpoint whose patches lie on the
     same grid, of any width, which must stay where it is until the run ends; null takes the run's own teacher as it is
     at gram_start."""

@@ -28,7 +28,7 @@ from selfvil.models.heads import READOUTS, choose_readout, patch_grid, split_tok
 from selfvil.objectives.base import Batch, ImageSpec, Objective, Progress, StepOutput, View
 from selfvil.objectives.crops import Readout, Scale
 from selfvil.objectives.dino import StaysFloat32
-from selfvil.settings import Section, Size
+from selfvil.settings import PathText, Section, Size
 from selfvil.weights import Normalisation, check_single_file, load_export
 
 
@@ -36,9 +36,9 @@ class DistillSettings(Section):
     """Settings of distillation."""
 
     name: Literal["distill"] = "distill"
-    teacher: str
+    teacher: PathText
     """Folder that `selfvil export` wrote, or the name of a timm model, such as vit_small_patch14_dinov2.lvd142m."""
-    teacher_weights: str | None = None
+    teacher_weights: PathText | None = None
     """With the name of a timm model: its weights, a safetensors file on this machine."""
     teacher_img_size: Size | None = None
     """Height and width to which images are resized for the teacher, in pixels; null shows it the student's."""
