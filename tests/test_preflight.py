@@ -70,7 +70,7 @@ def test_wandb_gets_the_recipe_and_its_errors_are_a_sentence(monkeypatch, tmp_pa
     given = {}
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **how: given.update(how)))
     config = load("demo").model_dump(mode="json")
-    MetricsWriter(tmp_path, 0, False, "vil", "mine", config=config).close()
+    MetricsWriter(tmp_path, 0, False, "vil", "mine", "id", config=config).close()
     assert given["config"]["optim"]["batch_size"] == 128
 
     def fail(**how):
@@ -78,4 +78,4 @@ def test_wandb_gets_the_recipe_and_its_errors_are_a_sentence(monkeypatch, tmp_pa
 
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=fail))
     with pytest.raises(UserError, match=r"cannot be started: no route to host; set WANDB_MODE=offline"):
-        MetricsWriter(tmp_path, 0, False, "vil", "mine")
+        MetricsWriter(tmp_path, 0, False, "vil", "mine", "id")
