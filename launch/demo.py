@@ -17,17 +17,16 @@ import numpy as np
 import timm
 import torch
 from PIL import Image
-from rich.console import Console
 from rich.table import Table
 from sklearn.datasets import load_digits
 
-import selfvil  # noqa: F401 - registers the vil_* models with timm
+from selfvil import terminal
 from selfvil.evaluate.features import load_backbone
 from selfvil.evaluate.score import Row, score
 from selfvil.monitor.pictures import loss_curve
 
 TEST_IMAGES = 500
-console = Console(highlight=False)
+console = terminal.console()
 
 
 def main() -> None:
@@ -87,7 +86,8 @@ def reload_equals_run(out: Path) -> None:
     with torch.no_grad():
         if not torch.equal(reloaded(image), trained(image)):
             sys.exit("demo: the reloaded export does not compute what the run's network computes")
-    console.print(f"timm.create_model('local-dir:{out / 'export'}', pretrained=True) computes the same, bit for bit")
+    console.print("it computes the same, bit for bit:")
+    console.print(use(out), soft_wrap=True)
 
 
 def close(out: Path, rows: list[Row], picture: Path, seconds: float) -> None:
@@ -108,12 +108,21 @@ def close(out: Path, rows: list[Row], picture: Path, seconds: float) -> None:
         "images seen": f"{summary['samples']:,} at {summary['images_per_second']:,.0f} images/s",
         "time": f"{seconds:.0f} s in all, {summary['seconds']:.0f} s of it pretraining",
         "run": f"{out / 'run'} (recipe, metrics, checkpoints)",
-        "export": f"timm.create_model('local-dir:{out / 'export'}', pretrained=True)",
+        "export": str(out / "export"),
         "reconstructions": str(picture),
         "loss curve": str(out / "loss.png"),
     }.items():
         where.add_row(name, value)
     console.print(where)
+    console.print("To use it, in Python:")
+    console.print(use(out), soft_wrap=True)
+
+
+def use(out: Path) -> str:
+    """Lines that load the export, as they can be pasted into Python."""
+    return (
+        f"import selfvil, timm\nbackbone = timm.create_model({'local-dir:' + str(out / 'export')!r}, pretrained=True)"
+    )
 
 
 def cell(row: Row) -> str:
@@ -123,7 +132,7 @@ def cell(row: Row) -> str:
 def run(*command: object) -> None:
     """Show a command and run it with this environment's programs; stop the demo where it fails."""
     words = [str(word) for word in command]
-    console.print(f"[bold]$ {' '.join(words)}[/bold]", soft_wrap=True)
+    console.print(f"$ {' '.join(words)}", style="bold", soft_wrap=True)
     program = Path(sys.executable).parent / words[0]
     if subprocess.run([str(program), *words[1:]], cwd=Path(__file__).parents[1]).returncode:
         sys.exit(f"demo: this command failed: {' '.join(words)}")

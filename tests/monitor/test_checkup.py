@@ -77,6 +77,13 @@ def test_the_report_is_one_page_that_needs_nothing_else(run, tmp_path, capsys):
     for fact in ("teacher_momentum: 0.0", torch.__version__, "12 of 12", "linear"):
         assert fact in page
     assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
+    assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in page
+    assert page.count("<figcaption>") == 5
+    assert 'alt=""' not in page
+    assert page.count("<table>") == page.count("<caption>") > 2
+    assert "<td></td>" not in page
+    assert "None" not in page.partition("<details><summary>Every setting of the run")[0]
+    assert "<dt>RankMe</dt>" in page
 
 
 def test_a_report_without_images_or_checkpoint_says_what_it_lacks(copied, tmp_path):

@@ -54,8 +54,27 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 60em; margin: 2em auto; 
 h1, h2 { line-height: 1.2; } h2 { margin-top: 2em; border-bottom: 1px solid #ccc; }
 table { border-collapse: collapse; } td, th { padding: .2em .8em .2em 0; text-align: left; vertical-align: top; }
 th { font-weight: 600; } tr.alarm { color: #b00020; font-weight: 600; } img { max-width: 100%; max-height: 60em; }
-pre { background: #f5f5f5; padding: 1em; overflow-x: auto; } p.note { color: #555; }
+pre { background: #f5f5f5; padding: 1em; overflow-x: auto; } p.note, figcaption, caption { color: #555; }
+figure { margin: 1em 0; } caption { text-align: left; padding-bottom: .3em; } summary { cursor: pointer; }
+div.wide { overflow-x: auto; } td { overflow-wrap: anywhere; min-width: 4em; }
+dt { font-weight: 600; } dd { margin: 0 0 .5em; }
 """
+
+TERMS = {
+    "RankMe": "the number of directions that the features use: the exponential of their singular values' entropy "
+    "(Garrido et al., 2023)",
+    "α-ReQ": "how fast the eigenvalues of the features' covariance fall; near 1 is healthy (Agrawal et al., 2022)",
+    "LiDAR": "the rank of what separates images from each other, against views of one image (Thilak et al., 2023)",
+    "gate": "a number from 0 to 1 with which an mLSTM block keeps or forgets its memory at each token; saturated: "
+    "stuck near 0 or 1",
+    "memory, in tokens": "tokens after which a block's memory has fallen to 1/e",
+    "trivial loss": "the loss of giving one answer for all images",
+    "teacher": "a running mean of the trained network, whose outputs are the targets",
+}
+"""Terms of the vital signs, explained beneath their picture."""
+
+_PICTURE = "what the objective gets of some images, and what it makes of it"
+"""Caption of an objective's picture."""
 
 
 def write_report(record: Record, out: Path, build: Build) -> Path:
@@ -64,17 +83,18 @@ def write_report(record: Record, out: Path, build: Build) -> Path:
     sections: list[tuple[str, Callable[[], str]]] = [
         ("The run", lambda: _facts(record)),
         ("The doctor", lambda: _doctor(record)),
-        ("Learning curves", lambda: _png(curves_figure(record.metrics, record.folder.resolve().name))),
+        ("Learning curves", lambda: _curves(record)),
         ("Vital signs", lambda: _vitals(record)),
         ("Scores", lambda: _scores(record)),
         ("What the objective sees", lambda: _objective(record, build)),
         ("What the features see", lambda: _features(record)),
         ("How long it remembers", lambda: _horizons(record)),
-        ("Recipe", lambda: f"<pre>{escape(record.recipe.to_yaml())}</pre>"),
+        ("Recipe", lambda: _recipe(record)),
     ]
     body = "".join(f"<h2>{escape(name)}</h2>\n{_or_why_not(make)}\n" for name, make in sections)
     page = (
-        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{escape(title)}</title>'
         f"<style>{_STYLE}</style></head>\n<body><h1>{escape(title)}</h1>\n{body}</body></html>\n"
     )
     try:
@@ -94,6 +114,13 @@ def _or_why_not(make: Callable[[], str]) -> str:
         return f'<p class="note">Not shown: {escape(str(error))}</p>'
 
 
+def _recipe(record: Record) -> str:
+    return (
+        "<details><summary>Every setting of the run, defaults included (selfvil explain KEY has its meaning)</summary>"
+        f"<pre>{escape(record.recipe.to_yaml())}</pre></details>"
+    )
+
+
 # --- what the run wrote down -----------------------------------------------------------------------------------------
 
 
@@ -109,12 +136,12 @@ def _facts(record: Record) -> str:
         "Wall time": f"{seconds / 60:.1f} minutes in {len(record.launches)} launch(es)" if seconds else "not known",
         "Device": f"{launch.get('processes', '?')} × {launch.get('device', '?')}, {record.recipe.run.precision}",
         "Seed": str(record.recipe.run.seed),
-        "Commit": str(launch.get("commit")),
+        "Commit": launch.get("commit") or "not known",
         "Versions": ", ".join(f"{name} {version}" for name, version in launch.get("versions", {}).items()),
         "Command": launch.get("command", "?"),
     }
     note = '<p class="note">metrics.jsonl ends in the middle of a line, as a killed run leaves it; that record is not '
-    return _table([], facts.items()) + (note + "shown.</p>" if record.cut else "")
+    return _table([], facts.items(), "From run.json and metrics.jsonl.") + (note + "shown.</p>" if record.cut else "")
 
 
 def _status(record: Record) -> str:
@@ -129,7 +156,18 @@ def _doctor(record: Record) -> str:
         raise UserError(NOTHING_JUDGED)
     said = "".join(f"<p><b>Step {alarm.step:,}.</b> {escape(alarm.sentence)}</p>" for alarm in doctor.alarms.values())
     header = ["symptom", "value", "healthy", "verdict", "advice"]
-    return (said or "<p>No alarm.</p>") + _table(header, rows(doctor))
+    return (said or "<p>No alarm.</p>") + _table(
+        header, rows(doctor), "Measured values with their healthy ranges; advice where there is an alarm."
+    )
+
+
+def _curves(record: Record) -> str:
+    return _png(
+        curves_figure(record.metrics, record.folder.resolve().name),
+        "Loss: what training minimises, as means between two log lines. Learning rate: as the schedule has it. Share "
+        "of ln K, with a teacher: entropy of its outputs over the largest possible one; in the red bands its outputs "
+        "no longer tell images apart.",
+    )
 
 
 def _vitals(record: Record) -> str:
@@ -155,7 +193,10 @@ def _vitals(record: Record) -> str:
             _plain_numbers(axis)
     for axis in list(axes.flat)[len(names) :]:
         axis.set_axis_off()
-    return _png(figure) + '<p class="note">Over the steps. Dashed: the border of the healthy range.</p>'
+    shown = " ".join(VITALS[name] for name in names)
+    terms = "".join(f"<dt>{escape(term)}</dt><dd>{escape(text)}</dd>" for term, text in TERMS.items() if term in shown)
+    caption = "Over the steps. Dashed: the border of the healthy range."
+    return _png(figure, caption) + (f"<details><summary>Terms</summary><dl>{terms}</dl></details>" if terms else "")
 
 
 def _scores(record: Record) -> str:
@@ -163,8 +204,11 @@ def _scores(record: Record) -> str:
     parts = []
     if entries:
         names = [name for name in entries[-1] if name not in ("step", "kind")]
-        lines = [[f"{entry['step']:,}", *(f"{entry.get(name, math.nan):.2f} %" for name in names)] for entry in entries]
-        parts.append("<p>During the run:</p>" + _table(["step", *names], lines))
+        lines = [
+            [f"{entry['step']:,}", *(f"{entry[name]:.2f} %" if name in entry else "" for name in names)]
+            for entry in entries
+        ]
+        parts.append(_table(["step", *names], lines, "During the run: top-1 accuracy on the test images of eval.test."))
     try:
         scores = json.loads((record.folder / "scores.json").read_text())
     except (OSError, ValueError):
@@ -172,7 +216,8 @@ def _scores(record: Record) -> str:
     if scores:
         names = ["network", "protocol", "value", "deviation", "readout", "train_images", "test_images"]
         lines = [[str(row.get(name, "")) for name in names] for row in scores if isinstance(row, dict)]
-        parts.append("<p>scores.json:</p>" + _table(names, lines))
+        caption = "scores.json: top-1 accuracy in percent; deviation over draws or seeds; readout: tokens used."
+        parts.append(_table(names, lines, caption))
     if not parts:
         raise UserError("no scores: set eval.train and eval.test, or selfvil eval ... --json RUN/scores.json")
     return "".join(parts)
@@ -184,7 +229,7 @@ def _scores(record: Record) -> str:
 def _objective(record: Record, build: Build) -> str:
     """The newest picture of the run, or else a new one from its newest checkpoint."""
     if saved := sorted((record.folder / "pictures").glob("step-*.png")):
-        return _img(saved[-1].read_bytes()) + f'<p class="note">{saved[-1].name}</p>'
+        return _img(saved[-1].read_bytes(), f"{saved[-1].name}: {_PICTURE}")
     checkpoint = open_checkpoint(record.folder)
     objective = build(record.recipe, False).eval()
     objective.load_state_dict(checkpoint.tensors("objective"))
@@ -193,7 +238,7 @@ def _objective(record: Record, build: Build) -> str:
     picture = objective.picture(batch, Progress(checkpoint.step, record.total_steps, per_epoch, record.recipe.run.seed))
     if picture is None:
         raise UserError(f"the objective {record.recipe.objective.name} draws no picture")
-    return _img(png(picture)) + f'<p class="note">Step {checkpoint.step:,}.</p>'
+    return _img(png(picture), f"Step {checkpoint.step:,}: {_PICTURE}")
 
 
 def _features(record: Record) -> str:
@@ -219,10 +264,11 @@ def _features(record: Record) -> str:
             axis.set_yticks([])
     for axis, label in zip(axes[:, 0], ("image", "features", "readout")):
         axis.set_ylabel(label)
-    return _png(figure) + (
-        f'<p class="note">Step {checkpoint.step:,}. Features: three principal components of the patches of all '
+    return _png(
+        figure,
+        f"Step {checkpoint.step:,}. Features: three principal components of the patches of all "
         "images, as red, green and blue. Readout: how far it moves when a patch's embedding does; brightest: the most "
-        "in this image, black: a thousandth of that.</p>"
+        "in this image, black: a thousandth of that.",
     )
 
 
@@ -251,32 +297,38 @@ def _horizons(record: Record) -> str:
     axis.grid(alpha=0.3)
     _plain_numbers(axis)
     figure.legend(loc="outside upper right", ncols=5, fontsize="small")
-    return _png(figure) + (
-        f'<p class="note">Step {checkpoint.step:,}, 128 images. A point is a head: tokens after which its memory has '
-        "fallen to 1/e, by the mean of its forget gates.</p>"
+    return _png(
+        figure,
+        f"Step {checkpoint.step:,}, 128 images. A point is a head: tokens after which its memory has "
+        "fallen to 1/e, by the mean of its forget gates.",
     )
 
 
 # --- HTML ------------------------------------------------------------------------------------------------------------
 
 
-def _table(header: Sequence[str], content: Iterable[Sequence[str]]) -> str:
-    head = "".join(f"<th>{escape(name)}</th>" for name in header)
-    lines = [f"<tr>{head}</tr>"] if header else []
-    for cells in content:
+def _table(header: Sequence[str], content: Iterable[Sequence[str]], caption: str = "") -> str:
+    """A table; a cell without content has a dash, and a column without any is left out."""
+    listed = [list(cells) for cells in content]
+    kept = [column for column in range(len(listed[0]) if listed else 0) if any(cells[column] for cells in listed)]
+    head = "".join(f'<th scope="col">{escape(header[column])}</th>' for column in kept) if header else ""
+    lines = [f"<caption>{escape(caption)}</caption>"] if caption else []
+    lines += [f"<tr>{head}</tr>"] if head else []
+    for cells in listed:
         alarm = ' class="alarm"' if any(cell.startswith("ALARM") for cell in cells) else ""
-        lines.append(f"<tr{alarm}>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>")
-    return "<table>" + "".join(lines) + "</table>"
+        lines.append(f"<tr{alarm}>" + "".join(f"<td>{escape(cells[column] or '–')}</td>" for column in kept) + "</tr>")
+    return f'<div class="wide"><table>{"".join(lines)}</table></div>'
 
 
-def _img(data: bytes) -> str:
-    return f'<img alt="" src="data:image/png;base64,{base64.b64encode(data).decode()}">'
+def _img(data: bytes, caption: str) -> str:
+    source = f"data:image/png;base64,{base64.b64encode(data).decode()}"
+    return f'<figure><img alt="{escape(caption)}" src="{source}"><figcaption>{escape(caption)}</figcaption></figure>'
 
 
-def _png(figure: Any) -> str:
+def _png(figure: Any, caption: str) -> str:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
-    return _img(buffer.getvalue())
+    return _img(buffer.getvalue(), caption)
 
 
 def _plain_numbers(axis: Any) -> None:
