@@ -379,6 +379,7 @@ def test_two_runs_of_one_name_have_ids_of_their_own(digit_shards, finished, tmp_
 
         log = finish = staticmethod(lambda *_, **__: None)
 
+    monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setitem(sys.modules, "wandb", Wandb)
     for parent in ("a", "b"):
         out = tmp_path / parent / "run"
