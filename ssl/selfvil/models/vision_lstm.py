@@ -206,7 +206,7 @@ class VisionLSTM(nn.Module):
         if extra is None:
             return x, None
         places = places_of(all_patches(x, grid) if keep is None else keep, grid[0] * grid[1], extra.shape[1])
-        return join(x, extra.to(x.dtype).expand(len(x), -1, -1), places), places
+        return join(x, extra.to(x.dtype).expand(x.shape[0], -1, -1), places), places
 
     def _run_block(self, block: nn.Module, x: Tensor, grid: Grid, keep: Tensor | None, places: Tensor | None) -> Tensor:
         if self.grad_checkpointing:
@@ -237,7 +237,8 @@ class VisionLSTM(nn.Module):
         stop_early: bool = False,
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        return_prefix_tokens: bool = False,
+    ) -> list[Any] | tuple[Tensor, list[Any]]:
         """Features after chosen block pairs, as timm's models give them.
 
         Args:
@@ -247,6 +248,7 @@ class VisionLSTM(nn.Module):
             stop_early: do not run the pairs after the last one asked for.
             output_fmt: "NCHW", "NHWC" or "NLC".
             intermediates_only: leave out the final features, as `forward_features` gives them.
+            return_prefix_tokens: give pairs of features and extra tokens (B, R, C), where the network has any.
         """
         if output_fmt not in ("NCHW", "NHWC", "NLC"):
             raise ValueError(f"output_fmt must be NCHW, NHWC or NLC, got {output_fmt!r}")
@@ -254,20 +256,39 @@ class VisionLSTM(nn.Module):
         x = self.patch_embed(x)
         grid = (x.shape[1], x.shape[2])
         x, places = self._embed(x.flatten(1, 2), grid, None)
-        intermediates = []
+        intermediates: list[Any] = []
         for index, block in enumerate(self.blocks[: last + 1] if stop_early else self.blocks):
             x = self._run_block(block, x, grid, None, places)
             if index in take:
-                _, y = self._take_apart(self.norm(x) if norm else x, places)
+                prefix, y = self._take_apart(self.norm(x) if norm else x, places)
                 if output_fmt != "NLC":
                     y = y.unflatten(1, grid)
                 if output_fmt == "NCHW":
                     y = y.permute(0, 3, 1, 2).contiguous()
-                intermediates.append(y)
+                intermediates.append((y, prefix) if return_prefix_tokens and prefix is not None else y)
         if intermediates_only:
             return intermediates
         extra, patches = self._take_apart(self.norm(x), places)
         return patches.unflatten(1, grid) if extra is None else torch.cat([extra, patches], dim=1), intermediates
+
+    def get_intermediate_layers(
+        self,
+        x: Tensor,
+        n: int | list[int] | tuple[int, ...] = 1,
+        reshape: bool = False,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+    ) -> list[Any]:
+        """Features after block pairs, with the arguments of timm's and DINO's vision transformers.
+
+        n: the last n pairs if a number, or those listed. reshape: maps (B, C, H, W) in place of tokens (B, N, C). For
+        the other arguments see `forward_intermediates`.
+        """
+        layers: Any = self.forward_intermediates(
+            x, n if isinstance(n, int) else list(n), norm=norm, output_fmt="NCHW" if reshape else "NLC",
+            intermediates_only=True, return_prefix_tokens=return_prefix_tokens,
+        )  # fmt: skip
+        return layers
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True

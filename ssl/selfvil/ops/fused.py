@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from selfvil.ops.exporting import exporting
 from selfvil.ops.triton_mlstm import INSTALLED, _precision
 
 SWITCH = "SELFVIL_FUSED"
@@ -49,7 +50,7 @@ def applies(x: Tensor) -> bool:
 
     In Triton's interpreter, on any device and in float64 too.
     """
-    if not INSTALLED or os.environ.get(SWITCH) == "0":
+    if not INSTALLED or os.environ.get(SWITCH) == "0" or exporting():
         return False
     if os.environ.get("TRITON_INTERPRET"):
         return x.device.type in ("cpu", "cuda")

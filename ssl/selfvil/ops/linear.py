@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from selfvil.ops.exporting import exporting
+
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 MIN_WIDTH = 16
 """Narrower maps are bound by memory, and left to torch."""
@@ -26,6 +28,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         and min(weight.shape) >= MIN_WIDTH
         and x.numel()
         and not torch.is_autocast_enabled("cpu")
+        and not exporting()
     ):
         return _onednn_linear(x.flatten(0, -2), weight, bias).unflatten(0, x.shape[:-1])
     return F.linear(x, weight, bias)

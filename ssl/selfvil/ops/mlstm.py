@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from selfvil.ops import triton_mlstm
+from selfvil.ops.exporting import exporting
 from selfvil.ops.reference import mlstm_reference
 from selfvil.ops.torch_mlstm import mlstm_torch
 from selfvil.ops.triton_mlstm import mlstm_triton
@@ -50,7 +51,8 @@ def mlstm(
         positions: where the tokens stand on a longer sequence of which they were taken, (B, N), integers, ascending.
             A token forgets as many times as there are positions between it and the one read before it, so that what
             is left of a token after a gap is what the whole sequence would have left. None: they are neighbours.
-        backend: a name from `BACKENDS`, or "auto" for what `choose` says, or $SELFVIL_MLSTM if that is set.
+        backend: a name from `BACKENDS`, or "auto" for what `choose` says, or $SELFVIL_MLSTM if that is set. While a
+            graph is exported, "auto" is "reference", which needs no custom operator.
 
     Returns:
         h (B, H, N, D) in the dtype of q.
@@ -63,7 +65,9 @@ def mlstm(
     if positions is not None:
         log_f = log_f * _gaps(positions, reverse).unsqueeze(1).to(log_f.dtype)
     if backend == "auto":
-        backend = os.environ.get(OVERRIDE) or choose(q.shape[2], q.shape[3], q.device, q.dtype)
+        backend = os.environ.get(OVERRIDE) or (
+            "reference" if exporting() else choose(q.shape[2], q.shape[3], q.device, q.dtype)
+        )
         if not torch.compiler.is_compiling():  # a message is no part of a graph
             _say_once(backend)
     if backend not in BACKENDS:

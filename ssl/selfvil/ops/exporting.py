@@ -1,0 +1,8 @@
+"""Whether a graph is being made for other programs, which do not have the custom operators of this package."""
+
+import torch
+
+
+def exporting() -> bool:
+    """Whether torch.export, torch.onnx or torch.jit.trace is running: operators then use plain torch only."""
+    return torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export() or torch.jit.is_tracing()
