@@ -2,6 +2,9 @@
 
 import sys
 
-from selfvil.cli import main
+try:
+    from selfvil.cli import main
 
-main(["pretrain", *sys.argv[1:]])
+    main(["pretrain", *sys.argv[1:]])
+except KeyboardInterrupt:  # Ctrl-C while torch is being imported
+    sys.exit(130)

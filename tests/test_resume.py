@@ -16,6 +16,7 @@ from runs import REPOSITORY, assert_same_state, command, environment, launch, ov
 from selfvil import checkpoint
 from selfvil.monitor.metrics import read_metrics
 from selfvil.pretrain import pretrain
+from selfvil.stop import STOPPED
 
 STEPS = 120
 # What would differ if any randomness or schedule depended on where a run began.
@@ -68,7 +69,7 @@ def straight(request, digit_shards, tmp_path_factory) -> tuple[str, Path, list[s
     return request.param, out, more
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_saves_and_the_same_command_finishes(digit_shards, straight, tmp_path, number):
     """A terminal's Ctrl-C and a scheduler's SIGTERM reach the data workers as well."""
     objective, untouched, more = straight
@@ -80,7 +81,7 @@ def test_a_signal_saves_and_the_same_command_finishes(digit_shards, straight, tm
     wait_for_step(process)
     os.killpg(process.pid, number)
     rest = process.communicate(timeout=120)[0]
-    assert process.returncode == 0, rest
+    assert process.returncode == STOPPED, rest
     stopped = re.search(rf"stopped after step (\d+) \({number.name}\): the state is saved", rest)
     assert stopped, rest
     newest = checkpoint.newest(tmp_path / "run" / "checkpoints")

@@ -1,8 +1,5 @@
 """Launches that would go wrong silently, and stops."""
 
-import os
-import signal
-
 import pytest
 
 from selfvil import runtime
@@ -77,20 +74,6 @@ def test_the_launchers_accumulation_divides_no_loss(monkeypatch):
     weight = torch.ones((), requires_grad=True)
     runtime.start("fp32", accumulate=1).backward(3 * weight)
     assert weight.grad == 3
-
-
-def test_first_signal_asks_and_a_later_one_interrupts(monkeypatch):
-    before = signal.getsignal(signal.SIGINT)
-    with runtime.StopRequest() as stop:
-        assert not stop
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert stop
-        assert stop.signal_name == "SIGTERM"
-        os.kill(os.getpid(), signal.SIGTERM)  # passed on by a launcher: the same wish
-        monkeypatch.setattr(stop, "SAME_SIGNAL", -1.0)
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_draws_of_a_step_depend_on_seed_step_and_rank_only():

@@ -27,8 +27,12 @@ Shards = Annotated[str, typer.Argument(help="Shards: a path, a glob, a folder, o
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run a command line and exit: 0 when done, 2 for a user's mistake (one message, no traceback), 3 for a run
-    stopped by its doctor, 130 on Ctrl-C."""
+    """Run a command line and exit.
+
+    0: done. 2: a user's mistake, told in one message. 3: a run stopped by its doctor. 4: a run that made no progress
+    (run.stall_minutes). 75: a run stopped early with its state saved; the same command continues. 130: interrupted by
+    Ctrl-C, without saving.
+    """
     logging.basicConfig(level=logging.WARNING, format="selfvil: %(message)s", stream=sys.stderr)
     try:
         app(args=None if argv is None else list(argv), prog_name="selfvil")
@@ -108,14 +112,21 @@ def pretrain(
     recipe: Annotated[str, typer.Argument(help="Recipe file, or the name of a packaged one.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value ...")] = None,
 ) -> None:
-    """Pretrain by a recipe; on several devices, start it with accelerate launch or torchrun launch/pretrain.py."""
+    """Pretrain by a recipe; on several devices, start it with accelerate launch or torchrun launch/pretrain.py.
+
+    Ctrl-C, SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2 save and stop: exit status 75, and the same command continues.
+    """
     from selfvil.recipe import load
 
     settings = load(recipe, overrides or ())  # before the slow import, so that a mistake is answered at once
     from selfvil.pretrain import pretrain
+    from selfvil.stop import STOPPED
 
-    if pretrain(settings).alarms and settings.monitor.on_collapse == "stop":
+    summary = pretrain(settings)
+    if summary.alarms and settings.monitor.on_collapse == "stop":
         raise typer.Exit(3)
+    if not summary.finished:
+        raise typer.Exit(STOPPED)
 
 
 @app.command()

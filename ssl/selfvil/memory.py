@@ -60,13 +60,13 @@ def need_memory(
 
 def saved_bytes(objective: Objective, count: int, channels: int, device: torch.device) -> int:
     """Bytes that autograd keeps between the forward and the backward pass of `count` images, weights not counted."""
-    batch = _blank_batch(objective.views(), count, channels).to(device)
+    batch = blank_batch(objective.views(), count, channels).to(device)
     progress = Progress(step=0, total_steps=1, steps_per_epoch=1.0, seed=0)
     with preserved_randomness():
         return footprint.saved_bytes(objective, lambda: objective(batch, progress))
 
 
-def _blank_batch(views: Sequence[View], count: int, channels: int) -> Batch:
+def blank_batch(views: Sequence[View], count: int, channels: int) -> Batch:
     with preserved_randomness():
         crops = [view(Image.new(_MODES[channels], (64, 64))) for view in views]
     numbers = torch.arange(count)

@@ -4,7 +4,6 @@ recipe -> shards -> order -> decode -> views -> objective -> loss -> optimizer s
 """
 
 import logging
-import math
 import os
 import time
 from collections.abc import Iterator
@@ -12,22 +11,23 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
+from torch import Tensor
 
 from selfvil import checkpoint, optim, runtime
 from selfvil.build import build_objective, parameter_groups
 from selfvil.data.index import Shards, open_shards
 from selfvil.data.ledger import Ledger
-from selfvil.data.loader import Batch, train_batches
+from selfvil.data.loader import train_batches
 from selfvil.data.render import drawable
+from selfvil.divergence import BuffersBefore, LossSpikes, NonFinite, non_finite
 from selfvil.errors import UserError, shorten
 from selfvil.files import Outputs
 from selfvil.memory import need_memory
 from selfvil.monitor.collapse import Doctor
 from selfvil.monitor.console import ProgressLine
-from selfvil.monitor.metrics import Means, MetricsWriter, finite
+from selfvil.monitor.metrics import Means, MetricsWriter
 from selfvil.monitor.pictures import save_picture
 from selfvil.monitor.probes import check_probes, probe_scores
 from selfvil.monitor.summary import print_summary
@@ -37,15 +37,20 @@ from selfvil.objectives.base import Objective, Progress
 from selfvil.preflight import check_batch, check_wandb, workers_warning
 from selfvil.recipe import Recipe
 from selfvil.run import RunFolder, Summary, checkpoint_meta
+from selfvil.stop import COLLAPSE, PAUSE, Interrupted, StopRequest
+from selfvil.unused import freeze_unused
+from selfvil.watchdog import Watchdog, longest_wait
 from selfvil.zero import Zero, apply_recipe, numel
 
 log = logging.getLogger("selfvil")
 
 
+@runtime.undisturbed()
 def pretrain(recipe: Recipe) -> Summary:
     """Run a recipe to its end, or until it is asked to stop; in both cases the state is saved.
 
     Every process of a launch calls this. `run.resume=auto` goes on from the newest valid checkpoint in `run.out`.
+    It may be called again in the same process, with any recipe, and in a thread, where signals cannot stop it.
 
     Raises:
         UserError: nothing has been overwritten; the message says what to change.
@@ -55,7 +60,8 @@ def pretrain(recipe: Recipe) -> Summary:
 
 
 def _pretrain(recipe: Recipe, folder: RunFolder) -> Summary:
-    accelerator = runtime.start(recipe.run.precision, recipe.optim.accumulate, recipe.run.threads)
+    patience = longest_wait(recipe.run.stall_minutes)
+    accelerator = runtime.start(recipe.run.precision, recipe.optim.accumulate, recipe.run.threads, patience)
     is_main, world_size, out = accelerator.is_main_process, accelerator.num_processes, folder.path
     per_step = world_size * recipe.optim.accumulate
     if recipe.optim.batch_size % per_step:
@@ -85,6 +91,7 @@ def _pretrain(recipe: Recipe, folder: RunFolder) -> Summary:
     autocast = runtime.autocast(accelerator.device, recipe.run.precision)
     parts = accelerator.num_processes if divided else 1
     need_memory(objective, micro_batch, channels, accelerator.device, autocast, parts)
+    freeze_unused(objective, channels, accelerator.device, runtime.autocast(accelerator.device, recipe.run.precision))
     groups = parameter_groups(recipe, objective)
     optimizer = optim.adamw(groups, recipe.optim.betas)
     saved = checkpoint.load(Path(resumed)) if resumed is not None else None
@@ -115,18 +122,17 @@ def _pretrain(recipe: Recipe, folder: RunFolder) -> Summary:
     final_decay = recipe.optim.weight_decay_end
     final_decay = recipe.optim.weight_decay if final_decay is None else final_decay
     steps_per_epoch = len(shards) / batch_size
-    pause_at = time.monotonic() + 60 * (recipe.budget.pause_minutes or math.inf)
 
     ledger = Ledger(out, len(shards), recipe.data.max_bad, rank)
     ledger.merge(runtime.gather_lists(accelerator, ledger.unshared()))
     if problem := ledger.excess():
         raise UserError(problem)
-    outputs = Outputs()
+    written = Outputs()
     metrics = MetricsWriter(
-        out, first_step, recipe.monitor.tensorboard, recipe.monitor.wandb, out.name, run_id, outputs,
+        out, first_step, recipe.monitor.tensorboard, recipe.monitor.wandb, out.name, run_id, written,
         recipe.model_dump(mode="json"),
     ) if is_main else None  # fmt: skip
-    line = ProgressLine(first_step, total_steps, enabled=is_main, outputs=outputs)
+    line = ProgressLine(first_step, total_steps, enabled=is_main, outputs=written)
     if is_main:
         _greet(line, recipe, accelerator, objective, shards, first_step, total_steps)
         if crowded := workers_warning(recipe.data.workers, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))):
@@ -135,20 +141,41 @@ def _pretrain(recipe: Recipe, folder: RunFolder) -> Summary:
     doctor_every = recipe.monitor.doctor_every
     doctor = Doctor(recipe, total_steps, takes_vitals=doctor_every is not None)
     vitals = Vitals(objective, first_step) if is_main and doctor_every else None
-    step, saved_at = first_step, first_step if resumed else None
+    step, saved_at, stopping = first_step, first_step if resumed else None, False
     began = window_began = time.monotonic()
-    window_step, collapsed = first_step, False
+    window_step = first_step
+    buffers, nonfinite, spikes = BuffersBefore(objective), NonFinite(recipe.optim.on_nonfinite, out), LossSpikes()
     batches = train_batches(
         shards, objective.views(), seed=seed, batch_size=batch_size, rank=rank, world_size=world_size,
         accumulate=recipe.optim.accumulate, start_step=first_step, stop_step=total_steps, workers=recipe.data.workers,
         channels=recipe.model.in_chans, augment=recipe.data.augment,
     )  # fmt: skip
 
+    def save(alone: bool = False) -> Path:
+        """Save the state after the last whole step: called by all processes, or `alone` by the main one's watchdog."""
+        moments = zero.optimizer_tensors() if zero else optim.optimizer_tensors(optimizer)
+        if metrics:
+            metrics.flush_to_disk()
+        with zero.whole() if zero else nullcontext():
+            weights = {name: buffers.values.get(name, tensor) for name, tensor in objective.state_dict().items()}
+            seconds = seconds_before + time.monotonic() - began
+            meta = checkpoint_meta(recipe, shards, objective.networks, objective.export, step, seconds, plan, run_id)
+
+            def write() -> Path:
+                nonfinite.refuse(step, non_finite(weights | moments))
+                tensors = {"objective": weights, "optimizer": moments}
+                return checkpoint.save(out / "checkpoints", step, tensors, meta, recipe.run.keep_checkpoints)
+
+            return write() if alone else runtime.on_main(accelerator, write)
+
     model.train()
+    stop = StopRequest(world_size, answers=is_main)
+    watchdog = Watchdog(recipe.run.stall_minutes, rank, world_size, stop, None if zero else partial(save, alone=True))
     try:
-        with runtime.StopRequest() as stop:
+        with stop, watchdog:
             while step < total_steps:
                 optional = partial(_optional, step + 1, metrics, line)
+                watchdog.step(step)
                 # One optimizer step: micro-batches, clipping, update, teacher.
                 progress = Progress(step, total_steps, steps_per_epoch, seed)
                 lr = plan.learning_rate(recipe, step)
@@ -157,9 +184,13 @@ def _pretrain(recipe: Recipe, folder: RunFolder) -> Summary:
                 scales = {optim.BACKBONE: 0.0 if backbone_waits else 1.0} | objective.lr_scales(progress)
                 optim.set_rates(optimizer, lr, decay, scales)
                 runtime.seed_step(seed, step, rank)
-                batch: Batch | None = None
+                outputs: list[dict[str, Tensor]] = []
+                ids: list[Tensor] = []
                 for micro in range(recipe.optim.accumulate):
-                    batch = next(batches).to(device)
+                    if stopping := stop.agreed():
+                        break
+                    with watchdog.stage("waiting for a batch", patience=1):
+                        batch = next(batches).to(device)
                     ledger.record(batch.bad)
                     problem = problem or batch.problem
                     last = micro == recipe.optim.accumulate - 1
@@ -167,76 +198,84 @@ def _pretrain(recipe: Recipe, folder: RunFolder) -> Summary:
                         output = model(batch, progress)
                         loss = output.loss / recipe.optim.accumulate
                         zero.backward(loss, last) if zero else accelerator.backward(loss)
-                    means.add({"loss": output.loss} | output.logs)
+                    outputs.append({"loss": output.loss.detach()} | output.logs)
+                    ids.append(batch.ids)
+                if stopping:  # the micro-batches of this step are discarded
+                    buffers.restore()
+                    break
                 looked_at = _due(step + 1, doctor_every, step + 1 == total_steps)
                 if vitals and looked_at:
                     with optional("the diagnosis"):
                         vitals.before_step(gradients=zero is None)
                 clip = recipe.optim.clip_norm, recipe.optim.clip_per_tensor
-                if zero:
-                    norm = zero.clip_gradients(*clip)
-                    zero.step()
-                else:
-                    norm = optim.clip_gradients(objective.parameters(), *clip)
-                    optimizer.step()
-                    optimizer.zero_grad()
-                means.add({"grad_norm": norm})
-                objective.after_step(progress)
-                step += 1
+                norm = zero.clip_gradients(*clip) if zero else optim.clip_gradients(objective.parameters(), *clip)
+                broken = nonfinite.find(outputs, norm, ids)
+                skipped = runtime.any_process(accelerator, broken is not None)
+                with watchdog.updating:
+                    if zero:
+                        zero.step(update=not skipped)
+                    else:
+                        optimizer.step() if not skipped else None
+                        optimizer.zero_grad()
+                    if skipped:
+                        objective.discard_step()
+                        buffers.restore()
+                    else:
+                        objective.after_step(progress)
+                        buffers.remember()
+                    step += 1
                 line.step(step)
+                if skipped:
+                    found = runtime.gather_lists(accelerator, [broken] if broken else [])
+                    line.say(nonfinite.skip(step, found, record=is_main))
+                else:
+                    nonfinite.in_a_row = 0
+                    for logged in [*outputs, {"grad_norm": norm}]:
+                        means.add(logged)
 
                 # What is due after it.
                 ended, seen = step == total_steps, dict[str, float]()
                 log_due = ended or step % recipe.monitor.log_every == 0
-                save_due = ended or step % recipe.run.checkpoint_every == 0
-                stopping = None
+                # While steps are being skipped, the checkpoint from before stays the newest.
+                save_due = ended or (step % recipe.run.checkpoint_every == 0 and not skipped)
                 if log_due or world_size == 1:  # asking the other processes costs a collective: not at every step
                     ledger.merge(runtime.gather_lists(accelerator, ledger.unshared()))
-                    problem = next(iter(runtime.gather_lists(accelerator, [problem] if problem else [])), None)
                     problem = problem or ledger.excess()
-                    reason = "pause_minutes" if time.monotonic() > pause_at else None
-                    reason = "monitor.on_collapse = stop" if collapsed else reason
-                    reason = problem or outputs.failure or stop.signal_name or reason
-                    stopping = runtime.agreed_reason(accelerator, reason)
-                if log_due or save_due or stopping:
-                    averages = accelerator.reduce(means.means(), reduction="mean")
-                    if not finite(averages):
-                        raise UserError(_diverged(step, averages, out))
+                paused = recipe.budget.pause_minutes and time.monotonic() - began > 60 * recipe.budget.pause_minutes
+                if reason := problem or written.failure or (PAUSE if paused else None):
+                    stop.request(reason)
                 if log_due:
                     now = time.monotonic()
                     speed = (step - window_step) * batch_size / (now - window_began)
                     window_began, window_step = now, step
+                    averages = accelerator.reduce(means.means(), reduction="mean")
+                    nonfinite.refuse(step, non_finite(averages))
                     values = {name: value.item() for name, value in averages.items()}
-                    last_loss = values["loss"]
+                    last_loss = values.get("loss", last_loss)  # none where all steps were skipped
                     values |= {"lr": lr, "weight_decay": decay, "samples": step * batch_size,
                                "epoch": step / steps_per_epoch, "images_per_second": speed}  # fmt: skip
+                    if "loss" in values and (height := spikes.add(values["loss"])):
+                        values["loss_spike"] = height
+                        line.say(
+                            f"step {step:,}: loss {last_loss:.4f} is {height:.0f} deviations above the recent ones"
+                        )
                     if metrics:
                         metrics.write(step, values)
-                    line.log(step, last_loss, speed)
+                    if last_loss is not None:
+                        line.log(step, last_loss, speed)
                     seen |= values
                     means.reset()
-                if save_due or stopping:
-                    moments = zero.optimizer_tensors() if zero else optim.optimizer_tensors(optimizer)
-                    if metrics:
-                        metrics.flush_to_disk()
-                    with zero.whole() if zero else nullcontext():
-                        tensors = {"objective": objective.state_dict(), "optimizer": moments} if is_main else {}
-                        seconds = seconds_before + time.monotonic() - began
-                        meta = checkpoint_meta(
-                            recipe, shards, objective.networks, objective.export, step, seconds, plan, run_id
-                        )
-                        save = partial(
-                            checkpoint.save, out / "checkpoints", step, tensors, meta, recipe.run.keep_checkpoints
-                        )
-                        runtime.on_main(accelerator, save)
+                if save_due:
+                    with watchdog.stage("saving a checkpoint"):
+                        save()
                     saved_at = step
                 # Only now what the run can do without: the state is safe, whatever fails here.
-                if vitals and metrics and looked_at and batch is not None:
+                if vitals and metrics and looked_at and not skipped:
                     with optional("the diagnosis"):
                         signs = vitals.after_step(step, lr, batch, output)
                         metrics.write(step, signs, kind="doctor")
                         seen |= signs
-                if metrics and _due(step, recipe.monitor.pictures_every, ended) and batch is not None:
+                if metrics and _due(step, recipe.monitor.pictures_every, ended):
                     with optional("the picture"), _evaluating(objective):
                         with runtime.autocast(device, recipe.run.precision):
                             picture = objective.picture(batch, progress)
@@ -244,23 +283,30 @@ def _pretrain(recipe: Recipe, folder: RunFolder) -> Summary:
                             save_picture(picture, out / "pictures" / f"step-{step:08d}.png")
                             metrics.picture(step, picture)
                 if recipe.eval.train and recipe.eval.test and _due(step, recipe.eval.every or total_steps, ended):
-                    if metrics:
-                        with optional("the score of the eval section"), _evaluating(objective):
-                            score = probe_scores(objective.exported(), recipe, device)
-                            metrics.write(step, score, kind="eval")
-                            seen |= score
-                            scores = " · ".join(f"{name} {value:.2f} %" for name, value in score.items())
-                            line.say(f"step {step:,}: {scores}")
-                    accelerator.wait_for_everyone()
+                    with watchdog.stage("scoring the backbone on process 0"):
+                        if metrics:
+                            with optional("the score of the eval section"), _evaluating(objective), stop.interrupts():
+                                score = probe_scores(objective.exported(), recipe, device)
+                                metrics.write(step, score, kind="eval")
+                                seen |= score
+                                scores = " · ".join(f"{name} {value:.2f} %" for name, value in score.items())
+                                line.say(f"step {step:,}: {scores}")
+                        accelerator.wait_for_everyone()
                 for alarm in doctor.see(step, seen) if is_main else ():
                     line.say(f"step {step:,}: {alarm.sentence}")
-                    collapsed = recipe.monitor.on_collapse == "stop"  # the next step asks every process
-                if stopping and not ended and problem:
-                    raise UserError(f"stopped after step {step:,}, whose state is saved: {problem}")
-                if stopping and not ended:
-                    line.say(f"stopped after step {step:,} ({stopping}): "
-                             f"the state is saved, and the same command goes on from here")  # fmt: skip
-                    break
+                    if recipe.monitor.on_collapse == "stop":
+                        stop.request(COLLAPSE)
+
+            if stopping:
+                if saved_at != step:
+                    with watchdog.stage("saving a checkpoint"):
+                        save()
+                    saved_at = step
+                why = runtime.agreed_reason(accelerator, stop.reason)
+                if problems := runtime.gather_lists(accelerator, [problem] if problem else []):
+                    raise UserError(f"stopped after step {step:,}, whose state is saved: {problems[0]}")
+                line.say(f"stopped after step {step:,} ({why}): "
+                         f"the state is saved, and the same command goes on from here")  # fmt: skip
     finally:
         batches.close()
         line.close()
@@ -279,9 +325,9 @@ def _pretrain(recipe: Recipe, folder: RunFolder) -> Summary:
         alarms=tuple(doctor.alarms),
     )
     if is_main:
-        with outputs.writing(out / "run.json"):
+        with written.writing(out / "run.json"):
             folder.record_end(summary)
-    failure = runtime.agreed_reason(accelerator, outputs.failure)
+    failure = runtime.agreed_reason(accelerator, written.failure)
     accelerator.end_training()
     if failure:
         state = "the run is finished" if summary.finished else f"the run stopped after step {step:,}"
@@ -320,6 +366,8 @@ def _optional(step: int, metrics: MetricsWriter | None, line: ProgressLine, what
     """Within, an error costs `what` alone: it is printed and recorded in the metrics, and training continues."""
     try:
         yield
+    except Interrupted:
+        line.say(f"step {step:,}: {what} was abandoned, since the run was asked to stop")
     except Exception as error:  # a decoder, a plot, a probe: each has its own
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
         message = shorten(f"{what} failed, training continues ({kind}{error})")
@@ -353,12 +401,3 @@ def _greet(
     )
     if first_step:
         line.say(f"going on after step {first_step:,}")
-
-
-def _diverged(step: int, averages: dict[str, torch.Tensor], out: Path) -> str:
-    culprits = [name for name, value in averages.items() if not torch.isfinite(value).all()]
-    return (
-        f"{' and '.join(culprits)} became NaN or infinite by step {step}; nothing broken was saved, and the "
-        f"checkpoints in {out / 'checkpoints'} are sound. Lower optim.base_lr, raise optim.warmup or set "
-        f"optim.clip_norm, with a new run.out"
-    )

@@ -177,6 +177,9 @@ class OptimSection(Section):
     """Largest norm of the gradient; null never clips."""
     clip_per_tensor: bool = False
     """Clip each parameter tensor's gradient by itself (as DINO does) instead of all of them together."""
+    on_nonfinite: Literal["skip", "stop"] = "skip"
+    """A step whose loss or gradient is NaN or infinite on any process: skip leaves weights, optimizer and teacher as
+    they were, records the step in skipped.jsonl, and stops after more than 10 in a row; stop ends the run at once."""
 
     @model_validator(mode="after")
     def _batch_splits(self) -> "OptimSection":
@@ -250,6 +253,9 @@ class RunSection(Section):
     a virtual machine may be half of those that help)."""
     resume: Literal["auto", "never"] = "auto"
     """auto: go on from the newest valid checkpoint in `out`, if there is one; never: `out` must be new."""
+    stall_minutes: float | None = Field(10, gt=0)
+    """A process that makes no progress for this many minutes (six times as many while one process saves or scores)
+    prints where it hangs, saves the state where it can, and ends with exit status 4; null waits for ever."""
     checkpoint_every: int = Field(500, ge=1)
     """Optimizer steps between checkpoints; one is always written at the end and on Ctrl-C."""
     keep_checkpoints: int = Field(2, ge=2)
@@ -337,7 +343,8 @@ class Recipe(Section):
         whole["run"] = {key: whole["run"][key] for key in ("seed", "precision")}
         for key in ("train", "workers", "max_bad"):
             whole["data"].pop(key)
-        whole["optim"].pop("accumulate")
+        for key in ("accumulate", "on_nonfinite"):
+            whole["optim"].pop(key)
         return {key: whole[key] for key in ("model", "data", "objective", "optim", "run")}
 
 

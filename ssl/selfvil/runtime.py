@@ -1,4 +1,4 @@
-"""Where a run takes place: processes, devices, precision, signals. Accelerate does the work; this file asks it.
+"""Where a run takes place: processes, devices, precision. Accelerate does the work; this file asks it.
 
 Supported here: one CPU process, several CPU processes (torchrun and gloo), one GPU, several GPUs (DDP), and DeepSpeed
 on any number of them (see `selfvil.zero` for what of it).
@@ -7,20 +7,20 @@ on any number of them (see `selfvil.zero` for what of it).
 import logging
 import os
 import platform
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal, TypeVar, cast
 
 import psutil
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import (
     DistributedType,
     GradientAccumulationPlugin,
@@ -40,10 +40,35 @@ DEEPSPEED_FLOOR = "0.18.5"  # the oldest that was seen to compute what DDP compu
 log = logging.getLogger("selfvil")
 
 
-def start(precision: Literal["fp32", "bf16"], accumulate: int, threads: int | None = None) -> Accelerator:
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Leave the process as it was, so that a notebook can train, evaluate and train again with other settings.
+
+    Accelerate keeps its settings in state shared by the whole process, which a second run with another precision may
+    not change: each run gets state of its own, and what was there before is put back. So are torch's number of threads
+    and its random generators.
+    """
+    shared = [state._shared_state for state in (PartialState, AcceleratorState, GradientState)]
+    before, threads = [dict(state) for state in shared], torch.get_num_threads()
+    for state in shared:
+        state.clear()
+    try:
+        with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_initialized() else []):
+            yield
+    finally:
+        torch.set_num_threads(threads)
+        for state, values in zip(shared, before):
+            state.clear()
+            state.update(values)
+
+
+def start(
+    precision: Literal["fp32", "bf16"], accumulate: int, threads: int | None = None, timeout: timedelta | None = None
+) -> Accelerator:
     """The Accelerator of this launch; `threads` CPU threads for each process (None: as the launcher set them).
 
-    precision and accumulate are the recipe's. Under DeepSpeed, `selfvil.zero` sees to both.
+    precision and accumulate are the recipe's. Under DeepSpeed, `selfvil.zero` sees to both. timeout bounds how long a
+    process waits for the others in a collective (None: the backend's default).
 
     Raises:
         UserError: several processes were asked for, and each would silently have trained a run of its own; or a
@@ -51,11 +76,11 @@ def start(precision: Literal["fp32", "bf16"], accumulate: int, threads: int | No
     """
     refuse_strategy(os.environ)
     deepspeed = _asks_for(os.environ, "DEEPSPEED")
-    handlers = [_deepspeed_on_cpu()] if deepspeed and not torch.cuda.is_available() else []
+    backend = _deepspeed_on_cpu() if deepspeed and not torch.cuda.is_available() else {}
     try:
         accelerator = Accelerator(
             mixed_precision="bf16" if precision == "bf16" and not deepspeed else "no",
-            kwargs_handlers=handlers,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout, **backend)],
             # The loop divides the loss; told by its environment to accumulate, Accelerate would divide it once more.
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         )
@@ -138,13 +163,13 @@ def _asks_for(environ: Mapping[str, str], strategy: str) -> bool:
     return environ.get(f"ACCELERATE_USE_{strategy}", "").lower() == "true"
 
 
-def _deepspeed_on_cpu() -> InitProcessGroupKwargs:
+def _deepspeed_on_cpu() -> dict[str, str]:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed.ops
 
     # Its shared memory would be compiled when it first starts, for a minute or more, by a compiler there may not be.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    return InitProcessGroupKwargs(backend="gloo")  # else it finds no backend, and believes that it is alone
+    return {"backend": "gloo"}  # else it finds no backend, and believes that it is alone
 
 
 def refuse_split_launch(environ: Mapping[str, str], num_processes: int) -> None:
@@ -215,40 +240,6 @@ def on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
     if message is not None:
         raise UserError(message)
     return cast(T, value)
-
-
-class StopRequest:
-    """Turns the first Ctrl-C or SIGTERM into a wish to stop after the current step; a later one interrupts.
-
-    Launchers pass on a signal that the terminal or the scheduler has already given to every process, so what comes
-    within `SAME_SIGNAL` seconds of the first counts as the same.
-    Use as a context manager: the previous handlers come back at its end. Truthy once a stop was asked for.
-    """
-
-    SAME_SIGNAL = 3.0
-
-    def __init__(self) -> None:
-        self.signal_name: str | None = None
-        self._asked_at = 0.0
-        self._previous: dict[signal.Signals, Any] = {}
-
-    def __bool__(self) -> bool:
-        return self.signal_name is not None
-
-    def __enter__(self) -> "StopRequest":
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._previous[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, _frame: FrameType | None) -> None:
-        if self.signal_name is None:
-            self.signal_name, self._asked_at = signal.Signals(number).name, time.monotonic()
-        elif time.monotonic() - self._asked_at > self.SAME_SIGNAL:
-            raise KeyboardInterrupt
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

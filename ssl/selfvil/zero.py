@@ -142,9 +142,20 @@ class Zero:
         self.engine.set_gradient_accumulation_boundary(last)
         self.engine.backward(loss, scale_wrt_gas=False)
 
-    def step(self) -> None:
-        """Update the weights on all processes and forget the gradients."""
-        self.engine.step()
+    def step(self, update: bool = True) -> None:
+        """Update the weights on all processes and drop the gradients; without `update`, only drop the gradients.
+
+        DeepSpeed drops gradients, in whatever form each stage keeps them, only as a part of its own step.
+        """
+        if update:
+            self.engine.step()
+            return
+        adamw = self.engine.basic_optimizer
+        adamw.step = lambda *_, **__: None
+        try:
+            self.engine.step()
+        finally:
+            del adamw.step  # the method of its class again
 
     def clip_gradients(self, max_norm: float | None, per_tensor: bool = False) -> Tensor:
         """`optim.clip_gradients`, where each process holds only parts of the gradients: their squares are added up."""

@@ -29,6 +29,7 @@ from selfvil.data.read import DamagedImage, decode_image
 from selfvil.data.render import Drawn, drawable
 from selfvil.data.views import RandomCropFlip, preserved_randomness, seed_randomness
 from selfvil.errors import UserError
+from selfvil.stop import SIGNALS
 
 View = Callable[[Image], Tensor]
 """A decoded image to a float32 tensor (C, H, W)."""
@@ -323,7 +324,7 @@ def _on_child_exit(number: int, frame: FrameType | None) -> None:
 
 
 def _leave_signals_to_main(worker: int) -> None:
-    """Ctrl-C reaches every process of the terminal, a scheduler's SIGTERM every process of the job; only the main one
+    """Ctrl-C reaches every process of the terminal, a scheduler's signals every process of the job; only the main one
     acts on them, and still gets its batches. A worker ends when the main process ends it or is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

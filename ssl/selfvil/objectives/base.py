@@ -100,6 +100,9 @@ class Objective(nn.Module):
     def after_step(self, progress: Progress) -> None:
         """Called after each optimizer step; an objective with a teacher moves it here."""
 
+    def discard_step(self) -> None:
+        """Called in place of `after_step` when a step is skipped: drop what its forward passes have collected."""
+
     def trivial_loss(self, batch: Batch) -> Tensor | None:
         """The loss of the best answer that is the same for every image of `batch`, a scalar; None if it has none.
 

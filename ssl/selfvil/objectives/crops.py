@@ -78,7 +78,7 @@ def need_size(backbone: nn.Module, image: ImageSpec, size: tuple[int, int], key:
     backbone.eval()  # a mere look
     try:
         backbone.forward_features(torch.zeros(1, image.in_chans, *size))  # type: ignore[operator]
-    except (RuntimeError, ValueError, AssertionError) as error:
+    except (RuntimeError, ValueError, AssertionError, IndexError) as error:
         raise UserError(
             f"{type(backbone).__name__} cannot take crops of {size[0]}x{size[1]} pixels ({' '.join(str(error).split())}"
             f"): raise {key}"

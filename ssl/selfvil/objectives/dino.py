@@ -120,6 +120,9 @@ class DINO(Objective):
         self.center.update()
         self.teacher.follow(self, self.teacher_momentum(progress))
 
+    def discard_step(self) -> None:
+        self.center.discard()
+
     # Schedules, as published: temperature by whole epochs, momentum by steps.
 
     def teacher_temp(self, progress: Progress) -> float:
@@ -207,9 +210,10 @@ class Center(StaysFloat32):
         super().__init__()
         self.momentum = momentum
         self.register_buffer("value", torch.zeros(out_dim))
-        self._start()
+        self.discard()
 
-    def _start(self) -> None:
+    def discard(self) -> None:
+        """Drop what was added since the last update."""
         # No buffer: it is 0 between steps, and DDP, which overwrites buffers by those of rank 0, must not touch it.
         self._sum: Tensor | None = None
         self._count = 0
@@ -235,7 +239,7 @@ class Center(StaysFloat32):
             distributed.all_reduce(total)
         mean, seen = total[:-1] / total[-1].clamp_min(1), total[-1] > 0
         self.value.lerp_(mean, (1 - self.momentum) * seen)
-        self._start()
+        self.discard()
 
 
 def cross_entropy_of_pairs(answers: Tensor, targets: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from selfvil.data.views import RandomCropFlip
 from selfvil.errors import UserError
 from selfvil.models.heads import READOUTS, choose_readout, patch_grid, split_tokens, take_any_size, usable_readouts
 from selfvil.objectives.base import Batch, ImageSpec, Objective, Progress, StepOutput, View
-from selfvil.objectives.crops import Readout, Scale
+from selfvil.objectives.crops import Readout, Scale, need_size
 from selfvil.objectives.dino import StaysFloat32
 from selfvil.settings import PathText, Section, Size
 from selfvil.weights import Normalisation, check_single_file, load_export
@@ -76,6 +76,7 @@ class Distill(Objective):
         super().__init__()
         self.settings, self.image = settings, image
         self.backbone = backbone
+        need_size(backbone, image, image.size, "model.img_size")
         teacher = FrozenTeacher(settings, image)
         self._unregistered = (teacher,)  # in a tuple, so that torch does not find it
         blank = torch.zeros(1, image.in_chans, *image.size)

@@ -173,6 +173,10 @@ class IBOT(DINO):
         self.patch_center.update()
         super().after_step(progress)
 
+    def discard_step(self) -> None:
+        self.patch_center.discard()
+        super().discard_step()
+
     def tags(self) -> dict[str, str]:
         theirs = {name.replace("head", self.patch_head_name, 1): tag for name, tag in super().tags().items()}
         return super().tags() | theirs
