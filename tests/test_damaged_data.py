@@ -39,7 +39,7 @@ def test_after_the_death_of_a_worker_the_run_saves_and_goes_on_bit_for_bit(
     original, calls = getattr(MAE, moment), []
 
     def killing(self, *args, **kwargs):
-        calls.append(moment)
+        calls.extend([moment] if multiprocessing.active_children() else [])  # not the passes before the first step
         if len(calls) == 3:
             kill_a_worker()
             until = time.monotonic() + 0.3
