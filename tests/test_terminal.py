@@ -27,7 +27,8 @@ def test_the_summary_of_a_run_keeps_its_name(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "400")
     run = tmp_path / "mae[v2]"
     run.mkdir()
-    summary = {"seconds": 4.0, "loss": 1.0, "step": 3, "total_steps": 3, "finished": True, "samples": 12,
+    summary = {"run": str(run), "alarms": [], "seconds": 4.0, "loss": 1.0, "step": 3,
+               "total_steps": 3, "finished": True, "samples": 12,
                "images_per_second": 2.0, "checkpoint": f"{run}/checkpoints/step-00000003"}  # fmt: skip
     launch = {"processes": 1, "device": "cpu", "commit": "abc", "versions": {"selfvil": "0"}}
     (run / "run.json").write_text(json.dumps({"launches": [launch], "summary": summary}))
