@@ -52,7 +52,7 @@ TRIALS = {
     "simmim": _trial(None, "simmim", 40, 60, 4e-3, "objective.normalise_targets=false"),
     "simmim, small batch": _trial(None, "simmim", 8, 120, 4e-3, "objective.normalise_targets=false"),
     "autoregressive": _trial(None, "autoregressive", 40, 60, 4e-3),
-    "autoregressive, small batch": _trial(None, "autoregressive", 8, 120, 4e-3),
+    "autoregressive, small batch": _trial(None, "autoregressive", 16, 160, 4e-3),
     "dino": _trial(None, "dino", 64, 120, 1e-3, *_DINO),
     "dino, another seed": _trial(None, "dino", 64, 120, 1e-3, *_DINO, "run.seed=1"),
     "dino, small batch": _trial(None, "dino", 16, 150, 1e-3, *_DINO),
