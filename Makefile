@@ -3,10 +3,13 @@ PYTHON ?= python3
 VENV ?= .venv
 EXTRAS ?= dev
 PYTEST_ARGS ?=
+# Tests run in this many processes, each with one thread: on two cores twice as fast as one process with two threads.
+JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); [ $$n -gt 4 ] && echo 4 || echo $$n)
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(EXTRAS)
 
-.PHONY: demo test lint install clean
+.PHONY: demo test test-slow faults lint install clean
 
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -21,7 +24,13 @@ demo: $(STAMP)  ## pack, pretrain, score, export and reload on real images, in m
 	$(BIN)/python launch/demo.py
 
 test: lint  ## everything but the tests marked slow
-	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
+
+test-slow: $(STAMP)  ## the tests marked slow: hours
+	$(PYTEST) -m slow $(PYTEST_ARGS)
+
+faults: $(STAMP)  ## kill, damage, fill and stall small runs, and print how often what is promised held
+	$(BIN)/python tests/faults/campaign.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -23,12 +23,20 @@ def _quiet_and_seeded(tmp_path_factory, monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def shared_data() -> Path:
-    """Folder with the real shards (cifar10, photos, camvid); the test is skipped, loudly, where they are absent."""
+def shared_data(tmp_path_factory) -> Path:
+    """Folder with the real shards (cifar10, photos, camvid); the test is skipped, loudly, where they are absent.
+
+    It holds links, so that indexes are written beside these, and never into the user's own folder.
+    """
     if not (SHARED_DATA / "cifar10").is_dir():
         warnings.warn(f"no real images in {SHARED_DATA}: set SELFVIL_TEST_DATA to their folder", stacklevel=1)
         pytest.skip(f"real images are missing ({SHARED_DATA})")
-    return SHARED_DATA
+    links = tmp_path_factory.mktemp("shared_data")
+    for file in SHARED_DATA.glob("*/*"):
+        if file.suffix in (".tar", ".txt"):
+            (links / file.parent.name).mkdir(exist_ok=True)
+            (links / file.parent.name / file.name).symlink_to(file.resolve())
+    return links
 
 
 @pytest.fixture(scope="session")
