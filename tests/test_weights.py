@@ -14,6 +14,7 @@ import selfvil
 from selfvil import checkpoint, cli
 from selfvil.errors import UserError
 from selfvil.export import export
+from selfvil.recipe import load
 from selfvil.start_from import start_backbone, start_objective
 from selfvil.weights import load_export, load_pretrained
 from test_export import make_run
@@ -25,7 +26,9 @@ FLIPS = 60
 def source(tmp_path_factory) -> Path:
     """A run and an export of it with heads."""
     folder = tmp_path_factory.mktemp("source")
-    export(make_run(folder / "run")[0], folder / "export", heads=True)
+    run, *_ = make_run(folder / "run")
+    (run / "recipe.yaml").write_text(load("cifar10_mae").to_yaml())
+    export(run, folder / "export", heads=True)
     return folder
 
 
