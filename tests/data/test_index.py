@@ -69,6 +69,8 @@ def test_patterns(folder, pattern, names):
         ("t-{000001..000004}.tar", ["2 of the 4", "t-000003.tar", "t-000004.tar", "holds t-000000.tar"]),
         ("t-00000.tar", ["missing shard", "t-00000.tar", "t-000000.tar"]),
         ("nowhere/t-000000.tar", ["missing shard", "no folder nowhere"]),
+        ("emty", ["there is no folder emty", "did you mean empty?"]),
+        ("nowhere/below", ["there is no folder nowhere/below"]),
         ("t-{000000..000002.tar", ["unbalanced"]),
         ("u-*.tar", ["no file matches u-*.tar", "t-000000.tar"]),
         ("t-{0..99999999}.tar", ["more than"]),

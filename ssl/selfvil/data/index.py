@@ -6,6 +6,7 @@ sidecar `SHARD.index.npz` beside it, or in a cache folder where that cannot be w
 """
 
 import bisect
+import difflib
 import glob
 import hashlib
 import itertools
@@ -148,6 +149,8 @@ def _expand(pattern: str) -> list[Path]:
             paths += map(Path, found)
         else:
             missing.append(name)
+    if len(missing) == 1 and not Path(missing[0]).suffix:
+        raise UserError(f"there is no folder {missing[0]}{_near_folders(Path(missing[0]))}")
     if missing:
         what = "shard" if len(missing) == 1 else f"{len(missing)} of the {len(names)} shards"
         missing = [*missing[:20], f"and {len(missing) - 20} more"] if len(missing) > 20 else missing
@@ -163,6 +166,16 @@ def _neighbours(name: str) -> str:
     tars = sorted(path.name for path in folder.glob("*.tar"))
     shown = ", ".join(tars if len(tars) <= 4 else [*tars[:2], "...", tars[-1]])
     return f" (the folder {folder} holds {shown or 'no .tar files'})"
+
+
+def _near_folders(path: Path) -> str:
+    """Folders beside a missing one that are named like it, or the lowest of its parents that exists."""
+    if not path.parent.is_dir():
+        above = next((parent for parent in path.parents if parent.is_dir()), None)
+        return "" if above is None else f" (of its parents, {above} exists)"
+    folders = [entry.name for entry in os.scandir(path.parent) if entry.is_dir()]
+    near = difflib.get_close_matches(path.name, folders, n=3)
+    return f"; did you mean {' or '.join(str(path.with_name(name)) for name in near)}?" if near else ""
 
 
 # --- the index of one shard ---------------------------------------------------------------------------------------
