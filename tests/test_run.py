@@ -359,6 +359,23 @@ def test_a_prolonged_run_is_the_run_that_was_longer_from_the_start(digit_shards,
         assert pretrain(longer).step == 25
 
 
+def test_a_change_of_more_than_rounding_is_said(digit_shards, tmp_path, caplog):
+    """Sinkhorn-Knopp balances a micro-batch, and the teacher's momentum spans the run; MAE has neither."""
+    constant = [*SCHEDULES["constant"], "optim.weight_decay_end=null", "optim.accumulate=1", "budget.steps=3"]
+    for objective, more in {"ibot": ["objective.centring=sinkhorn"], "mae": []}.items():
+        out = tmp_path / objective
+        pretrain(small(objective, digit_shards, out, *constant, *more, "budget.pause_minutes=1e-6"))
+        changed = small(objective, digit_shards, out, *constant, *more, "optim.accumulate=2", "budget.steps=4")
+        caplog.clear()
+        start = RunFolder(out).start(changed, open_shards(changed.data.train))
+        assert start.plan.total_steps == 4
+        if objective == "ibot":
+            assert "prolonged from 3 to 4 steps: the teacher's momentum" in caplog.text
+            assert "has 20 images now, and had 40" in caplog.text
+        else:
+            assert not caplog.records
+
+
 def test_a_cosine_run_is_neither_prolonged_nor_shortened(finished, digit_shards):
     with pytest.raises(UserError, match="a cosine schedule cannot be prolonged"):
         pretrain(small("mae", digit_shards, finished, *STEPS, "budget.steps=5"))

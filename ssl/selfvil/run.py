@@ -137,7 +137,10 @@ class RunFolder:
         old = _recipe_of(newest) or _recipe_file(out)
         _check_continues(out, newest, old, recipe, shards)
         before = read_plan(newest.meta.get("plan")) or Plan.of(old or recipe, newest.meta["data"]["num_samples"])
-        return Start(before.prolonged(plan, recipe, newest.step, f"run.out = {out}"), str(newest.folder))
+        plan = before.prolonged(plan, recipe, newest.step, f"run.out = {out}")
+        for note in _changes(newest, before, plan, recipe):
+            log.warning("run.out = %s: %s", out, note)
+        return Start(plan, str(newest.folder))
 
     def record_launch(self, recipe: Recipe, first_step: int, description: dict[str, Any], id: str | None) -> str:
         """Save the resolved recipe, and one entry of versions, device and command (`description`) for each launch.
@@ -286,6 +289,25 @@ def _check_continues(out: Path, newest: Checkpoint, old: Recipe | None, recipe: 
         )
 
 
+def _changes(newest: Checkpoint, before: Plan, plan: Plan, recipe: Recipe) -> list[str]:
+    """What is allowed to change in a run, and changes more than rounding from here on."""
+    notes, objective = [], recipe.objective
+    if plan.total_steps != before.total_steps and hasattr(objective, "teacher_momentum"):
+        notes.append(
+            f"prolonged from {before.total_steps:,} to {plan.total_steps:,} steps: the teacher's momentum and "
+            f"gram_start span the whole run, and follow the new length from here on"
+        )
+    micro_batch, old = recipe.optim.batch_size // recipe.optim.accumulate, newest.meta.get("micro_batch")
+    sinkhorn = getattr(objective, "centring", None) == "sinkhorn"
+    compares = objective.name == "lejepa" or sinkhorn or getattr(objective, "koleo_weight", 0) > 0
+    if compares and isinstance(old, int) and old != micro_batch:
+        notes.append(
+            f"a micro-batch of all processes has {micro_batch:,} images now, and had {old:,}: this objective compares "
+            f"the images of a micro-batch with each other, so its loss changes; keep optim.accumulate to avoid that"
+        )
+    return notes
+
+
 def _size(path: Path) -> int:
     return path.stat().st_size if path.is_file() else 0
 
@@ -310,6 +332,7 @@ def checkpoint_meta(
         "run": run_id,
         "recipe": recipe.model_dump(mode="json"),
         "plan": plan.as_json(),
+        "micro_batch": recipe.optim.batch_size // recipe.optim.accumulate,
         "model": {"name": recipe.model.name, "kwargs": recipe.model.create_kwargs()},
         "networks": dict(networks),
         "export": export,
