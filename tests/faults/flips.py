@@ -19,7 +19,8 @@ from selfvil.export import export
 
 def damage(path: Path, draw: random.Random) -> str:
     """Damage a file in one of four ways and say which: a flipped bit (most often), cut, emptied, or zeros in it."""
-    content = bytearray(path.read_bytes())
+    original = path.read_bytes()
+    content = bytearray(original)
     kind = draw.choice(["flip", "flip", "flip", "cut", "empty", "zeros"])
     at = draw.randrange(len(content))
     if kind == "flip":
@@ -31,6 +32,8 @@ def damage(path: Path, draw: random.Random) -> str:
     else:
         end = min(len(content), at + 64)
         content[at:end] = bytes(end - at)
+    if content == original:  # there were zeros before
+        content[at] ^= 1
     path.write_bytes(content)
     return f"{path.name}, {kind} at byte {at}"
 
