@@ -32,7 +32,7 @@ UNSTEADY = {
 }
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("objective", list(UNSTEADY))
 def test_a_paused_run_goes_on_bit_for_bit(digit_shards, tmp_path, objective, workers):
     """Stopped after steps 1, 2 and 3, then after the fifth, where a checkpoint was due anyway."""
@@ -59,7 +59,7 @@ def test_a_finished_run_is_left_as_it_is(digit_shards, tmp_path):
     assert all((tensor == before[key]).all() for key, tensor in state(tmp_path / "run").items())
 
 
-@pytest.fixture(scope="module", params=["mae", "dino"])
+@pytest.fixture(scope="module", params=["mae", pytest.param("dino", marks=pytest.mark.slow)])
 def straight(request, digit_shards, tmp_path_factory) -> tuple[str, Path, list[str]]:
     """An objective, a run of it in a process of its own that nothing stopped, and its settings."""
     out = tmp_path_factory.mktemp("straight") / "run"
