@@ -111,6 +111,17 @@ def launch(objective: str, *arguments: str, processes: int = 1, **environ: str) 
     )  # fmt: skip
 
 
+def wait_for_steps(process: subprocess.Popen) -> None:
+    """Read the output of a run until its second step is done, when it first prints the time left."""
+    assert process.stdout is not None
+    read = ""
+    for line in process.stdout:
+        read += line
+        if line.startswith("about "):
+            return
+    raise AssertionError(f"the run ended before its second step: {read}")
+
+
 def state(run: Path) -> dict[str, torch.Tensor]:
     """All tensors of a run's newest checkpoint."""
     newest = checkpoint.newest(run / "checkpoints")

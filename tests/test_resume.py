@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from runs import REPOSITORY, assert_same_state, command, environment, launch, overrides, small, state
+from runs import REPOSITORY, assert_same_state, command, environment, launch, overrides, small, state, wait_for_steps
 from selfvil import checkpoint
 from selfvil.monitor.metrics import read_metrics
 from selfvil.pretrain import pretrain
@@ -78,7 +78,7 @@ def test_a_signal_saves_and_the_same_command_finishes(digit_shards, straight, tm
         command(objective, *arguments), cwd=REPOSITORY, env=environment(), stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
-    wait_for_step(process, tmp_path / "run")
+    wait_for_steps(process)
     os.killpg(process.pid, number)
     rest = process.communicate(timeout=120)[0]
     assert process.returncode == STOPPED, rest
@@ -118,7 +118,7 @@ def test_ctrl_c_to_two_processes_and_their_launcher_saves_once(digit_shards, tmp
         command("mae", *arguments, processes=2), cwd=REPOSITORY, env=environment(), stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
-    wait_for_step(process, tmp_path / "run")
+    wait_for_steps(process)
     os.killpg(process.pid, signal.SIGINT)
     rest = process.communicate(timeout=120)[0]
     stopped = re.search(r"stopped after step (\d+) \(SIGINT\): the state is saved", rest)
@@ -126,13 +126,3 @@ def test_ctrl_c_to_two_processes_and_their_launcher_saves_once(digit_shards, tmp
     newest = checkpoint.newest(tmp_path / "run" / "checkpoints")
     assert newest is not None
     assert newest.step == int(stopped[1])
-
-
-def wait_for_step(process: subprocess.Popen, run: Path) -> None:
-    """Until the run has written its first metrics; the progress line comes by time, and may come too late."""
-    deadline = time.monotonic() + 240
-    while time.monotonic() < deadline and process.poll() is None:
-        if (run / "metrics.jsonl").is_file() and (run / "metrics.jsonl").stat().st_size:
-            return
-        time.sleep(0.02)
-    raise AssertionError("the run ended before its first metrics")

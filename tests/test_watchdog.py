@@ -9,7 +9,7 @@ import time
 import psutil
 import pytest
 
-from runs import REPOSITORY, command, environment, overrides, small
+from runs import REPOSITORY, command, environment, overrides, small, wait_for_steps
 from selfvil import checkpoint
 from selfvil.pretrain import pretrain
 from selfvil.watchdog import STALLED
@@ -22,15 +22,6 @@ def start(arguments, processes=1) -> subprocess.Popen:
         command("mae", *arguments, processes=processes), cwd=REPOSITORY, env=environment(), stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
-
-
-def wait_for_step(process) -> str:
-    read = ""
-    for line in process.stdout:
-        read += line
-        if line.startswith("step"):
-            return read
-    raise AssertionError(read)
 
 
 def descendants(process) -> list[psutil.Process]:
@@ -47,7 +38,7 @@ def wait_until_gone(processes, seconds=90) -> None:
 def test_a_stopped_data_worker_ends_the_run_with_its_state_saved(digit_shards, tmp_path):
     arguments = overrides("mae", digit_shards, tmp_path / "run", *SHORT, "data.workers=1")
     process = start(arguments)
-    wait_for_step(process)
+    wait_for_steps(process)
     workers = descendants(process)
     assert workers
     for worker in workers:
@@ -73,7 +64,7 @@ def continues(digit_shards, run, step) -> bool:
 def test_a_stopped_process_ends_the_others(digit_shards, tmp_path):
     arguments = overrides("mae", digit_shards, tmp_path / "run", *SHORT)
     process = start(arguments, processes=2)
-    wait_for_step(process)
+    wait_for_steps(process)
     ranks = descendants(process)
     assert len(ranks) == 2
     ranks[1].send_signal(signal.SIGSTOP)
@@ -89,7 +80,7 @@ def test_a_stopped_process_ends_the_others(digit_shards, tmp_path):
 def test_a_killed_launcher_leaves_no_process_alive(digit_shards, tmp_path, workers):
     arguments = overrides("mae", digit_shards, tmp_path / "run", *SHORT, f"data.workers={workers}")
     process = start(arguments, processes=2)
-    wait_for_step(process)
+    wait_for_steps(process)
     ranks = descendants(process)
     assert len(ranks) >= 2 + 2 * workers
     os.kill(process.pid, signal.SIGKILL)
