@@ -2,7 +2,8 @@
 
 Beside its own files, each run leaves for each process what `recorded` writes, and under DeepSpeed `held-RANK.json`: how
 many values of optimizer state this process held, and `divided-RANK.json`: the parameters that were not there whole.
-"whole" in a case is `selfvil.zero.WHOLE`, made small enough for ZeRO-3 to divide a small network.
+"spoil" in a case are arguments of `spoiled`. "whole" is `selfvil.zero.WHOLE`, made small enough for ZeRO-3 to divide a
+small network.
 """
 
 import json
@@ -18,6 +19,7 @@ from accelerate.state import AcceleratorState, GradientState
 
 from runs import REPOSITORY, environment
 from selfvil import pretrain, zero
+from selfvil.objectives.dino import DINO
 from selfvil.recipe import Recipe, load
 from selfvil.zero import Zero
 
@@ -42,7 +44,7 @@ def main() -> None:
         os.environ["ACCELERATE_DEEPSPEED_ZERO_STAGE"] = str(case.get("zero"))
         recipe = load(case["recipe"], case["arguments"])
         whole = patch.object(zero, "WHOLE", case.get("whole", zero.WHOLE))
-        with recorded(recipe), whole, patch.object(pretrain, "Zero", watched(recipe)):
+        with recorded(recipe), whole, patch.object(pretrain, "Zero", watched(recipe)), spoiled(**case.get("spoil", {})):
             pretrain.pretrain(recipe)
 
 
@@ -61,6 +63,20 @@ def recorded(recipe: Recipe) -> Iterator[None]:
                 yield batch
 
     with patch.object(pretrain, "train_batches", recording):
+        yield
+
+
+@contextmanager
+def spoiled(step: int = -1, rank: int = 0) -> Iterator[None]:
+    """The loss of this step, counted from 0, is NaN in the last micro-batches of one process."""
+    original = DINO.forward
+
+    def forward(self, batch, progress):
+        output = original(self, batch, progress)
+        bad = self.training and progress.step == step and int(os.environ["RANK"]) == rank
+        return output._replace(loss=output.loss * float("nan")) if bad else output
+
+    with patch.object(DINO, "forward", forward):
         yield
 
 

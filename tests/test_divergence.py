@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+import run_many
 import runs
 from selfvil import checkpoint, pretrain
 from selfvil.divergence import LossSpikes, non_finite
@@ -19,15 +20,13 @@ from selfvil.recipe import load
 OBJECTIVES = {"mae": MAE, "dino": DINO, "ibot": IBOT, "lejepa": LeJEPA}
 
 
-def spoil(monkeypatch, objective, steps, value=float("nan"), last_micro_batch_only=True):
+def spoil(monkeypatch, objective, steps, value=float("nan")):
     """Multiply the loss of these steps, counted from 0, of an objective by a value that is not finite."""
     kind, original = OBJECTIVES[objective], OBJECTIVES[objective].forward
-    calls: dict[int, int] = {}
 
     def forward(self, batch, progress):
         output = original(self, batch, progress)
         if self.training and progress.step in steps:
-            calls[progress.step] = calls.get(progress.step, 0) + 1
             return output._replace(loss=output.loss * value)
         return output
 
@@ -133,3 +132,25 @@ def test_a_spike_is_recorded(digit_shards, tmp_path, monkeypatch, capsys):
     records = {record["step"]: record for record in read_metrics(tmp_path / "run" / "metrics.jsonl")}
     assert [step for step, record in records.items() if "loss_spike" in record] == [16]
     assert "step 16: loss" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("zero1", marks=pytest.mark.slow), "zero2"])
+def test_a_step_that_is_broken_on_one_process_is_skipped_on_all(digit_shards, tmp_path, strategy):
+    """Weights, moments, teacher and centre after the third step, whose loss is NaN on process 1, are the second's."""
+    more = ["optim.accumulate=2", "optim.warmup=0", "budget.steps=3", "run.checkpoint_every=2", "monitor.log_every=1"]
+    arguments = runs.overrides("dino", digit_shards, tmp_path / "run", *more)
+    environ = {}
+    if strategy != "ddp":
+        pytest.importorskip("deepspeed")
+        environ = {"ACCELERATE_USE_CPU": "false", "ACCELERATE_USE_DEEPSPEED": "true"}
+    stage = None if strategy == "ddp" else int(strategy[-1])
+    case = {"recipe": runs.PACKAGED["dino"], "arguments": arguments, "zero": stage, "spoil": {"step": 2, "rank": 1}}
+    run_many.torchrun([case], 2, tmp_path, **environ)
+    second, third = (checkpoint.load(tmp_path / "run" / "checkpoints" / f"step-0000000{step}") for step in (2, 3))
+    for part in ("objective", "optimizer"):
+        ours, theirs = second.tensors(part), third.tensors(part)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours), part
+    (line,) = (json.loads(text) for text in (tmp_path / "run" / "skipped.jsonl").read_text().splitlines())
+    assert line["step"] == 3
+    assert len(line["ids"]) == 20  # of the process whose loss it was

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import threading
 import time
@@ -151,6 +152,36 @@ def test_the_users_own_accelerator_still_works_after_a_run(digit_shards, tmp_pat
     pretrain.pretrain(runs.small("mae", digit_shards, tmp_path / "run", "budget.steps=1", "run.precision=bf16"))
     assert mine.mixed_precision == "no"
     assert mine.is_main_process
+
+
+@pytest.mark.slow
+def test_processes_started_by_a_scheduler_end_with_the_status_it_requeues_on(digit_shards, tmp_path):
+    """As launch/slurm/pretrain.sh starts them: no launcher between; SIGUSR1 reaches all processes, workers too."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    arguments = runs.overrides("mae", digit_shards, tmp_path / "run", "budget.steps=100000", "data.workers=1")
+    processes = [
+        subprocess.Popen(
+            runs.command("mae", *arguments), cwd=runs.REPOSITORY, text=True, start_new_session=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            env=runs.environment(
+                RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
+                MASTER_PORT=port,
+            ),
+        )
+        for rank in "01"
+    ]  # fmt: skip
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and not (metrics.is_file() and metrics.stat().st_size):
+        time.sleep(0.1)
+    for process in processes:
+        os.killpg(process.pid, signal.SIGUSR1)
+    printed = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [stop.STOPPED] * 2, printed
+    assert "(SIGUSR1): the state is saved" in printed[0]
+    assert "Traceback" not in printed[0] + printed[1]
 
 
 @pytest.mark.parametrize("seconds", [0.3, 2.5])
