@@ -14,6 +14,7 @@ from torch import nn
 from selfvil import checkpoint
 from selfvil.errors import UserError
 from selfvil.export import export
+from selfvil.recipe import load
 from selfvil.weights import Normalisation, create_backbone, load_export, load_network, open_checkpoint
 
 MODELS = {
@@ -57,7 +58,7 @@ def make_run(root: Path, kind: str = "vil", step: int = 20) -> tuple[Path, nn.Mo
     objective |= {f"teacher.backbone.{key}": value for key, value in teacher.state_dict().items()}
     tensors = {"objective": objective, "optimizer": {"exp_avg": torch.zeros(2)}}
     checkpoint.save(root / "checkpoints", step, tensors, meta_of(name, kwargs, step))
-    (root / "recipe.yaml").write_text("objective: {name: mae}\n")
+    (root / "recipe.yaml").write_text(load("cifar10_mae").to_yaml())
     launch = {"device": "a CPU", "processes": 2, "commit": "0123abc", "versions": {"selfvil": "0.1", "torch": "2.x"}}
     (root / "run.json").write_text(json.dumps({"launches": [launch]}))
     return root, student, teacher
@@ -100,8 +101,17 @@ def test_a_new_classifier_a_new_size_and_no_weights(tmp_path):
     untrained, _, samples_seen = load_export(out, pretrained=False)
     assert samples_seen == 0
     assert not torch.equal(untrained.pos_embed, teacher.pos_embed)
-    with pytest.raises(UserError, match=r"cannot load vil_nano_patch4_32 from .*out"):
+    with pytest.raises(UserError, match=r'made with embed_dim=96, depth=2, conv="2d": build the network'):
         load_export(out, depth=5)
+
+
+def test_a_damaged_recipe_is_left_out_with_a_warning(tmp_path, caplog):
+    run, *_ = make_run(tmp_path / "run")
+    (run / "recipe.yaml").write_text("objective: [")
+    out = export(run, tmp_path / "out")
+    assert "the export has no recipe.yaml" in caplog.text
+    assert not (out / "recipe.yaml").exists()
+    assert "holds the whole recipe" not in (out / "README.md").read_text()
 
 
 def test_loads_in_a_fresh_process_with_the_lines_of_the_model_card(tmp_path):

@@ -10,10 +10,11 @@ OUT/
 """
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,8 @@ FORMAT = 2
 """2: a manifest covers all files. 1: config.json holds the digest of the weights, and nothing that of config.json."""
 _SCORE_COLUMNS = ["network", "protocol", "value", "deviation", "readout", "train_images", "test_images"]
 
+log = logging.getLogger(__name__)
+
 
 def export(run: str | Path, out: str | Path, *, network: str | None = None, heads: bool = False) -> Path:
     """Write the pretrained backbone of `run` to the new folder `out`, and return it.
@@ -65,12 +68,21 @@ def export(run: str | Path, out: str | Path, *, network: str | None = None, head
             save_tensors(rest, aside / HEADS)
             ours["heads_sha256"] = sha256(aside / HEADS)
         folder = _run_folder(saved)
-        if folder is not None:
-            with suppress(UserError):  # damaged, and an older checkpoint does not hold it
-                (aside / "recipe.yaml").write_text(read_recipe(folder).to_yaml(), encoding="utf-8")
-        card = model_card(backbone, saved, network, normalisation)
+        recipe = None if folder is None else _recipe_text(folder)
+        if recipe is not None:
+            (aside / "recipe.yaml").write_text(recipe, encoding="utf-8")
+        card = model_card(backbone, saved, network, normalisation, with_recipe=recipe is not None)
         write_network(aside, backbone, arguments, normalisation, ours, card)
     return out
+
+
+def _recipe_text(run: Path) -> str | None:
+    """The recipe of a run as YAML; None, with a warning, where it is damaged and no checkpoint holds it."""
+    try:
+        return read_recipe(run).to_yaml()
+    except UserError as error:
+        log.warning("the export has no recipe.yaml: %s", error)
+        return None
 
 
 def need_new_folder(out: str | Path) -> Path:
@@ -163,7 +175,9 @@ def _timm_config(
 # --- the model card --------------------------------------------------------------------------------------------------
 
 
-def model_card(backbone: nn.Module, saved: Checkpoint, network: str, normalisation: Normalisation) -> str:
+def model_card(
+    backbone: nn.Module, saved: Checkpoint, network: str, normalisation: Normalisation, with_recipe: bool
+) -> str:
     """Markdown: what the backbone is, where it comes from and how to load it, as far as the run tells."""
     meta = saved.meta
     name, objective = meta["model"]["name"], dict(meta["objective"])
@@ -220,7 +234,7 @@ def model_card(backbone: nn.Module, saved: Checkpoint, network: str, normalisati
         "",
         *(f"- {key}: {value}" for key, value in facts.items() if value is not None),
         "",
-        "recipe.yaml holds the whole recipe." if folder else "",
+        "recipe.yaml holds the whole recipe." if with_recipe else "",
         "",
         *_score_lines(_read_json(folder / "scores.json", list) if folder else []),
         "## Licence",

@@ -109,7 +109,7 @@ def test_a_run_that_stops_for_it_is_saved_and_says_so_by_its_status(digit_shards
         return ended.value.code or 0
 
     assert start("monitor.on_collapse=stop") == 3
-    assert "stopped after step 3 (monitor.on_collapse = stop): the state is saved" in capsys.readouterr().out
+    assert "stopped after step 2 (monitor.on_collapse = stop): the state is saved" in capsys.readouterr().out
     summary = json.loads((tmp_path / "run" / "run.json").read_text())["summary"]
     assert not summary["finished"]
     assert summary["checkpoint"].endswith("step-00000003")
