@@ -8,9 +8,12 @@ import torch
 import run_many
 import runs
 from selfvil import checkpoint, pretrain
+from selfvil.build import build_objective
 from selfvil.divergence import LossSpikes, non_finite
 from selfvil.errors import UserError
+from selfvil.monitor.checkup import open_run
 from selfvil.monitor.metrics import read_metrics
+from selfvil.monitor.report import write_report
 from selfvil.objectives.dino import DINO
 from selfvil.objectives.ibot import IBOT
 from selfvil.objectives.lejepa import LeJEPA
@@ -63,6 +66,7 @@ def test_a_skipped_step_changes_nothing(digit_shards, tmp_path, monkeypatch, obj
     assert len(line["ids"]) == 40
     logged = [record for record in read_metrics(tmp_path / "run" / "metrics.jsonl") if record["kind"] == "train"]
     assert ["loss" in record for record in logged] == [True, True, False, True]
+    assert write_report(open_run(tmp_path / "run"), tmp_path / "report.html", build_objective).stat().st_size > 10_000
 
 
 def test_running_statistics_of_a_skipped_step_are_restored(digit_shards, tmp_path, monkeypatch):

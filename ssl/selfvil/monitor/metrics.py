@@ -14,7 +14,7 @@ from selfvil.files import Outputs, write_text
 
 log = logging.getLogger("selfvil")
 
-_ALWAYS = ("loss", "lr", "samples", "epoch")  # in every record of kind "train"
+_ALWAYS = ("lr", "samples", "epoch")  # in every record of kind "train"; a loss is not, where all steps were skipped
 
 
 class Means:

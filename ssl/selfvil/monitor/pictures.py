@@ -1,6 +1,7 @@
 """Pictures of a run: what the objective sees, and how the loss went."""
 
 import io
+import math
 from pathlib import Path
 from typing import Any
 
@@ -54,14 +55,15 @@ def curves_figure(records: list[dict[str, Any]], title: str) -> Any:
 
     records = [record for record in records if record["kind"] == "train"]
     panels = {"loss": ["loss"], "share of ln K": ["teacher_entropy", "teacher_spread"], "learning rate": ["lr"]}
-    panels = {name: keys for name, keys in panels.items() if keys[0] in records[0]}
+    panels = {name: keys for name, keys in panels.items() if any(keys[0] in record for record in records)}
     heights = [3 if name == "loss" else 1.2 for name in panels]
     figure = Figure(figsize=(7, 1.1 * sum(heights)), layout="constrained")
     axes = figure.subplots(len(panels), 1, sharex=True, height_ratios=heights)
     samples = [record["samples"] for record in records]
     for axis, (name, keys) in zip(axes, panels.items()):
         for key in keys:
-            axis.plot(samples, [record[key] for record in records], linewidth=1, label=key.replace("_", " "))
+            values = [record.get(key, math.nan) for record in records]  # none where all steps were skipped
+            axis.plot(samples, values, linewidth=1, label=key.replace("_", " "))
         axis.set_ylabel(name)
         axis.grid(alpha=0.3)
         if len(keys) > 1:

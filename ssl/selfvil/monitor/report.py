@@ -132,7 +132,7 @@ def _facts(record: Record) -> str:
         "Status": _status(record),
         "Steps": f"{last['step']:,} of {record.total_steps:,}",
         "Images seen": f"{last['samples']:,} ({last['epoch']:.1f} epochs)",
-        "Loss": f"{last['loss']:.4f}",
+        "Loss": f"{last['loss']:.4f}" if "loss" in last else "not known: the last steps were skipped",
         "Wall time": f"{seconds / 60:.1f} minutes in {len(record.launches)} launch(es)" if seconds else "not known",
         "Device": f"{launch.get('processes', '?')} × {launch.get('device', '?')}, {record.recipe.run.precision}",
         "Seed": str(record.recipe.run.seed),
