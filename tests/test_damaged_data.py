@@ -42,6 +42,7 @@ def test_after_the_death_of_a_worker_the_run_saves_and_goes_on_bit_for_bit(
         calls.extend([moment] if multiprocessing.active_children() else [])  # not the passes before the first step
         if len(calls) == 3:
             kill_a_worker()
+            calls.append("killed")
             until = time.monotonic() + 0.3
             while time.monotonic() < until:  # the signal arrives while the main thread is in the model
                 sum(range(1000))

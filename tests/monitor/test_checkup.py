@@ -111,8 +111,9 @@ def test_a_folder_that_is_no_run_and_one_without_metrics_are_told(copied, tmp_pa
             assert expected in error
             assert "Traceback" not in error
     (copied / "recipe.yaml").write_text("model: [")
+    shutil.rmtree(copied / "checkpoints")  # which hold the recipe too
     assert command("doctor", copied) == 2
-    assert "recipe.yaml cannot be read" in capsys.readouterr().err
+    assert "recipe.yaml is damaged" in capsys.readouterr().err
 
 
 def test_metrics_cut_in_the_middle_of_a_line_lose_nothing_else(copied, capsys):

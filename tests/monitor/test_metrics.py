@@ -18,7 +18,7 @@ def write(folder, steps, resume_step=0, **options):
         folder, resume_step, **({"tensorboard": False, "wandb": None, "name": "run", "run_id": "1"} | options)
     )
     for step in steps:
-        writer.write(step, {"loss": 1 / step, "samples": 8 * step, "lr": 0.1})
+        writer.write(step, {"loss": 1 / step, "samples": 8 * step, "epoch": step / 4, "lr": 0.1})
     writer.close()
 
 
@@ -47,7 +47,7 @@ def test_a_resumed_run_has_every_step_once(tmp_path):
 
 def test_a_line_that_was_cut_costs_no_other(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1, "kind": "train"}\n{"step": 2, "ki\x00\x00\n{"step": 3, "kind": "train"}\n{"st')
+    path.write_text('{"step": 1, "kind": "doctor"}\n{"step": 2, "ki\x00\x00\n{"step": 3, "kind": "doctor"}\n{"st')
     assert [record["step"] for record in read_metrics(path)] == [1, 3]
 
 
@@ -56,7 +56,7 @@ def test_wandb_gets_what_the_file_gets(tmp_path, monkeypatch):
     run = SimpleNamespace(log=lambda values, step: logged.append((step, values)), finish=lambda: logged.append("end"))
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **options: run))
     write(tmp_path, [2], wandb="project")
-    assert logged == [(2, {"train/loss": 0.5, "train/samples": 16, "train/lr": 0.1}), "end"]
+    assert logged == [(2, {"train/loss": 0.5, "train/samples": 16, "train/epoch": 0.5, "train/lr": 0.1}), "end"]
 
 
 def test_wandb_that_is_not_installed_is_said(tmp_path, monkeypatch):
