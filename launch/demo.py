@@ -24,6 +24,7 @@ from selfvil import terminal
 from selfvil.evaluate.features import load_backbone
 from selfvil.evaluate.score import Row, score
 from selfvil.monitor.pictures import loss_curve
+from selfvil.runtime import bf16_in_hardware
 
 TEST_IMAGES = 500
 console = terminal.console()
@@ -48,7 +49,10 @@ def main() -> None:
     train, test = (f"{out}/shards/{split}/digits-*.tar" for split in ("train", "test"))
 
     say("2. pretrain a small ViL by MAE, without labels")
-    overrides = [f"data.train={train}", f"run.out={out / 'run'}", f"run.seed={options.seed}"]
+    precision = "bf16" if bf16_in_hardware() else "fp32"
+    overrides = [
+        f"data.train={train}", f"run.out={out / 'run'}", f"run.seed={options.seed}", f"run.precision={precision}"
+    ]  # fmt: skip
     run("accelerate", "launch", "launch/pretrain.py", "recipes/demo.yaml", *overrides)
     loss_curve(out / "run", out / "loss.png")
 

@@ -1,6 +1,7 @@
 """Launches that would go wrong silently, and stops."""
 
 import pytest
+import torch
 
 from selfvil import runtime
 from selfvil.errors import UserError
@@ -94,3 +95,12 @@ def test_threads_without_a_core_of_their_own_are_told(busy, threads, processes, 
     sentence = runtime.crowded(busy, 2, threads, processes)
     assert (sentence is not None) == warned
     assert not warned or "set run.threads=1" in sentence
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"), [("avx2 fma", False), ("avx512f avx512_bf16", True), ("amx_bf16", True)]
+)
+def test_bfloat16_instructions_are_found(monkeypatch, flags, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(runtime.Path, "read_text", lambda self: f"flags : {flags}")
+    assert runtime.bf16_in_hardware() is expected
