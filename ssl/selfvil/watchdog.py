@@ -30,6 +30,7 @@ LONG = 6
 """The bound of stages in which one process works while the others wait, such as an evaluation, over `stall_minutes`."""
 
 _LAST_SAVE = 120.0  # seconds that the last save may take, for which the other processes wait
+_KILL = 10.0  # seconds that a killed data worker may take to end
 
 log = logging.getLogger("selfvil")
 
@@ -150,8 +151,11 @@ class Watchdog:
 
     def _end(self, why: str) -> None:
         _print(f"selfvil: {why}")
-        for child in multiprocessing.active_children():  # data workers; a stopped one would outlive this process
-            child.kill()
+        workers = multiprocessing.active_children()  # data workers; a stopped one would outlive this process
+        for worker in workers:
+            worker.kill()
+        for worker in workers:  # so that nothing is left when this process has ended
+            worker.join(_KILL)
         os._exit(STALLED)
 
 

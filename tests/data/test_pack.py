@@ -214,7 +214,7 @@ def test_an_output_in_use_is_left_alone(classes_folder, tmp_path):
 
 def test_sources_without_images_are_errors(tmp_path):
     out, folder = tmp_path / "out", tmp_path / "in"
-    with pytest.raises(UserError, match="missing shard"):
+    with pytest.raises(UserError, match="there is no folder"):
         pack(folder, out)
     folder.mkdir()
     with pytest.raises(UserError, match="holds no images"):
