@@ -108,15 +108,20 @@ def stopped_workers(shards: Path, folder: Path, count: int, bound: float = 0.05)
 
 
 def _worker_of(child: Child) -> psutil.Process | None:
-    """The first process that the child starts; None if it ends without one."""
-    parent = psutil.Process(child.pid)
+    """The first data worker that the child starts; None if it ends without one.
+
+    A worker is a fork of its parent for good. So is git for a moment, before it is git; stopped then, it would hold up
+    the parent inside of vfork, which no watchdog can end.
+    """
+    seen: set[int] = set()
     while os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
-        try:
-            if found := parent.children():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            parent = psutil.Process(child.pid)
+            forks = [process for process in parent.children() if process.cmdline() == parent.cmdline()]
+            if found := [process for process in forks if process.pid in seen]:
                 return found[0]
-        except psutil.NoSuchProcess:
-            return None
-        time.sleep(0.005)
+            seen = {process.pid for process in forks}
+        time.sleep(0.01)
     return None
 
 
