@@ -44,7 +44,9 @@ OURS = "ours"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="vil_tiny_patch16_224", help="our model's name in timm")
-    parser.add_argument("--vit", default="vit_tiny_patch16_224", help="timm's transformer to compare with; '' for none")
+    parser.add_argument(
+        "--beside", nargs="*", default=["vit_tiny_patch16_224"], help="networks to compare with, by their names in timm"
+    )
     parser.add_argument("--published", type=Path, help="checkout of NX-AI/vision-lstm to compare with")
     parser.add_argument("--img-size", type=int, default=224)
     parser.add_argument("--batch", type=int, default=8)
@@ -53,7 +55,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtypes", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=list(MODES))
-    parser.add_argument("--depth", type=int, help="block pairs (ViT: half as many layers); the model's own by default")
+    parser.add_argument("--depth", type=int, help="block pairs, or layers of a transformer; the model's own by default")
     parser.add_argument("--compile", action="store_true", help="run under torch.compile")
     parser.add_argument("--memory", action="store_true", help="peak memory of a training step too")
     parser.add_argument("--json", type=Path, help="file to write the figures to")
@@ -114,8 +116,8 @@ def build_models(args: argparse.Namespace) -> dict[str, nn.Module]:
             patch_size=ours.patch_embed.patch_size,
             output_shape=(ours.num_classes,),
         )
-    if args.vit:
-        models[args.vit] = timm.create_model(args.vit, **size | ({"depth": args.depth} if args.depth else {}))
+    for name in args.beside:
+        models[name] = timm.create_model(name, **size | ({"depth": args.depth} if args.depth else {}))
     return {name: model.to(args.device) for name, model in models.items()}
 
 
@@ -202,13 +204,18 @@ def floor(model: nn.Module, args: argparse.Namespace, dtype: str) -> float:
     weights = sum(
         p.numel() for n, p in model.named_parameters() if p.ndim > 1 and "pos_embed" not in n and "head" not in n
     )
-    inner, layers = 2 * model.embed_dim, 2 * len(model.blocks)
-    # Of every token: with half of all others, or with those of half a chunk and a state of head width D.
+    layers, reading = 2 * len(model.blocks), model.blocks[0].first.layer
+    if model.block == "mlp":
+        heads, of_v, of_qk = reading.readings[0].num_heads, model.embed_dim, reading.readings[0].qk_dim
+    else:
+        heads, of_v, of_qk = 4, 2 * model.embed_dim, 2 * model.embed_dim
+    # Of every token: with half of all others, or with those of half a chunk and a state of a head's widths.
     torch_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
     chunk = {"chunkwise": CHUNK, "triton_chunkwise": triton_mlstm.CHUNK}.get(
-        choose(tokens, inner // 4, args.device, torch_dtype)
+        choose(tokens, of_v // heads, args.device, torch_dtype)
     )
-    products = tokens * weights + layers * tokens * inner * (chunk + 2 * inner // 4 if chunk else tokens)
+    of_tokens = (of_qk + of_v) // 2 * (chunk or tokens) + (2 * of_qk * of_v // heads if chunk else 0)
+    products = tokens * (weights + layers * of_tokens)
     a, b = torch.randn(2, 2048, 2048, device=args.device, dtype=torch_dtype)
     times = []
     for _ in range(5):

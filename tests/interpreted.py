@@ -71,7 +71,7 @@ def check_operator(form: str) -> None:
     torch.manual_seed(0)  # of this process
     inputs = [x.requires_grad_() for x in (*torch.randn(3, 1, 2, 20, 4).unbind(), *torch.randn(2, 1, 2, 20).unbind())]
     q, k, v, i, f = inputs
-    operands = (q, k, v, i, f.sigmoid().log().detach(), True, form == "triton_chunkwise")
+    operands = (q, k, v, i, f.sigmoid().log().detach(), True, form == "triton_chunkwise", q.shape[-1])
     torch.library.opcheck(torch.ops.selfvil.mlstm_triton.default, operands)
     compiled = torch.compile(lambda *x: mlstm(*x, reverse=True, backend=form), fullgraph=True, backend="aot_eager")
     results = [torch.autograd.grad(function(*inputs).square().sum(), inputs)

@@ -44,7 +44,7 @@ DESIGN = {
     "global_pool": ["bilateral_concat", "bilateral_avg", "bilateral_patch", "avg", "middle_patch", "middle_cls",
                     "registers"],
     "conv": ["2d", "causal1d", "none"],
-    "name": ["vil_nano_patch4_32", "vil_v1_tiny_patch16_224"],
+    "name": ["vil_nano_patch4_32", "vil_v1_tiny_patch16_224", "vil_mlp_nano_patch4_32"],
     "num_registers": [None, 2],
     "pos_embed": ["learn", "sincos"],
     "init_values": [None, 1e-4],
@@ -180,10 +180,11 @@ def one_sentence(error: UserError, *words: str) -> None:
     assert all(word in message for word in words), message
 
 
+@pytest.mark.parametrize("name", ["vil_nano_patch4_32", "vil_mlp_nano_patch4_32"])
 @pytest.mark.parametrize("conv", DESIGN["conv"])
 @pytest.mark.parametrize("traversal", TRAVERSALS)
-def test_the_autoregressive_objective_refuses_what_is_not_causal(traversal, conv, digit_shards, tmp_path):
-    case = {"objective": "autoregressive", "name": "vil_nano_patch4_32", "traversal": traversal, "conv": conv}
+def test_the_autoregressive_objective_refuses_what_is_not_causal(traversal, conv, name, digit_shards, tmp_path):
+    case = {"objective": "autoregressive", "name": name, "traversal": traversal, "conv": conv}
     recipe = recipe_of(case, digit_shards, tmp_path / "run")
     if traversal == "unidirectional" and conv != "2d":
         build_objective(recipe)

@@ -10,7 +10,8 @@ import torch
 
 from selfvil.models import VisionLSTM
 from selfvil.models.blocks import TRAVERSALS, ViLBlockPair
-from selfvil.models.layers import CONVS, Reader
+from selfvil.models.convolution import CONVS
+from selfvil.models.layers import Reader
 from selfvil.models.masking import gather_tokens, keep_from_noise
 from selfvil.models.order import Columns, all_patches, join, places_of, slots, split
 

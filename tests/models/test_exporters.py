@@ -17,6 +17,8 @@ DESIGNS = {
     "registers": {"num_registers": 2, "global_pool": "registers", "traversal": "quad_alternating", "depth": 2},
     "class token": {"global_pool": "middle_cls"},
     "version 1": {"conv": "causal1d", "bias": False, "global_pool": "bilateral_avg", "stride": 2, "depth": 1.5},
+    "MLP": {"block": "mlp", "init_values": 0.1},
+    "MLP, quad": {"block": "mlp", "traversal": "quad", "num_registers": 2, "global_pool": "registers"},
     "no convolution": {"conv": "none", "pos_embed": "sincos", "global_pool": "middle_patch"},
 }
 

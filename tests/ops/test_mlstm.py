@@ -61,6 +61,34 @@ def test_equals_the_reference_in_values_and_all_gradients(num_tokens, gates, rev
 
 
 @pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("width", [1, 3, 8])
+@pytest.mark.parametrize("num_tokens", [1, 64, 131, 300])
+def test_heads_of_q_and_k_of_another_width(num_tokens, width, reverse, backend):
+    q, k, *rest = make_inputs(num_tokens)
+    q, k = torch.randn(2, 2, 3, num_tokens, width, dtype=torch.float64)
+    expected = run((q, k, *rest), reverse=reverse, backend="reference")
+    assert_close(run((q, k, *rest), reverse=reverse, backend=backend), expected, 1e-12)
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_narrow_heads_in_bfloat16(backend):
+    q, k, v, i, f, dh = make_inputs(300, head_dim=32, dtype=torch.float32)
+    half = [x.bfloat16() for x in (q[..., :16] / 3, k[..., :16] / 3, v)]
+    expected = run((*(x.float() for x in half), i, f + 4, dh), backend="reference")
+    got = run((*half, i, f + 4, dh.bfloat16()), backend=backend)
+    assert_close([x.float() for x in got], expected, 0.03)
+
+
+@pytest.mark.parametrize("form", ["parallel", "chunkwise"])
+def test_narrow_heads_keep_the_promises_of_a_custom_operator(form, small_blocks):
+    q, k, v, i, f, _ = make_inputs(9, batch=1, heads=2, dtype=torch.float32)
+    operands = [x.requires_grad_() for x in (q[..., :3], k[..., :3], v, i)]
+    log_f = torch.nn.functional.logsigmoid(f)
+    torch.library.opcheck(torch.ops.selfvil.mlstm.default, (*operands, log_f, True, form))
+
+
+@pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("i", [-50.0, 50.0])
 @pytest.mark.parametrize("f", [-50.0, 50.0])
 @pytest.mark.parametrize("reverse", [False, True])
@@ -225,6 +253,8 @@ def test_mistakes_are_named():
         mlstm(q, k, v, i, f, backend="fastest")
     with pytest.raises(ValueError, match=r"one shape \(B, H, N, D\)"):
         mlstm(q, k[:, :, :3], v, i, f)
+    with pytest.raises(ValueError, match="v all of it but D"):
+        mlstm(q, k, v[:, :, :3], i, f)
     with pytest.raises(ValueError, match=r"must be \(B, H, N\) = \(2, 3, 4\)"):
         mlstm(q, k, v, i[..., None], f)
     with pytest.raises(ValueError, match="one floating dtype"):

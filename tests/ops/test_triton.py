@@ -65,6 +65,18 @@ def test_values_and_all_gradients(num_tokens, head_dim, reverse, form, run):
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("widths", [(24, 48), (48, 24)], ids=["narrow q and k", "narrow v"])
+def test_heads_of_two_widths(widths, form, run):
+    if torch.cuda.is_available():
+        pytest.skip("kernels are written for at most float32 on a GPU")
+    (q, k, v, *gates), dh = make_inputs((1, 2, 70, 48), torch.float64)
+    inputs, dh = [q[..., : widths[0]], k[..., : widths[0]], v[..., : widths[1]], *gates], dh[..., : widths[1]]
+    got = run(inputs, dh, backend=form)
+    assert [x.shape[-1] for x in got[:4]] == [widths[1], widths[0], widths[0], widths[1]]
+    assert max(errors(got, inputs, dh).values()) < 1e-12
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(("dtype", "head_dim", "reverse"), [
     (torch.float32, 96, False), (torch.bfloat16, 96, True), (torch.bfloat16, 384, False), (torch.float16, 96, True),
 ])  # fmt: skip

@@ -1,17 +1,18 @@
-"""Blocks of Vision-LSTM: a layer with its norm and its residual, in pairs, and the orders in which they read.
+"""Blocks of Vision-LSTM, in pairs, and the orders in which they read.
 
 The traversals beside "alternating" are those of the published ablations (Alkin et al., "Vision-LSTM", 2024, version 1).
 
 Shapes: B images, K tokens of the sequence (kept patches of a grid, and extra tokens if there are any), C channels.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from timm.layers import DropPath, LayerScale, PatchEmbed
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from selfvil.models.layers import Grid, ResidualLayerNorm, ViLLayer
+from selfvil.models.mlp_block import MLPBlock
 from selfvil.models.order import Columns
 
 
@@ -82,7 +83,7 @@ class OverlappingPatchEmbed(PatchEmbed):
 
 
 class ViLBlock(nn.Module):
-    """x + DropPath(LayerScale(layer(norm(x)))).
+    """The published block: x + DropPath(LayerScale(layer(norm(x)))).
 
     Args:
         dim: width C of the tokens.
@@ -117,6 +118,9 @@ class ViLBlock(nn.Module):
         return x + self.drop_path(self.ls(self.layer(self.norm(x), grid, keep, places)))
 
 
+BLOCKS: dict[str, type[nn.Module]] = {"gated": ViLBlock, "mlp": MLPBlock}
+
+
 @register_notrace_module
 class ViLBlockPair(nn.Module):
     """Two blocks, the first reading the image from its first token, the second, unless told otherwise, from its last.
@@ -126,7 +130,8 @@ class ViLBlockPair(nn.Module):
         index: number of the pair in its network, which decides between rows and columns in "quad_alternating".
         traversal: a name from `TRAVERSALS`.
         single: leave out the second block, as at the end of an odd number of blocks.
-        drop_path: see `ViLBlock`, as for all further arguments.
+        block: "gated", as published, or "mlp" (see `selfvil.models.mlp_block`).
+        options: of the blocks, see `ViLBlock` and `MLPBlock`.
     """
 
     def __init__(
@@ -136,28 +141,23 @@ class ViLBlockPair(nn.Module):
         index: int = 0,
         traversal: str = "alternating",
         single: bool = False,
-        drop_path: float = 0.0,
-        init_values: float | None = None,
-        conv: str | None = "2d",
-        bias: bool = True,
-        num_blocks: int | None = None,
+        block: str = "gated",
+        **options: Any,
     ) -> None:
         super().__init__()
+        if block not in BLOCKS:
+            raise ValueError(f"block = {block!r} does not exist; choose one of: {', '.join(BLOCKS)}")
         if traversal not in TRAVERSALS:
             raise ValueError(f"traversal = {traversal!r} does not exist; choose one of: {', '.join(TRAVERSALS)}")
         order = TRAVERSALS[traversal]
         self.columns = order.columns and index % 2 == 1
         self.first, second = (
-            ViLBlock(
+            BLOCKS[block](
                 dim,
                 reverse=order.alternates and is_second,
                 directions=order.directions,
                 shared=order.shared,
-                drop_path=drop_path,
-                init_values=init_values,
-                conv=conv,
-                bias=bias,
-                num_blocks=num_blocks,
+                **options,
             )
             for is_second in (False, True)
         )

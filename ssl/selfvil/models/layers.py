@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from selfvil.models.masking import gather_tokens, scatter_tokens
-from selfvil.models.order import Columns, Grid, compact_grid, join, split, steps_of
+from selfvil.models.convolution import convolve, depthwise_conv
+from selfvil.models.order import Columns, Grid, steps_of
 from selfvil.ops import fused, linear, mlstm
 
 EXPANSION = 2
@@ -32,9 +32,6 @@ MERGED_BLOCK = 32
 """Most width of the blocks that are really multiplied: fewer products with zeros in them beat many tiny ones."""
 MERGED_BLOCK_CONV = 16
 """The same where they are the groups of a convolution."""
-CONVS = ("2d", "causal1d", "none", None)
-"""Before q and k: 3 × 3 on the grid (version 2), 4 tokens back along the sequence (version 1), or none, which is a word
-too, because timm.create_model hands no None on."""
 
 
 class ResidualLayerNorm(nn.Module):
@@ -112,20 +109,14 @@ class Reader(nn.Module):
 
     Args:
         inner: width E of the tokens.
-        conv: one of `CONVS`.
+        conv: one of `selfvil.models.convolution.CONVS`.
         bias: of the projections and the norm; convolution and gates always have one.
     """
 
     def __init__(self, inner: int, *, conv: str | None = "2d", bias: bool = True) -> None:
         super().__init__()
-        if conv not in CONVS:
-            raise ValueError(f"conv = {conv!r} does not exist; choose one of: {', '.join(map(repr, CONVS))}")
         self.gap_aware = self.compact_conv = False
-        self.conv: nn.Module | None = None
-        if conv == "2d":
-            self.conv = nn.Conv2d(inner, inner, kernel_size=3, padding=1, groups=inner)
-        elif conv == "causal1d":
-            self.conv = nn.Conv1d(inner, inner, kernel_size=4, padding=3, groups=inner)
+        self.conv = depthwise_conv(conv, inner)
         self.q_proj = BlockDiagonalLinear(inner, bias)
         self.k_proj = BlockDiagonalLinear(inner, bias)
         self.v_proj = BlockDiagonalLinear(inner, bias)
@@ -184,51 +175,10 @@ class Reader(nn.Module):
         return h if gate is None else h * F.silu(gate)
 
     def convolve(self, x: Tensor, grid: Grid, keep: Tensor | None, places: Tensor | None, reverse: bool) -> Tensor:
-        """Depthwise convolution of tokens (B, K, E) at their places, zeros where none was kept.
-
-        With `compact_conv`, of the kept tokens side by side, as if they were all there is.
-        """
-        if self.compact_conv and keep is not None:
-            grid, keep = compact_grid(keep.shape[1], grid), None
-        if isinstance(self.conv, nn.Conv2d):
-            return self.convolve_grid(self.conv, x, grid, keep, places, reverse)
-        if isinstance(self.conv, nn.Conv1d):
-            return self.convolve_sequence(self.conv, x, grid, keep, places, reverse)
-        return x
-
-    @staticmethod
-    def convolve_grid(
-        conv: nn.Conv2d, x: Tensor, grid: Grid, keep: Tensor | None, places: Tensor | None, reverse: bool
-    ) -> Tensor:
-        """3 × 3 on the grid. Extra tokens have no place on it: they see themselves, through the kernel's centre."""
-        if places is not None:
-            patches, extra = split(x, places, grid[0] * grid[1] if keep is None else keep.shape[1])
-            patches = Reader.convolve_grid(conv, patches, grid, keep, None, reverse)
-            extra = torch.addcmul(conv.bias, extra, conv.weight[:, 0, 1, 1])  # type: ignore[arg-type]  # it has one
-            return join(patches, extra, places)
-        weight = conv.weight.flip(2, 3) if reverse else conv.weight
-        if keep is not None:
-            x = scatter_tokens(x, keep, x.new_zeros(()), grid[0] * grid[1])
-        # Tokens last to channels last is a change of strides, not of memory.
-        x = x.unflatten(1, grid).permute(0, 3, 1, 2)
-        x = F.conv2d(x, weight, conv.bias, padding=conv.padding, groups=conv.groups)
-        x = x.permute(0, 2, 3, 1).flatten(1, 2)
-        return x if keep is None else gather_tokens(x, keep)
-
-    @staticmethod
-    def convolve_sequence(
-        conv: nn.Conv1d, x: Tensor, grid: Grid, keep: Tensor | None, places: Tensor | None, reverse: bool
-    ) -> Tensor:
-        """A token and the three read before it, extra tokens among them."""
-        ids = None
-        if keep is not None:
-            num_extra = 0 if places is None else places.shape[1] - keep.shape[1]
-            ids = steps_of(keep, places, grid[0] * grid[1])
-            x = scatter_tokens(x, ids, x.new_zeros(()), grid[0] * grid[1] + num_extra)
-        weight, padding = conv.weight.flip(2) if reverse else conv.weight, conv.kernel_size[0] - 1
-        x = F.conv1d(x.mT, weight, conv.bias, padding=padding, groups=conv.groups)
-        x = (x[..., padding:] if reverse else x[..., :-padding]).mT
-        return x if ids is None else gather_tokens(x, ids)
+        """Depthwise convolution of tokens (B, K, E), or x itself if there is none."""
+        if self.conv is None:
+            return x
+        return convolve(self.conv, x, grid, keep, places, reverse=reverse, compact=self.compact_conv)
 
     def gates(self, conv: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """Pre-activations (B, h, K), float32 or better, of the input and the forget gate.
@@ -266,7 +216,7 @@ class ViLLayer(Reader):
         reverse: read the tokens from the last to the first.
         directions: 1, 2 (both ways) or 4 (rows and columns, both ways).
         shared: all directions share parameters.
-        conv: one of `CONVS`.
+        conv: one of `selfvil.models.convolution.CONVS`.
         bias: of projections and norms, as in version 2; convolution and gates always have one.
         num_blocks: layers in the network, for the scale of the down-projection; None takes 1, as published.
     """

@@ -37,6 +37,10 @@ default_cfgs = generate_default_cfgs(
         "vil_base_patch16_224.nxai_e400_in1k": _cfg(_URL + "vil2_base16_e400_in1k.th"),
         "vil_large_patch16_224.untrained": _cfg(),
         "vil_nano_patch4_32.untrained": _cfg(num_classes=10, input_size=(3, 32, 32), pool_size=(8, 8)),
+        "vil_mlp_nano_patch4_32.untrained": _cfg(num_classes=10, input_size=(3, 32, 32), pool_size=(8, 8)),
+        "vil_mlp_tiny_patch16_224.untrained": _cfg(),
+        "vil_mlp_small_patch16_224.untrained": _cfg(),
+        "vil_mlp_base_patch16_224.untrained": _cfg(),
         "vil_v1_tiny_patch16_224.nxai_e800_in1k": _cfg(_URL + "vil_tiny16_e800_in1k.th"),
         "vil_v1_tiny_patch16_224.nxai_e400_in1k": _cfg(_URL + "vil_tiny16_e400_in1k.th"),
         "vil_v1_tiny_plus_patch16_224.nxai_e800_in1k": _cfg(_URL + "vil_tinyplus16_e800_in1k.th"),
@@ -110,6 +114,31 @@ def vil_nano_patch4_32(pretrained: bool = False, **kwargs: Any) -> VisionLSTM:
 def vil_large_patch16_224(pretrained: bool = False, **kwargs: Any) -> VisionLSTM:
     """ViL-L, of the depth and width of ViT-L; not a published size."""
     return _create("vil_large_patch16_224", pretrained, **{"embed_dim": 1024, "depth": 24, **kwargs})
+
+
+@register_model
+def vil_mlp_nano_patch4_32(pretrained: bool = False, **kwargs: Any) -> VisionLSTM:
+    """A small Vision-LSTM with MLPs for 32 × 32 images and for tests: 0.7 M parameters."""
+    sizes = {"img_size": 32, "patch_size": 4, "embed_dim": 96, "depth": 3}
+    return _create("vil_mlp_nano_patch4_32", pretrained, **{"block": "mlp", **sizes, **kwargs})
+
+
+@register_model
+def vil_mlp_tiny_patch16_224(pretrained: bool = False, **kwargs: Any) -> VisionLSTM:
+    """ViL-T with MLPs, of the depth, width and parameters of ViT-T (6 M)."""
+    return _create("vil_mlp_tiny_patch16_224", pretrained, **{"block": "mlp", "embed_dim": 192, "depth": 6, **kwargs})
+
+
+@register_model
+def vil_mlp_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> VisionLSTM:
+    """ViL-S with MLPs, of the depth, width and parameters of ViT-S (22 M)."""
+    return _create("vil_mlp_small_patch16_224", pretrained, **{"block": "mlp", "embed_dim": 384, "depth": 6, **kwargs})
+
+
+@register_model
+def vil_mlp_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> VisionLSTM:
+    """ViL-B with MLPs, of the depth, width and parameters of ViT-B (86 M)."""
+    return _create("vil_mlp_base_patch16_224", pretrained, **{"block": "mlp", "embed_dim": 768, "depth": 6, **kwargs})
 
 
 def _create_v1(variant: str, pretrained: bool, **kwargs: Any) -> VisionLSTM:

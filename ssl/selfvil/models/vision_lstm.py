@@ -20,7 +20,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from selfvil.models.blocks import OverlappingPatchEmbed, ViLBlockPair
-from selfvil.models.layers import Reader, ResidualLayerNorm
+from selfvil.models.layers import ResidualLayerNorm
 from selfvil.models.masking import gather_tokens
 from selfvil.models.order import Grid, all_patches, join, places_of, split
 from selfvil.models.pooling import CLASS_TOKEN_POOLINGS, POOLINGS, pooled_dim
@@ -42,8 +42,9 @@ class VisionLSTM(nn.Module):
             through the centre of its kernel. global_pool = "registers" puts what comes of them side by side.
         embed_dim: width C of the tokens.
         depth: number of block pairs; a half at the end is a single block, as published networks with an odd number.
+        block: "gated", as published, or "mlp", which is faster (see `selfvil.models.mlp_block`).
         traversal: a name from `selfvil.models.blocks.TRAVERSALS`.
-        conv: "2d", "causal1d" (version 1) or None.
+        conv: "2d", "causal1d" (version 1) or None; before the mLSTM of a block, or before the block if it has an MLP.
         bias: of projections and norms in the blocks, and of the norm after them; version 1 has none.
         norm_eps, fc_norm_eps: of the norm after the blocks and of `fc_norm`.
         fc_norm: a LayerNorm between pooling and classifier. None: only if the weights that are loaded have one, as the
@@ -57,6 +58,7 @@ class VisionLSTM(nn.Module):
         init_values: initial value of LayerScale; None leaves LayerScale out, as published.
         depth_scaled_init: start the down-projections smaller by the number of blocks, as the initialisation's source
             has it; the published networks were trained without.
+        block_options: further arguments of the blocks, see `selfvil.models.mlp_block.MLPBlock`.
     """
 
     output_fmt = "NHWC"
@@ -73,6 +75,7 @@ class VisionLSTM(nn.Module):
         num_registers: int = 0,
         embed_dim: int = 192,
         depth: float = 12,
+        block: str = "gated",
         traversal: str = "alternating",
         conv: str | None = "2d",
         bias: bool = True,
@@ -87,6 +90,7 @@ class VisionLSTM(nn.Module):
         drop_path_uniform: bool = True,
         init_values: float | None = None,
         depth_scaled_init: bool = False,
+        **block_options: Any,
     ) -> None:
         super().__init__()
         if depth <= 0 or 2 * depth != int(2 * depth):
@@ -101,6 +105,7 @@ class VisionLSTM(nn.Module):
         self.in_chans = in_chans
         self.num_features = self.embed_dim = embed_dim
         self.num_registers = num_registers
+        self.block = block
         self.num_prefix_tokens = 1 if class_token else num_registers
         self.head_hidden_size = pooled_dim(global_pool, embed_dim, num_registers)
         self.grad_checkpointing = False
@@ -121,11 +126,13 @@ class VisionLSTM(nn.Module):
                 index=i,
                 traversal=traversal,
                 single=i + 1 > depth,
+                block=block,
                 drop_path=drop_path_rate if drop_path_uniform else drop_path_rate * i / max(num_pairs - 1, 1),
                 init_values=init_values,
                 conv=conv,
                 bias=bias,
                 num_blocks=int(2 * depth) if depth_scaled_init else None,
+                **block_options,
             )
             for i in range(num_pairs)
         )
@@ -375,8 +382,8 @@ class VisionLSTM(nn.Module):
         Where no token is dropped it makes no difference.
         """
         for module in self.modules():
-            if isinstance(module, Reader):
-                module.gap_aware = enable
+            if hasattr(module, "gap_aware"):
+                module.gap_aware = enable  # type: ignore[assignment]  # a flag of ours
 
     @torch.jit.ignore
     def set_compact_conv(self, enable: bool = True) -> None:
@@ -385,5 +392,5 @@ class VisionLSTM(nn.Module):
         Where no token is dropped it makes no difference.
         """
         for module in self.modules():
-            if isinstance(module, Reader):
-                module.compact_conv = enable
+            if hasattr(module, "compact_conv"):
+                module.compact_conv = enable  # type: ignore[assignment]  # a flag of ours

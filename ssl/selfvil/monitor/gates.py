@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from selfvil.models.blocks import ViLBlockPair
 from selfvil.models.layers import ViLLayer
+from selfvil.models.mlp_block import MLSTMLayer
 
 SATURATED = 7.0
 """Pre-activation beyond which a forget gate is within 0.1 % of 0 or 1, and passes almost no gradient."""
@@ -31,14 +32,13 @@ def record_forget_gates(backbone: nn.Module) -> Iterator[Gates]:
     In this context compiled functions run without compilation, so that nothing has to be compiled anew.
     """
     gates: dict[str, list[Tensor]] = {}
-    layers: list[ViLLayer] = []
-    pairs = [module for module in backbone.modules() if isinstance(module, ViLBlockPair)]
-    blocks = [(block, pair.columns) for pair in pairs for block in (pair.first, pair.second) if block is not None]
-    for number, (block, columns) in enumerate(blocks):
-        names = [f"{number:02d}_{direction}" for direction in _directions(block.layer, columns)]
-        gates |= {name: [] for name in names}
-        block.layer.on_forget_gates = _recorder([gates[name] for name in names])
-        layers.append(block.layer)
+    layers: list[ViLLayer | MLSTMLayer] = []
+    for pair in (module for module in backbone.modules() if isinstance(module, ViLBlockPair)):
+        for layer in (part for part in pair.modules() if isinstance(part, ViLLayer | MLSTMLayer)):
+            names = [f"{len(layers):02d}_{direction}" for direction in _directions(layer, pair.columns)]
+            gates |= {name: [] for name in names}
+            layer.on_forget_gates = _recorder([gates[name] for name in names])
+            layers.append(layer)
     try:
         with torch.compiler.set_stance("force_eager"):
             yield gates
@@ -47,7 +47,7 @@ def record_forget_gates(backbone: nn.Module) -> Iterator[Gates]:
             layer.on_forget_gates = None
 
 
-def _directions(layer: ViLLayer, columns: bool) -> list[str]:
+def _directions(layer: ViLLayer | MLSTMLayer, columns: bool) -> list[str]:
     """Names of a layer's scans in its order; `columns`: the whole layer runs on the transposed grid."""
     rows = ["backward", "forward"] if layer.reverse else ["forward", "backward"]
     names = [*rows, "down", "up"][: layer.directions]

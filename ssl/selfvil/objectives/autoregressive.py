@@ -28,6 +28,7 @@ from selfvil.errors import UserError
 from selfvil.models import VisionLSTM
 from selfvil.models.layers import ViLLayer
 from selfvil.models.masking import token_grid
+from selfvil.models.mlp_block import MLSTMLayer
 from selfvil.objectives.base import Batch, ImageSpec, Objective, Progress, StepOutput, View
 from selfvil.objectives.mae import fixed_positions, pixel_targets, reconstruction
 from selfvil.settings import Section
@@ -178,13 +179,13 @@ class Autoregressive(Objective):
 def _must_be_causal(backbone: nn.Module) -> None:
     """Raise UserError unless no token of `backbone` knows of a patch after it."""
     if isinstance(backbone, VisionLSTM):
-        layers = [module for module in backbone.modules() if isinstance(module, ViLLayer)]
+        layers = [module for module in backbone.modules() if isinstance(module, ViLLayer | MLSTMLayer)]
         if any(layer.reverse or layer.directions > 1 for layer in layers):
             raise UserError(
                 "the autoregressive objective needs a backbone that reads forwards only, or it would see what it "
                 "predicts: set model.traversal = unidirectional"
             )
-        if any(isinstance(layer.conv, nn.Conv2d) for layer in layers):
+        if any(isinstance(module, nn.Conv2d) for module in backbone.blocks.modules()):
             raise UserError(
                 "the autoregressive objective cannot use a convolution on the grid, which sees patches to come: set "
                 "model.conv = causal1d, or none"

@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from selfvil.data.views import RandomCropFlip
 from selfvil.errors import UserError
 from selfvil.models.blocks import ViLBlockPair
-from selfvil.models.layers import Reader
 from selfvil.models.masking import encode_kept, kept_ids, sample_mask, scatter_tokens, token_grid
 from selfvil.models.vision_lstm import VisionLSTM
 from selfvil.objectives.base import Batch, ImageSpec, Objective, Progress, StepOutput, View, keyed_noise
@@ -46,7 +45,7 @@ class MAESettings(Section):
     """ViL, to compare: convolve kept patches side by side, in a row or, with model.conv: 2d, on a small grid of their
     own, as code that knows of no holes; false convolves them at their places, with zeros where others are hidden."""
     decoder: Literal["vil", "vit"] = "vil"
-    """Blocks of the decoder: pairs of ViL blocks, or transformer layers as published."""
+    """Blocks of the decoder: pairs of ViL blocks of the backbone's kind, or transformer layers as published."""
     decoder_dim: int = Field(512, ge=16, multiple_of=8)
     """Width of the decoder's tokens."""
     decoder_depth: int = Field(4, ge=1)
@@ -95,7 +94,7 @@ class MAE(Objective):
             backbone.set_gap_aware()
 
         if settings.compact_conv:
-            convolves = [module.conv is not None for module in backbone.modules() if isinstance(module, Reader)]
+            convolves = [part.conv is not None for part in backbone.modules() if hasattr(part, "compact_conv")]
             if not isinstance(backbone, VisionLSTM) or not all(convolves):
                 raise UserError(
                     f"objective.compact_conv = true, but this {type(backbone).__name__} has no convolution among its "
@@ -119,7 +118,7 @@ class MAE(Objective):
     def _decoder_block(self) -> nn.Module:
         dim, heads = self.settings.decoder_dim, self.settings.decoder_heads
         if self.settings.decoder == "vil":
-            return ViLBlockPair(dim)
+            return ViLBlockPair(dim, block=getattr(self.backbone, "block", "gated"))
         if dim % heads:
             raise UserError(f"objective.decoder_heads = {heads} does not divide objective.decoder_dim = {dim}")
         norm: Any = partial(nn.LayerNorm, eps=1e-6)  # timm asks for a class, and needs no more than this

@@ -24,7 +24,7 @@ BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, bool], Ten
     "triton": functools.partial(mlstm_triton, chunked=False),  # parallel, for GPUs, fused
     "triton_chunkwise": functools.partial(mlstm_triton, chunked=True),  # chunkwise, for GPUs, fused
 }
-"""Name -> a function of q, k, v (B, H, N, D), i, log f (B, H, N) and reverse. log f is float32 or float64."""
+"""Name -> a function of q, k (B, H, N, D), v (B, H, N, D'), i, log f (B, H, N), float32 or float64, and reverse."""
 
 OVERRIDE = "SELFVIL_MLSTM"
 """Environment variable that says what "auto" means: the name of a backend."""
@@ -44,7 +44,8 @@ def mlstm(
     """Matrix LSTM over a sequence (Beck et al., "xLSTM", 2024).
 
     Args:
-        q, k, v: queries, keys and values, (B, H, N, D), one floating dtype.
+        q, k, v: queries, keys and values of one floating dtype, (B, H, N, D). Heads of q and k may have another width
+            than those of v (xLSTM 7B takes half, arXiv 2503.13427); scores are divided by the root of theirs.
         i, f: pre-activations of the input gate (exponential) and the forget gate (sigmoid), (B, H, N). Keep them in
             float32 when q, k, v are bfloat16.
         reverse: read the sequence from its end; equal to flipping every input and the output.
@@ -55,7 +56,7 @@ def mlstm(
             graph is exported, "auto" is "reference", which needs no custom operator.
 
     Returns:
-        h (B, H, N, D) in the dtype of q.
+        h in the shape of v and the dtype of q.
 
     Raises:
         ValueError: shapes or dtypes do not fit together, or the backend does not exist.
@@ -66,7 +67,7 @@ def mlstm(
         log_f = log_f * _gaps(positions, reverse).unsqueeze(1).to(log_f.dtype)
     if backend == "auto":
         backend = os.environ.get(OVERRIDE) or (
-            "reference" if exporting() else choose(q.shape[2], q.shape[3], q.device, q.dtype)
+            "reference" if exporting() else choose(q.shape[2], v.shape[3], q.device, q.dtype)
         )
         if not torch.compiler.is_compiling():  # a message is no part of a graph
             _say_once(backend)
@@ -99,9 +100,10 @@ def _say_once(backend: str) -> None:
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, positions: Tensor | None) -> None:
-    if q.ndim != 4 or q.shape != k.shape or q.shape != v.shape:
+    if q.ndim != 4 or q.shape != k.shape or q.shape[:3] != v.shape[:3] or v.ndim != 4:
         raise ValueError(
-            f"q, k and v must share one shape (B, H, N, D), got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
+            "q and k must share one shape (B, H, N, D), and v all of it but D, "
+            f"got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
         )
     if i.shape != q.shape[:3] or f.shape != q.shape[:3]:
         raise ValueError(f"i and f must be (B, H, N) = {tuple(q.shape[:3])}, got {tuple(i.shape)} and {tuple(f.shape)}")

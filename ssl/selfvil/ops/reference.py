@@ -3,7 +3,7 @@
 Beck et al., "xLSTM: Extended Long Short-Term Memory" (2024), stabilised parallel form with an exponential input gate
 and a sigmoid forget gate. Autograd derives the gradients. Memory and time grow with N².
 
-Shapes: B batch, H heads, N tokens, D head width.
+Shapes: B batch, H heads, N tokens, D width of a head of q and k, D' of one of v.
 """
 
 import math
@@ -16,8 +16,8 @@ EPS = 1e-6
 
 
 def mlstm_reference(q: Tensor, k: Tensor, v: Tensor, i: Tensor, log_f: Tensor, reverse: bool = False) -> Tensor:
-    """mLSTM output h (B, H, N, D) of q, k, v (B, H, N, D), the input gate's pre-activation i and the log of the forget
-    gate, log sigmoid(f) (B, H, N), any float dtype.
+    """mLSTM output h (B, H, N, D') of q, k (B, H, N, D), v (B, H, N, D'), the input gate's pre-activation i and the log
+    of the forget gate, log sigmoid(f) (B, H, N), any float dtype.
 
     Reading backwards is defined by flipping the sequence, running forwards, and flipping the result.
     """

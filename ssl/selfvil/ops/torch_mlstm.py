@@ -16,7 +16,8 @@ the scores before these are rounded to be multiplied again, and the sums for r a
 
 To `torch.compile` forward and backward are one operator each, which it neither looks into nor breaks at.
 
-Shapes: B batch, H heads, N tokens, D head width.
+Shapes: B batch, H heads, N tokens, D width of a head of v; heads of q and k may be narrower, D is then theirs in
+scores and their scale.
 """
 
 from collections.abc import Callable
@@ -50,7 +51,7 @@ FORMS = {
 
 
 def mlstm_torch(q: Tensor, k: Tensor, v: Tensor, i: Tensor, log_f: Tensor, reverse: bool, form: str) -> Tensor:
-    """mLSTM output h (B, H, N, D) of q, k, v (B, H, N, D), i (B, H, N) and the log of the forget gate (B, H, N).
+    """mLSTM output h, of the shape of v (B, H, N, D), of q, k, v, i (B, H, N) and the log of the forget gate (B, H, N).
 
     Products run in the dtype of q, gates in that of log_f, float32 or float64. First derivatives only.
     """
@@ -71,14 +72,14 @@ def _forward(
     limit = torch.exp(-(log_forget + row_max))
     with _no_autocast(q):
         h, row_sum = FORMS[form].products(flat_q, flat_k, flat_v, a, row_max, limit, reverse)
-    return h.view(q.shape), a, row_max, argmax, row_sum, limit
+    return h.view(v.shape), a, row_max, argmax, row_sum, limit
 
 
 @_forward.register_fake
 def _(q, k, v, i, log_f, reverse, form):
     gates = log_f.new_empty(q.shape[0] * q.shape[1], q.shape[2])
     positions = torch.empty_like(gates, dtype=torch.long)
-    h = q.new_empty(q.shape)
+    h = v.new_empty(v.shape)
     return h, gates, torch.empty_like(gates), positions, torch.empty_like(gates), torch.empty_like(gates)
 
 
@@ -87,8 +88,8 @@ def _backward(
     dh: Tensor, q: Tensor, k: Tensor, v: Tensor, h: Tensor, a: Tensor, row_max: Tensor, argmax: Tensor,
     row_sum: Tensor, limit: Tensor, reverse: bool, form: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q, k, v (B, H, N, D), and of i and log_f (B, H, N) in the dtype of a."""
-    shape = q.shape
+    """Gradients of q, k, v in their shapes, and of i and log_f (B, H, N) in the dtype of a."""
+    shape, v_shape = q.shape, v.shape
     dh, q, k, v, h = (x.flatten(0, 1).contiguous() for x in (dh, q, k, v, h))
     den = denominator(row_sum, limit)
     sum_rules = row_sum.abs() >= limit  # the row sum, not its lower limit, is the normaliser
@@ -100,14 +101,14 @@ def _backward(
     # 1 - EPS/den is d/den, and stays finite where the limit overflows.
     d_log_forget = torch.where(sum_rules, 0, r * (1 - EPS / den)) - da
     dlog_f = _cumsum(d_log_forget, not reverse)
-    dq, dk, dv = (x.to(q.dtype).view(shape) for x in (dq, dk, dv))
+    dq, dk, dv = (x.to(q.dtype).view(s) for x, s in ((dq, shape), (dk, shape), (dv, v_shape)))
     return dq, dk, dv, da.view(shape[:3]), dlog_f.view(shape[:3])
 
 
 @_backward.register_fake
 def _(dh, q, k, v, h, a, row_max, argmax, row_sum, limit, reverse, form):
     gates = a.new_empty(q.shape[:3])
-    return q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape), gates, torch.empty_like(gates)
+    return q.new_empty(q.shape), q.new_empty(q.shape), v.new_empty(v.shape), gates, torch.empty_like(gates)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:

@@ -20,6 +20,7 @@ import os
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from selfvil.ops.reference import EPS
@@ -61,25 +62,28 @@ def _check(q: Tensor) -> None:
         raise ValueError(f'this mLSTM backend needs a GPU, but q is on {q.device}; take "auto" or "parallel"')
     if q.dtype == torch.float64 and not os.environ.get("TRITON_INTERPRET"):
         raise ValueError('this mLSTM backend computes in at most float32, but q is float64; take "auto" or "parallel"')
-    if q.shape[-1] > MAX_WIDTH:
+    if q.shape[-1] > MAX_WIDTH:  # of v too: widths are one by now
         raise ValueError(
             f'heads of this mLSTM backend are at most {MAX_WIDTH} wide, q has {q.shape[-1]}; take "auto" or "parallel"'
         )
 
 
 def mlstm_triton(q: Tensor, k: Tensor, v: Tensor, i: Tensor, log_f: Tensor, reverse: bool, chunked: bool) -> Tensor:
-    """mLSTM output h (B, H, N, D) of q, k, v (B, H, N, D), i (B, H, N) and the log of the forget gate (B, H, N).
+    """mLSTM output h, of the shape of v (B, H, N, D), of q, k, v, i (B, H, N) and the log of the forget gate (B, H, N).
 
     Products run in the dtype of q, gates in that of log_f, float32. First derivatives only.
     """
-    return _forward(q, k, v, i, log_f, reverse, chunked)[0]
+    # The kernels know one width. Zeros beside a narrower head add nothing to its products.
+    width = max(q.shape[-1], v.shape[-1])
+    padded = (F.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x for x in (q, k, v))
+    return _forward(*padded, i, log_f, reverse, chunked, q.shape[-1])[0][..., : v.shape[-1]]
 
 
 @torch.library.custom_op("selfvil::mlstm_triton", mutates_args=())
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, i: Tensor, log_f: Tensor, reverse: bool, chunked: bool
+    q: Tensor, k: Tensor, v: Tensor, i: Tensor, log_f: Tensor, reverse: bool, chunked: bool, score_width: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """h, and what the backward pass needs: a, M, n and lim, each (B, H, N)."""
+    """h, and what the backward pass needs: a, M, n and lim, each (B, H, N). Scores are divided by √score_width."""
     _check(q)
     q, k, v, i, log_f = (x.contiguous() for x in (q, k, v, i, log_f))
     h, (a, row_max, row_sum, limit) = torch.empty_like(q), (torch.empty_like(log_f) for _ in range(4))
@@ -88,13 +92,14 @@ def _forward(
     plan, sizes = _plan(q), _sizes(q, chunked)
     _launch(
         "forward", _programs(q, plan.block), plan,
-        q, k, v, a, row_max, limit, state, norm, h, row_sum, *sizes, **_root(q), **_constants(q, chunked, reverse),
+        q, k, v, a, row_max, limit, state, norm, h, row_sum, *sizes,
+        **_root(score_width), **_constants(q, chunked, reverse),
     )  # fmt: skip
     return h, a, row_max, row_sum, limit
 
 
 @_forward.register_fake
-def _(q, k, v, i, log_f, reverse, chunked):
+def _(q, k, v, i, log_f, reverse, chunked, score_width):
     gates = [log_f.new_empty(log_f.shape) for _ in range(4)]
     return q.new_empty(q.shape), *gates
 
@@ -102,7 +107,7 @@ def _(q, k, v, i, log_f, reverse, chunked):
 @torch.library.custom_op("selfvil::mlstm_triton_backward", mutates_args=())
 def _backward(
     dh: Tensor, q: Tensor, k: Tensor, v: Tensor, a: Tensor, row_max: Tensor, row_sum: Tensor, limit: Tensor,
-    reverse: bool, chunked: bool,
+    reverse: bool, chunked: bool, score_width: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v (B, H, N, D), and of i and log_f (B, H, N) in the dtype of a."""
     dh, q, k, v = dh.to(q.dtype).contiguous(), *(x.contiguous() for x in (q, k, v))
@@ -112,7 +117,8 @@ def _backward(
     state, norm = _states(k, v, a, row_max, a, a, reverse, after=False) if chunked else _no_states(q, a)
     _launch(
         "backward_rows", _programs(q, plan.block), plan,
-        q, k, v, dh, a, row_max, row_sum, limit, state, norm, dq, r, dn, row_scale, *sizes, **_root(q), **constants,
+        q, k, v, dh, a, row_max, row_sum, limit, state, norm, dq, r, dn, row_scale, *sizes,
+        **_root(score_width), **constants,
     )  # fmt: skip
     after, after_sum = _states(q, dh, a, row_max, row_scale, dn, reverse, after=True) if chunked else (state, norm)
     # Sums for both k and v of wide heads are more than the registers hold.
@@ -130,20 +136,20 @@ def _backward(
 
 
 @_backward.register_fake
-def _(dh, q, k, v, a, row_max, row_sum, limit, reverse, chunked):
+def _(dh, q, k, v, a, row_max, row_sum, limit, reverse, chunked, score_width):
     return *(q.new_empty(q.shape) for _ in range(3)), *(a.new_empty(a.shape) for _ in range(2))
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    q, k, v, i, _, ctx.reverse, ctx.chunked = inputs
+    q, k, v, i, _, *ctx.settings = inputs
     ctx.i_dtype = i.dtype
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(q, k, v, *output[1:])
 
 
 def _gradients(ctx: Any, dh: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    dq, dk, dv, di, dlog_f = _backward(dh, *ctx.saved_tensors, ctx.reverse, ctx.chunked)
-    return dq, dk, dv, di.to(ctx.i_dtype), dlog_f, None, None
+    dq, dk, dv, di, dlog_f = _backward(dh, *ctx.saved_tensors, *ctx.settings)
+    return dq, dk, dv, di.to(ctx.i_dtype), dlog_f, None, None, None
 
 
 _forward.register_autograd(_gradients, setup_context=_setup_context)
@@ -184,8 +190,8 @@ def _scan(reverse: bool) -> dict[str, Any]:
     return {"BLOCK": SCAN.block, "REVERSE": reverse}
 
 
-def _root(q: Tensor) -> dict[str, float]:
-    return {"EPS": EPS, "ROOT": math.sqrt(q.shape[-1])}
+def _root(score_width: int) -> dict[str, float]:
+    return {"EPS": EPS, "ROOT": math.sqrt(score_width)}
 
 
 def _constants(q: Tensor, chunked: bool, reverse: bool) -> dict[str, Any]:
