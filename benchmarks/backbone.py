@@ -35,7 +35,7 @@ from selfvil.models.masking import encode_kept, keep_from_noise, token_grid
 from selfvil.models.published import checkpoint_filter_fn
 from selfvil.models.vision_lstm import VisionLSTM
 from selfvil.ops import linear, triton_mlstm
-from selfvil.ops.chunkwise import CHUNK
+from selfvil.ops.chunkwise import chunk_size
 from selfvil.ops.mlstm import choose
 
 OURS = "ours"
@@ -211,7 +211,7 @@ def floor(model: nn.Module, args: argparse.Namespace, dtype: str) -> float:
         heads, of_v, of_qk = 4, 2 * model.embed_dim, 2 * model.embed_dim
     # Of every token: with half of all others, or with those of half a chunk and a state of a head's widths.
     torch_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
-    chunk = {"chunkwise": CHUNK, "triton_chunkwise": triton_mlstm.CHUNK}.get(
+    chunk = {"chunkwise": chunk_size(of_v // heads), "triton_chunkwise": triton_mlstm.CHUNK}.get(
         choose(tokens, of_v // heads, args.device, torch_dtype)
     )
     of_tokens = (of_qk + of_v) // 2 * (chunk or tokens) + (2 * of_qk * of_v // heads if chunk else 0)

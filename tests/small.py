@@ -7,7 +7,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-MODELS = ["vil_nano_patch4_32", "vit_tiny_patch16_224"]
+MODELS = ["vil_nano_patch4_32", "vit_tiny_patch16_224", "vil_mlp_nano_patch4_32"]
 SIZE = (16, 24)
 """Of images, in pixels: 4 x 6 patches."""
 

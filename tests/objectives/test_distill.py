@@ -202,6 +202,20 @@ def test_a_run_comes_nearer_to_its_teacher(digit_shards, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("teacher", "student"),
+    [("vil_nano_patch4_32", "vil_mlp_nano_patch4_32"), ("vil_mlp_nano_patch4_32", "vil_nano_patch4_32")],
+)
+def test_a_block_learns_from_the_other(teacher, student, digit_shards, tmp_path):
+    pretrain(runs.small("mae", digit_shards, tmp_path / "old", f"model.name={teacher}", "budget.steps=2"))
+    folder = export(tmp_path / "old", tmp_path / "export")
+    learning = ["budget.steps=40", "monitor.log_every=5", "optim.base_lr=0.01", "objective.teacher_img_size=16"]
+    names = [f"objective.teacher={folder}", "objective.teacher_weights=null", f"model.name={student}"]
+    assert pretrain(small(digit_shards, tmp_path / "run", *learning, *names)).finished
+    losses = [r["loss"] for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if r["kind"] == "train"]
+    assert losses[-1] < 0.7 * losses[0]
+
+
+@pytest.mark.parametrize(
     ("override", "expected"),
     [
         ("objective.teacher=nowhere", r"objective\.teacher = nowhere is neither the folder of an export .* nor a"),

@@ -71,6 +71,12 @@ def test_heads_of_q_and_k_of_another_width(num_tokens, width, reverse, backend):
     assert_close(run((q, k, *rest), reverse=reverse, backend=backend), expected, 1e-12)
 
 
+@pytest.mark.parametrize("head_dim", [chunkwise.NARROW, chunkwise.NARROW + 1])
+def test_chunks_of_both_sizes(head_dim):
+    inputs = make_inputs(300, batch=1, heads=2, head_dim=head_dim)
+    assert_close(run(inputs, backend="chunkwise"), run(inputs, backend="reference"), 1e-12)
+
+
 @pytest.mark.parametrize("backend", FAST)
 def test_narrow_heads_in_bfloat16(backend):
     q, k, v, i, f, dh = make_inputs(300, head_dim=32, dtype=torch.float32)

@@ -28,15 +28,18 @@ from selfvil.ops.parallel import decay, denominator, plus, times
 CHUNK = 128
 """Tokens in a chunk, at most. Larger ones cost more products within, smaller ones more states."""
 
-TOGETHER = 32
-"""Chunks handled at once, about."""
+NARROW = 64
+"""Heads up to this wide take chunks of half the size: their states cost little beside what is done within a chunk."""
+
+TOGETHER = 4096
+"""Tokens handled at once, about."""
 
 
 def products(
     q: Tensor, k: Tensor, v: Tensor, a: Tensor, row_max: Tensor, limit: Tensor, reverse: bool
 ) -> tuple[Tensor, Tensor]:
     """h (B·H, N, D), and the row sums of C (B·H, N)."""
-    num_tokens, root, chunks = q.shape[1], math.sqrt(q.shape[-1]), _Chunks(q, reverse)
+    num_tokens, root, chunks = q.shape[1], math.sqrt(q.shape[-1]), _Chunks(v, reverse)
     q, k, v, limit = (chunks.pad(x) for x in (q, k, v, limit))
     a, row_max = chunks.pad(a, -math.inf), chunks.pad(row_max, math.inf)
     h, row_sum = torch.empty_like(v), torch.empty_like(a)
@@ -60,7 +63,7 @@ def gradients(
     reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k and v from that of h; r = h · dh, and column sums of C ∘ dC, (B·H, N)."""
-    num_tokens, dtype, chunks = q.shape[1], q.dtype, _Chunks(q, reverse)
+    num_tokens, dtype, chunks = q.shape[1], q.dtype, _Chunks(v, reverse)
     row_scale = chunks.pad(math.sqrt(q.shape[-1]) * den, 1.0)
     q, k, v, dh, sign = (chunks.pad(x) for x in (q, k, v, dh, sign))
     a, row_max = chunks.pad(a, -math.inf), chunks.pad(row_max, math.inf)
@@ -98,12 +101,17 @@ def gradients(
     return dq, dk, dv, r, da
 
 
+def chunk_size(width: int) -> int:
+    """Tokens in a chunk, at most, for heads of v so wide."""
+    return max(1, CHUNK // 2) if width <= NARROW else CHUNK
+
+
 class _Chunks:
     """Chunks of equal size, the last one filled up with tokens that nobody sees and that ask for nothing."""
 
-    def __init__(self, q: Tensor, reverse: bool) -> None:
-        self.num_heads, num_tokens, _ = q.shape
-        self.count = math.ceil(num_tokens / CHUNK)
+    def __init__(self, v: Tensor, reverse: bool) -> None:
+        self.num_heads, num_tokens, width = v.shape
+        self.count = math.ceil(num_tokens / chunk_size(width))
         self.size = math.ceil(num_tokens / self.count)
         self.missing, self.reverse = self.count * self.size - num_tokens, reverse
 
@@ -113,7 +121,7 @@ class _Chunks:
 
     def heads(self) -> Iterator[slice]:
         """Heads to be handled together."""
-        some = max(1, TOGETHER // self.count)
+        some = max(1, TOGETHER // (self.count * self.size))
         return (slice(first, first + some) for first in range(0, self.num_heads, some))
 
     def cut(self, x: Tensor) -> Tensor:
