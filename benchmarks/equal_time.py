@@ -64,7 +64,17 @@ def vit(**sizes: Any) -> nn.Module:
     return timm.create_model("vit_tiny_patch16_224", dynamic_img_size=True, **layers, **sizes)
 
 
-NETWORKS: dict[str, Network] = {"vil, 3 pairs": vil(), "vil-mlp, 4 blocks": mlp(), "vit, 4 layers": vit}
+def registers(count: int) -> dict[str, Any]:
+    return {"num_registers": count, "global_pool": "registers"}
+
+
+NETWORKS: dict[str, Network] = {
+    "vil, 3 pairs": vil(),
+    "vil, 3 pairs, 4 registers": vil(**registers(4)),
+    "vil-mlp, 4 blocks": mlp(),
+    "vil-mlp, 4 blocks, 4 registers": mlp(**registers(4)),
+    "vit, 4 layers": vit,
+}
 FORMS: dict[str, Network] = {
     "as it is": mlp(),
     "1 head": mlp(num_heads=1),
@@ -82,7 +92,11 @@ FORMS: dict[str, Network] = {
     "both directions": mlp(traversal="bidirectional"),
     "LayerScale 1e-2": mlp(init_values=1e-2),
     "depth-scaled start": mlp(depth_scaled_init=True),
-    "4 registers": mlp(num_registers=4, global_pool="registers"),
+    "1 register": mlp(**registers(1)),
+    "2 registers": mlp(**registers(2)),
+    "4 registers": mlp(**registers(4)),
+    "8 registers": mlp(**registers(8)),
+    "4 registers, read at both ends": mlp(num_registers=4),
 }
 GROUPS = {"networks": NETWORKS, "forms": FORMS}
 
@@ -94,6 +108,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60, help="of processor time, for each row")
     parser.add_argument("--rows", choices=list(GROUPS), default="networks")
     parser.add_argument("--only", nargs="+", help="of these rows, those whose names hold one of the words")
+    parser.add_argument("--without", nargs="+", default=[], help="and none of these")
+    parser.add_argument("--rate", type=float, default=1.0, help="factor on the learning rate")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--json", type=Path, help="file of one figure a line, which is added to")
     parser.add_argument("--table", type=Path, help="print this file as a table, and run nothing")
@@ -114,27 +130,30 @@ def main() -> None:
 def run(args: argparse.Namespace, task: str, seed: int) -> Iterator[dict[str, Any]]:
     """Train all rows by turns, then score one after the other."""
     known = read_lines(args.json) if args.json and args.json.exists() else []
-    done = {(line["task"], line["row"], line["seconds"], line["seed"]) for line in known}
+    done = {(line["task"], line["row"], line["seconds"], line["seed"], line["rate"]) for line in known}
+    make_step, score, sizes, learning_rate = TASKS[task]
     rows = {
         name: network
         for name, network in GROUPS[args.rows].items()
-        if (task, name, args.seconds, seed) not in done and (not args.only or any(word in name for word in args.only))
+        if (task, name, args.seconds, seed, learning_rate * args.rate) not in done
+        and (not args.only or any(word in name for word in args.only))
+        and not any(word in name for word in args.without)
     }
     if not rows:
         return
-    make_step, score, sizes, learning_rate = TASKS[task]
     trainings = {}
     for name, network in rows.items():
         torch.manual_seed(seed)
         backbone = network(**sizes)
         trained, step = make_step(args.data, backbone, seed)
-        trainings[name] = backbone, Training(trained, step, args.seconds, learning_rate)
+        trainings[name] = backbone, Training(trained, step, args.seconds, learning_rate * args.rate)
     while any(not training.finished for _, training in trainings.values()):
         for _, training in trainings.values():
             training.turn()
     for name, (backbone, training) in trainings.items():
         parameters = sum(p.numel() for p in backbone.parameters())
-        yield {"task": task, "row": name, "seconds": args.seconds, "seed": seed, "parameters": parameters,
+        yield {"task": task, "row": name, "seconds": args.seconds, "seed": seed,
+               "rate": learning_rate * args.rate, "parameters": parameters,
                "images": training.images, "loss": training.loss, "torch": torch.__version__,
                **score(args.data, backbone.eval(), training.model.eval())}  # fmt: skip
 
@@ -333,10 +352,15 @@ def print_table(lines: list[dict[str, Any]]) -> None:
     """Means and deviations over seeds, in Markdown, and the difference to the first row with the same seeds."""
     groups: dict[tuple, dict[str, list[dict]]] = {}
     for line in lines:
-        groups.setdefault((line["task"], line["seconds"]), {}).setdefault(line["row"], []).append(line)
-    for (task, seconds), rows in groups.items():
+        group = groups.setdefault((line["task"], line["seconds"], line["rate"]), {})
+        group.setdefault(line["row"], []).append(line)
+    for (task, seconds, rate), rows in groups.items():
         measures = [key for key in ("accuracy", "linear", "knn") if key in lines_of(rows)[0]]
-        print(f"\n{task}, {seconds:g} s\n\n| row | parameters | images | seeds | " + " | ".join(measures) + " |")
+        print(
+            f"\n{task}, {seconds:g} s, learning rate {rate:g}\n\n| row | parameters | images | seeds | "
+            + " | ".join(measures)
+            + " |"
+        )
         print("|---" * (4 + len(measures)) + "|")
         first = {line["seed"]: line for line in next(iter(rows.values()))}
         for name, found in rows.items():

@@ -142,16 +142,17 @@ def _arguments_of(state_dict: dict[str, Any]) -> list[str]:
         hints.append(f"embed_dim={state_dict['pos_embed'].shape[-1]}")
     blocks = {name.split(".")[1] + name.split(".")[2] for name in state_dict if name.startswith("blocks.")}
     hints += [f"depth={len(blocks) / 2:g}"] if blocks else []
-    conv = next((value for name, value in state_dict.items() if name.endswith("layer.conv.weight")), None)
+    hints.append(f'block="{"mlp" if any(".mlp." in name for name in state_dict) else "gated"}"')
+    conv = next((value for name, value in state_dict.items() if name.endswith(".conv.weight")), None)
     if conv is not None:
         hints.append('conv="2d"' if conv.ndim == 4 else 'conv="causal1d" (version 1, the names vil_v1_*)')
     if "reg_token" in state_dict:
         hints.append(f"num_registers={state_dict['reg_token'].shape[1]}")
     if "cls_token" in state_dict:
         hints.append('global_pool="middle_cls" or "token"')
-    if any(name.endswith(".ls.gamma") for name in state_dict):
+    if any(name.endswith((".ls.gamma", ".ls1.gamma")) for name in state_dict):
         hints.append("init_values (LayerScale)")
-    if any(".further." in name for name in state_dict):
+    if any(".further." in name or ".readings.1." in name for name in state_dict):
         hints.append("traversal with several directions")
     return hints
 
