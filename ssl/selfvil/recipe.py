@@ -71,9 +71,8 @@ class ModelSection(Section):
         | None
     ) = None
     """ViL: tokens that stand for the image; middle_cls brings a class token, registers needs num_registers."""
-    num_registers: int | None = Field(None, ge=0)
-    """ViL: learnable tokens spread evenly through the sequence; null keeps the named model's own (vil_mlp_*: 2, others:
-    none)."""
+    num_registers: int | None = Field(None, ge=1)
+    """ViL: learnable tokens spread evenly through the sequence; null has none."""
     pos_embed: Literal["learn", "sincos"] | None = None
     """ViL: learned or fixed sine-cosine positions; null keeps the named model's own (learn)."""
     start_from: PathText | None = None
@@ -91,10 +90,9 @@ class ModelSection(Section):
 
     @model_validator(mode="after")
     def _extra_tokens_fit_the_pooling(self) -> "ModelSection":
-        own = self.num_registers is None and self.name.startswith("vil_mlp_")
-        if self.global_pool == "registers" and not self.num_registers and not own:
+        if self.global_pool == "registers" and self.num_registers is None:
             raise ValueError("global_pool 'registers' needs num_registers, such as 4")
-        if self.global_pool == "middle_cls" and self.num_registers:
+        if self.global_pool == "middle_cls" and self.num_registers is not None:
             raise ValueError("global_pool 'middle_cls' leaves no room for num_registers")
         return self
 

@@ -139,18 +139,6 @@ def test_sizes_are_those_of_vision_transformers(size):
     assert abs(ours / theirs - 1) < 0.05
 
 
-def test_named_networks_are_read_from_two_registers():
-    def design(**options):
-        model = timm.create_model("vil_mlp_nano_patch4_32", **options)
-        return model.num_registers, model.global_pool, model.cls_token is not None
-
-    assert design() == (2, "registers", False)
-    assert design(num_registers=4) == (4, "registers", False)
-    assert design(num_registers=0) == (0, "bilateral_concat", False)
-    assert design(global_pool="avg") == (2, "avg", False)
-    assert design(global_pool="middle_cls") == (0, "middle_cls", True)
-
-
 def test_heads_are_about_64_wide():
     assert [default_heads(dim) for dim in (16, 32, 96, 128, 192, 384, 768, 1024)] == [1, 1, 2, 2, 3, 6, 12, 16]
     assert default_heads(7) == 1

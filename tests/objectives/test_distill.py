@@ -73,13 +73,8 @@ def test_loss_is_that_of_both_features(weights, name, teacher, kind):
         image, patches = wanted.mean(dim=(2, 3)), wanted
     patches = F.interpolate(patches, (4, 6), mode="bilinear").flatten(2).mT
     found = objective.backbone.forward_features(images)
-    if name.startswith("vil_mlp"):  # two registers before the patches
-        pooled, tokens = found[:, :2].flatten(1), found[:, 2:]
-    elif name.startswith("vil"):
-        tokens = found.flatten(1, 2)
-        pooled = torch.cat([tokens[:, 0], tokens[:, -1]], dim=1)
-    else:
-        pooled, tokens = found[:, 0], found[:, 1:]
+    tokens = found.flatten(1, 2) if name.startswith("vil") else found[:, 1:]
+    pooled = torch.cat([tokens[:, 0], tokens[:, -1]], dim=1) if name.startswith("vil") else found[:, 0]
     pairs = [(objective.readout_head(pooled), image), (objective.patch_head(tokens), patches)]
     if kind == "cosine":
         losses = [1 - (a * b).sum(-1) / a.norm(dim=-1) / b.norm(dim=-1) for a, b in pairs]

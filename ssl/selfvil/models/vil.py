@@ -7,7 +7,6 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 
-from selfvil.models.pooling import CLASS_TOKEN_POOLINGS
 from selfvil.models.published import checkpoint_filter_fn
 from selfvil.models.vision_lstm import VisionLSTM
 
@@ -117,38 +116,29 @@ def vil_large_patch16_224(pretrained: bool = False, **kwargs: Any) -> VisionLSTM
     return _create("vil_large_patch16_224", pretrained, **{"embed_dim": 1024, "depth": 24, **kwargs})
 
 
-def _create_mlp(variant: str, pretrained: bool, **kwargs: Any) -> VisionLSTM:
-    """With MLP blocks and, unless told otherwise, read from two registers, by which it learns more (docs/blocks.md)."""
-    class_token = kwargs.get("global_pool") in CLASS_TOKEN_POOLINGS
-    kwargs = {"block": "mlp", "num_registers": 0 if class_token else 2, **kwargs}
-    if kwargs["num_registers"]:
-        kwargs = {"global_pool": "registers", **kwargs}
-    return _create(variant, pretrained, **kwargs)
-
-
 @register_model
 def vil_mlp_nano_patch4_32(pretrained: bool = False, **kwargs: Any) -> VisionLSTM:
     """A small Vision-LSTM with MLPs for 32 × 32 images and for tests: 0.7 M parameters."""
     sizes = {"img_size": 32, "patch_size": 4, "embed_dim": 96, "depth": 3}
-    return _create_mlp("vil_mlp_nano_patch4_32", pretrained, **{**sizes, **kwargs})
+    return _create("vil_mlp_nano_patch4_32", pretrained, **{"block": "mlp", **sizes, **kwargs})
 
 
 @register_model
 def vil_mlp_tiny_patch16_224(pretrained: bool = False, **kwargs: Any) -> VisionLSTM:
     """ViL-T with MLPs, of the depth, width and parameters of ViT-T (6 M)."""
-    return _create_mlp("vil_mlp_tiny_patch16_224", pretrained, **{"embed_dim": 192, "depth": 6, **kwargs})
+    return _create("vil_mlp_tiny_patch16_224", pretrained, **{"block": "mlp", "embed_dim": 192, "depth": 6, **kwargs})
 
 
 @register_model
 def vil_mlp_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> VisionLSTM:
     """ViL-S with MLPs, of the depth, width and parameters of ViT-S (22 M)."""
-    return _create_mlp("vil_mlp_small_patch16_224", pretrained, **{"embed_dim": 384, "depth": 6, **kwargs})
+    return _create("vil_mlp_small_patch16_224", pretrained, **{"block": "mlp", "embed_dim": 384, "depth": 6, **kwargs})
 
 
 @register_model
 def vil_mlp_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> VisionLSTM:
     """ViL-B with MLPs, of the depth, width and parameters of ViT-B (86 M)."""
-    return _create_mlp("vil_mlp_base_patch16_224", pretrained, **{"embed_dim": 768, "depth": 6, **kwargs})
+    return _create("vil_mlp_base_patch16_224", pretrained, **{"block": "mlp", "embed_dim": 768, "depth": 6, **kwargs})
 
 
 def _create_v1(variant: str, pretrained: bool, **kwargs: Any) -> VisionLSTM:
