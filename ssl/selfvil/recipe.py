@@ -42,7 +42,7 @@ class ModelSection(Section):
     depth: int | None = Field(None, ge=1)
     """Layers (for ViL: pairs of blocks); null keeps the named model's own."""
     num_heads: int | None = Field(None, ge=1)
-    """Attention heads of a transformer, which divide embed_dim; null keeps the named model's own."""
+    """Heads of a transformer, or of a vil_mlp_* model, which divide embed_dim; null keeps the named model's own."""
     drop_path_rate: float = Field(0.0, ge=0, lt=1)
     """Probability of skipping a block for a sample during training (stochastic depth)."""
     drop_path_uniform: bool | None = None

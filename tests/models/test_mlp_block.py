@@ -139,6 +139,28 @@ def test_sizes_are_those_of_vision_transformers(size):
     assert abs(ours / theirs - 1) < 0.05
 
 
+@pytest.mark.parametrize("switch", ["set_gap_aware", "set_compact_conv"])
+def test_a_network_switches_all_its_blocks(switch):
+    torch.manual_seed(0)
+    model = randomised(VisionLSTM(16, 4, embed_dim=DIM, depth=1, block="mlp", num_classes=0))
+    x, keep = torch.randn(1, 16, DIM, dtype=torch.float64), torch.tensor([[1, 4, 6, 11, 12]])
+    before = model.forward_tokens(x, (4, 4), keep)
+    getattr(model, switch)()
+    assert not torch.allclose(model.forward_tokens(x, (4, 4), keep), before)
+    getattr(model, switch)(False)
+    torch.testing.assert_close(model.forward_tokens(x, (4, 4), keep), before, rtol=0, atol=0)
+
+
+def test_gradient_checkpointing_changes_no_bit():
+    torch.manual_seed(0)
+    model = VisionLSTM(16, 4, embed_dim=DIM, depth=2, block="mlp", num_classes=3)
+    images = torch.randn(2, 3, 16, 16)
+    plain = torch.autograd.grad(model(images).square().sum(), list(model.parameters()))
+    model.set_grad_checkpointing()
+    again = torch.autograd.grad(model(images).square().sum(), list(model.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+
+
 def test_heads_are_about_64_wide():
     assert [default_heads(dim) for dim in (16, 32, 96, 128, 192, 384, 768, 1024)] == [1, 1, 2, 2, 3, 6, 12, 16]
     assert default_heads(7) == 1
