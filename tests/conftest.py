@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import warnings
 from pathlib import Path
 
@@ -13,6 +14,11 @@ import selfvil  # noqa: F401 - registers the vil_* models with timm
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED_DATA = Path(os.environ.get("SELFVIL_TEST_DATA", REPOSITORY.parent / "shared" / "data"))
+
+
+# What starts tests in the background (nohup, a script's &) may have these ignored, and children would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)

@@ -101,7 +101,7 @@ def test_a_new_classifier_a_new_size_and_no_weights(tmp_path):
     untrained, _, samples_seen = load_export(out, pretrained=False)
     assert samples_seen == 0
     assert not torch.equal(untrained.pos_embed, teacher.pos_embed)
-    with pytest.raises(UserError, match=r'made with embed_dim=96, depth=2, conv="2d": build the network'):
+    with pytest.raises(UserError, match=r'embed_dim=96, depth=2, block="gated", conv="2d": build the network'):
         load_export(out, depth=5)
 
 

@@ -144,10 +144,10 @@ def test_bytes_that_are_no_text_and_files_that_cannot_be_read(tmp_path):
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("mae_vil", "did you mean mae_vil_b or mae_vil_t?"),
+        ("mae_vil", "did you mean mae_vil_b or mae_vil_"),
         ("mae_vil_s", "mae_vil_"),
         ("cifar10-mae", "did you mean cifar10_mae"),
-        ("recipes/mae_vil.yaml", "did you mean mae_vil_b or mae_vil_t?"),
+        ("recipes/mae_vil.yaml", "did you mean mae_vil_b or mae_vil_"),
         ("zzz", "those are cifar10_"),
         ("x" * 3000, "no recipe xxx"),
     ],
