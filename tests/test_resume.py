@@ -69,7 +69,7 @@ def straight(request, digit_shards, tmp_path_factory) -> tuple[str, Path, list[s
     return request.param, out, more
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
 def test_a_signal_saves_and_the_same_command_finishes(digit_shards, straight, tmp_path, number):
     """A terminal's Ctrl-C and a scheduler's SIGTERM reach the data workers as well."""
     objective, untouched, more = straight

@@ -64,7 +64,7 @@ def test_two_processes_see_every_image_of_an_epoch_once_between_them(half):
     assert sorted(image for ids in steps.values() for image in ids) == list(range(200))
 
 
-@pytest.mark.parametrize("processes", [1, 2, 4])
+@pytest.mark.parametrize("processes", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_another_number_of_processes_goes_on_in_the_same_order(digit_shards, alone, half, tmp_path, processes):
     """Started on two. The weights are those of one process, to rounding."""
     run = Path(shutil.copytree(half, tmp_path / "run"))

@@ -366,6 +366,7 @@ def test_compiled_sizes_do_not_each_compile_anew():
     assert counter.frame_count == 2
 
 
+@pytest.mark.slow
 def test_compiles_whole():
     model, images = small(depth=1), torch.randn(2, 3, 32, 32)
     compiled = torch.compile(model, fullgraph=True)

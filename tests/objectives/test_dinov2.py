@@ -109,7 +109,7 @@ def test_two_processes_balance_and_spread_as_one(tmp_path):
     torch.testing.assert_close(torch.cat([each["gradient"] for each in found]), vectors.grad)
 
 
-@pytest.mark.parametrize("centring", ["softmax", "sinkhorn"])
+@pytest.mark.parametrize("centring", ["softmax", pytest.param("sinkhorn", marks=pytest.mark.slow)])
 def test_two_processes_train_as_one(digit_shards, tmp_path, centring):
     more = ["monitor.log_every=1", "budget.steps=4", f"objective.centring={centring}", "objective.gram_weight=1",
             "objective.gram_start=0.5"]  # fmt: skip

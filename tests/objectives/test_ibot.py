@@ -303,7 +303,7 @@ def test_a_run_learns_without_collapse(digit_shards, tmp_path):
     assert (tmp_path / "run" / "pictures" / "step-00000040.png").stat().st_size > 0
 
 
-@pytest.mark.parametrize("centring", ["softmax", "sinkhorn"])
+@pytest.mark.parametrize("centring", [pytest.param("softmax", marks=pytest.mark.slow), "sinkhorn"])
 def test_two_processes_train_as_one(digit_shards, tmp_path, centring):
     more = ("monitor.log_every=1", "budget.steps=4", f"objective.centring={centring}")
     pretrain(runs.small("ibot", digit_shards, tmp_path / "alone", *more))
