@@ -78,7 +78,8 @@ def overrides(checkout: Path, recipe: str, strategy: str, shards: Path, out: Pat
     text = (checkout / "recipes" / f"{recipe}.yaml").read_text()
     keys = {
         "data.train": f"{shards}/digits-*.tar", "data.workers": 0,
-        "model.img_size": 32, "model.patch_size": 8, "model.embed_dim": 32, "model.depth": 2, "model.start_from": "null",
+        "model.img_size": 32, "model.patch_size": 8, "model.embed_dim": 32, "model.depth": 2,
+        "model.start_from": "null",
         "optim.batch_size": 16, "optim.min_lr": 0.0, "optim.accumulate": 2 if "accumulate:" in text else 1,
         "budget.epochs": "null", "budget.samples": "null", "budget.steps": STEPS,
         "run.out": out, "run.threads": 1, "run.checkpoint_every": 5,
