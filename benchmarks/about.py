@@ -1,4 +1,4 @@
-"""What a reader needs to judge figures, or to take them again: the same for every benchmark."""
+"""The facts that every benchmark records with its figures, so that they can be judged and measured again."""
 
 import argparse
 import datetime
@@ -13,9 +13,12 @@ import selfvil
 
 
 def about(args: argparse.Namespace, **versions: str | None) -> dict:
-    """Of a benchmark with --device and --threads, run from the repository's root; `versions` of what else it times."""
+    """Facts about this run of a benchmark that has --device and --threads.
+
+    versions: of the other packages that it times.
+    """
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
-    # Where a checkout or shards lie on this machine is nobody's business.
+    # No absolute path of this machine is recorded.
     words = [f"../{Path(word).name}" if word.startswith("/") else word for word in sys.argv[1:]]
     return {
         "date": datetime.date.today().isoformat(),
@@ -31,7 +34,7 @@ def about(args: argparse.Namespace, **versions: str | None) -> dict:
 
 
 def processor() -> str:
-    """The processor's name, and whether it multiplies bfloat16 by itself."""
+    """The processor's name, and its bfloat16 instructions."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,12 +1,12 @@
-"""Images a second that a core can feed, augmenting them or leaving that to the device, and how fast the device is.
+"""Images per second that a core can prepare, with augmentation in the worker or on the device, and the device's speed.
 
     python benchmarks/augmentation.py cifar10_mae cifar10_dino --train 'shards/*.tar' --json benchmarks/results/x.json
 
-For the views of each recipe, from the same shards: a core that decodes and augments (`data.augment: workers`), one that
-decodes and draws (`device`), and the device that renders what was drawn, copies included. Each round times all three
-once, in turn, on a batch of its own, so that whatever else the machine does hits them alike; what is reported is the
-median over the rounds with its quartiles. Both ways must give the same views first: the differences of one batch, in
-levels of 255, stand beside the speeds.
+For the views of each recipe, from the same shards, three speeds are measured: a core that decodes and augments
+(`data.augment: workers`), a core that decodes and draws random numbers (`device`), and the device that renders the
+views from these numbers, copies included. Each round times all three on a new batch, one after the other, so that other
+work on the machine affects them equally; the median over the rounds is reported with its quartiles. Before that, both
+ways must give the same views: the differences of one batch, in levels of 255, are reported too.
 """
 
 import argparse
@@ -29,14 +29,14 @@ from selfvil.data.views import RandomCropFlip
 from selfvil.recipe import load
 
 WORKERS, DRAWS, RENDERS = "a core, augmenting", "a core, drawing", "the device, rendering"
-FURTHEST = 1.0  # a larger mean difference, in levels, is not rounding
+FURTHEST = 1.0  # levels; a larger mean difference cannot come from rounding
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipes", nargs="+", help="packaged recipes by name, such as cifar10_mae or dino_vil_t")
     parser.add_argument("--train", required=True, help="shards to read images from, as data.train")
-    parser.add_argument("--batch", type=int, default=256, help="images of one timing")
+    parser.add_argument("--batch", type=int, default=256, help="images in each timed batch")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=1, help="of torch, for rendering on a CPU")
@@ -63,7 +63,7 @@ def measure(name: str, args: argparse.Namespace) -> dict:
 
     differences = compare(batch(0, "workers"), batch(0, "device").to(args.device), views)
     if not differences["mean"] < FURTHEST:
-        sys.exit(f"{name}: both ways differ by {differences['mean']:.1f} levels: no timing would mean anything")
+        sys.exit(f"{name}: both ways differ by {differences['mean']:.1f} levels, so timings would be meaningless")
     seconds: dict[str, list[float]] = {WORKERS: [], DRAWS: [], RENDERS: []}
     for step in range(1, args.rounds + 1):
         taken, _ = timed(lambda step=step: batch(step, "workers"))
@@ -90,7 +90,7 @@ def one_batch(shards: Shards, views: list[RandomCropFlip], step: int, size: int,
 
 
 def compare(workers: Batch, device: Batch, views: list[RandomCropFlip]) -> dict:
-    """Largest and mean difference over all views, and the share of values that differ at all."""
+    """Largest and mean difference over all views, in levels, and the share of differences over half a level."""
     levels = []
     for view, ours, theirs in zip(views, device.views, workers.views, strict=True):
         differences = (ours.cpu() - theirs).abs() / torch.from_numpy(view.normalise.factor)
@@ -127,7 +127,7 @@ def print_table(rows: list[dict], args: argparse.Namespace) -> None:
             print(f"    {way:24} {speed['median']:10,.0f} [{low:,.0f}, {high:,.0f}]")
         ratio, levels = row["drawing_over_augmenting"]["median"], row["difference_in_levels"]
         print(
-            f"    a core feeds {ratio:.1f} times as many; both ways differ by {levels['mean']:.3f} levels of 255 on "
+            f"    a core prepares {ratio:.1f} times as many; both ways differ by {levels['mean']:.3f} levels of 255 on "
             f"average, {levels['largest']:.0f} at most"
         )
 

@@ -1,19 +1,20 @@
-"""Speed of the backbone, beside the published network and a vision transformer of the same width.
+"""Speed of the backbone, compared with the published network and a vision transformer of the same width.
 
     python benchmarks/backbone.py --published ../vision-lstm --rounds 10 --json benchmarks/results/backbone.json
 
-Each round times every network once, in turn, so that whatever else the machine does hits all of them alike; what is
-reported is the median over the rounds, and of the ratios within each round with their quartiles. The published network
-(a checkout of NX-AI/vision-lstm, needs einops) runs with our parameters, and first both must give the same scores.
-Masked training drops three quarters of the tokens, as MAE does; the published network cannot do that.
+Each round times every network once, one after the other, so that other work on the machine affects all of them equally.
+Reported are the median over the rounds, and the median of the ratios within each round with its quartiles. The
+published network (a checkout of NX-AI/vision-lstm, needs einops) has the same parameters as ours, and both must compute
+the same outputs before anything is timed. Masked training drops three quarters of the tokens, as MAE does; the
+published network cannot do that.
 
     --compile           networks under torch.compile
-    --depth 2           all cut to so many pairs of blocks: the published network needs too much at 1024 px
-    --memory            also the peak memory of a training step, each network in a process of its own
+    --depth 2           all networks have 2 pairs of blocks: the published one needs too much memory at 1024 px
+    --memory            also the peak memory of a training step, each network in its own process
 
-The floor beside a figure is the time its matrix products would take at the speed of a large one, measured in the same
-run: multiply-adds with parameters and, in the mLSTM, of tokens with tokens or with states; three times as many to
-train. What is above it are products too small or narrow for that speed, and passes over memory.
+The floor is the time that the matrix products alone would take at the speed of a large product, measured in the same
+run: multiply-adds with parameters and, in the mLSTM, of tokens with tokens or with states; three times as many for
+training. The rest of a step are products too small or narrow for that speed, and passes over memory.
 """
 
 import argparse
@@ -31,7 +32,8 @@ import torch
 from about import about
 from torch import Tensor, nn
 
-from selfvil.models.masking import encode_kept, keep_from_noise, token_grid
+from selfvil.models.adapter import adapt
+from selfvil.models.masking import keep_from_noise
 from selfvil.models.published import checkpoint_filter_fn
 from selfvil.models.vision_lstm import VisionLSTM
 from selfvil.ops import linear, triton_mlstm
@@ -122,17 +124,17 @@ def build_models(args: argparse.Namespace) -> dict[str, nn.Module]:
 
 
 def check_equal(models: dict[str, nn.Module], images: Tensor) -> None:
-    """Give our network the published one's parameters, and stop unless both then compute the same."""
+    """Copy the published network's parameters into ours, and exit unless both then compute the same outputs."""
     ours, published = models[OURS], models["published"]
     assert isinstance(ours, VisionLSTM)
-    nn.init.normal_(published.head.weight, std=0.02)  # all but zero at first
+    nn.init.normal_(published.head.weight, std=0.02)  # it is initialised to almost zero
     ours.load_state_dict(checkpoint_filter_fn(published.state_dict(), ours))
     with torch.no_grad():
         got, expected = ours(images), published(images)
     error = ((got - expected).norm() / expected.norm()).item()
     print(f"scores of ours and the published network differ by {error:.1e} (relative norm, float32)")
     if not error < 1e-4:
-        sys.exit("they do not compute the same function: no timing would mean anything")
+        sys.exit("they do not compute the same function, so timings would be meaningless")
 
 
 def infer(model: nn.Module, images: Tensor, keep: Tensor) -> None:
@@ -145,7 +147,7 @@ def train(model: nn.Module, images: Tensor, keep: Tensor) -> None:
 
 
 def train_masked(model: nn.Module, images: Tensor, keep: Tensor) -> None:
-    encode_kept(model, images, keep).float().square().mean().backward()
+    adapt(model).encode_kept(images, keep).float().square().mean().backward()
 
 
 MODES: dict[str, Callable[[nn.Module, Tensor, Tensor], None]] = {
@@ -156,8 +158,8 @@ MODES: dict[str, Callable[[nn.Module, Tensor, Tensor], None]] = {
 
 
 def make_step(function: Callable, model: nn.Module, images: Tensor, dtype: str) -> Callable[[], None]:
-    """One step without arguments: forward, and backward where `function` has one. No optimizer: it is the same."""
-    rows, cols = token_grid(model, images.shape) if function is train_masked else (2, 2)
+    """One step as a function without arguments: forward, and backward if `function` has one. No optimizer."""
+    rows, cols = adapt(model).token_grid(images.shape) if function is train_masked else (2, 2)
     keep = keep_from_noise(torch.rand(len(images), rows * cols, device=images.device), rows * cols // 4)
 
     def step() -> None:
@@ -173,7 +175,7 @@ def make_step(function: Callable, model: nn.Module, images: Tensor, dtype: str) 
 
 def measure(steps: dict[str, Callable[[], None]], args: argparse.Namespace, dtype: str, mode: str) -> list[dict]:
     for step in steps.values():
-        step()  # the first one allocates, and chooses kernels
+        step()  # the first step also allocates memory and chooses kernels
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(args.rounds):
         for name, step in steps.items():
@@ -199,17 +201,17 @@ def measure(steps: dict[str, Callable[[], None]], args: argparse.Namespace, dtyp
 
 def floor(model: nn.Module, args: argparse.Namespace, dtype: str) -> float:
     """Seconds that the multiply-adds of a forward pass take at the speed of a large matrix product."""
-    rows, cols = token_grid(model, (args.img_size, args.img_size))
+    rows, cols = adapt(model).token_grid((args.img_size, args.img_size))
     tokens = rows * cols
     weights = sum(
         p.numel() for n, p in model.named_parameters() if p.ndim > 1 and "pos_embed" not in n and "head" not in n
     )
-    layers, reading = 2 * len(model.blocks), model.blocks[0].first.layer
+    layers, layer = 2 * len(model.blocks), model.blocks[0].first.layer
     if model.block == "mlp":
-        heads, of_v, of_qk = reading.readings[0].num_heads, model.embed_dim, reading.readings[0].qk_dim
+        heads, of_v, of_qk = layer.readings[0].num_heads, model.embed_dim, layer.readings[0].qk_dim
     else:
         heads, of_v, of_qk = 4, 2 * model.embed_dim, 2 * model.embed_dim
-    # Of every token: with half of all others, or with those of half a chunk and a state of a head's widths.
+    # Multiply-adds of each token: with half of all tokens, or with half of a chunk's tokens and the state of each head.
     torch_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
     chunk = {"chunkwise": chunk_size(of_v // heads), "triton_chunkwise": triton_mlstm.CHUNK}.get(
         choose(tokens, of_v // heads, args.device, torch_dtype)
@@ -228,7 +230,7 @@ def floor(model: nn.Module, args: argparse.Namespace, dtype: str) -> float:
 
 
 def peak_memory(args: argparse.Namespace, name: str) -> int:
-    """Bytes by which one training step raises the memory of a fresh process above what the network itself takes."""
+    """Bytes that one training step adds, at its peak, to the memory of a new process that holds the network."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_peak_memory, (args, name))
 
@@ -242,14 +244,14 @@ def _peak_memory(args: argparse.Namespace, name: str) -> int:
         before = torch.cuda.memory_allocated()
         train(model, images, images)
         return torch.cuda.max_memory_allocated() - before
-    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten (proc(5))
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak (proc(5))
     before = _resident("VmRSS")
     train(model, images, images)
     return _resident("VmHWM") - before
 
 
 def _resident(field: str) -> int:
-    """Bytes of this process in memory now (VmRSS) or at the most (VmHWM)."""
+    """Resident memory of this process in bytes: now (VmRSS) or its peak (VmHWM)."""
     status = Path("/proc/self/status").read_text()
     return 1024 * int(re.search(rf"^{field}:\s+(\d+) kB$", status, re.MULTILINE)[1])  # type: ignore[index]
 

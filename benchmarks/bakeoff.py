@@ -1,16 +1,16 @@
-"""Objectives, and settings of them, with one equal budget on small images: k-NN, linear probe, few labels.
+"""Objectives and their settings under one equal budget on small images: k-NN, linear probe, few labels.
 
     python benchmarks/bakeoff.py --data ../shared/data/cifar10 --out runs/bakeoff --minutes 12
     python benchmarks/bakeoff.py --data ../shared/data/cifar10 --out runs/bakeoff --minutes 12 --rows mae simmim
     python benchmarks/bakeoff.py --data ../shared/data/cifar10 --out runs/ablations --minutes 4 --rows mae-ablations \
         --seeds 0 1 2 --frozen-only
 
-A row is a packaged recipe with a few keys changed. It runs on one core, for as many images as that core does in the
-given minutes; rates are measured once, at the start, for all rows by turns, so that the budget is a number of images,
-and another row or a busy machine cannot change it. Then the network is scored: k-NN and linear probe on all labels, and
-fine-tuned on 1 % of them. Everything is kept under --out: a command that was stopped goes on where it stopped, and
-finished rows are only printed. Rows in one process run one after the other, all of them with one seed before the next;
-for more cores start one process for each with its own --rows, after --rates-only has measured all of them.
+A row is a packaged recipe with a few keys changed. It trains on one core, on as many images as that core processes in
+the given minutes. Rates are measured once, at the start, by interleaving all rows. The budget is then a number of
+images, which neither another row nor a busy machine can change. Then the network is evaluated: k-NN and linear probe on
+all labels, and fine-tuning on 1 % of them. All results are kept under --out: a command that was stopped continues, and
+finished rows are only printed. One process runs its rows one after the other, all rows of a seed before the next seed.
+To use more cores, measure all rates with --rates-only, then start one process per core with its own --rows.
 """
 
 import argparse
@@ -38,16 +38,16 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 class Row(NamedTuple):
-    """A packaged recipe and what is changed in it; `rate_of` names a row that takes as long, and so has its budget."""
+    """A packaged recipe and its changed keys; `rate_of` names a row of the same speed, whose budget this row shares."""
 
     recipe: str
     changes: list[str]
     rate_of: str = ""
 
 
-# 808,064 parameters, beside 802,560 of the ViL.
+# 808,064 parameters; the ViL has 802,560.
 VIT = ["model.name=vit_tiny_patch16_224", "model.embed_dim=128", "model.depth=4", "model.num_heads=4"]
-# In so short a run the last layer learns from the start, and steps are many and small.
+# For a short run: the last layer learns from the first step, and batches are small, so that there are many steps.
 SHORT = ["optim.batch_size=32", "optim.base_lr=16e-3", "objective.freeze_last_layer_epochs=0"]
 
 BAKEOFF: dict[str, Row] = {
@@ -61,7 +61,7 @@ BAKEOFF: dict[str, Row] = {
     "dino-vit": Row("cifar10_dino", [*SHORT, *VIT]),
 }
 
-# Ablations have half the depth, so that there is time for more of them, and smaller steps at the same rate for a step.
+# Ablations have half the depth, which leaves time for more, and smaller batches at the same learning rate per step.
 SMALL = ["model.depth=3"]
 SMALL_MAE = [*SMALL, "optim.batch_size=128", "optim.base_lr=8e-3"]
 VIT_DECODER = ["objective.decoder=vit", "objective.decoder_heads=4"]
@@ -91,7 +91,7 @@ MAE_ABLATIONS = {
     "mae-decoder-deep": mae("objective.decoder_depth=2"),
     "mae-decoder-wide": mae("objective.decoder_dim=128"),
 }
-"""Masks; convolution on the grid, on a sequence, either of kept tokens alone, or none; and decoders."""
+"""Masks; convolution on the grid or the sequence, of all positions or of kept tokens only, or none; decoders."""
 
 LAYERSCALE_ABLATIONS = {
     f"mae-layerscale-{scale}-lr-{rate}": mae(
@@ -99,7 +99,7 @@ LAYERSCALE_ABLATIONS = {
     )
     for scale in ("none", "1e-5", "0.1")
     for rate in ("4e-3", "8e-3", "16e-3")
-    if (scale, rate) != ("none", "8e-3")  # which is mae-base
+    if (scale, rate) != ("none", "8e-3")  # mae-base
 }
 READOUT_ABLATIONS = {
     "lejepa-readout-ends": two_crops("cifar10_lejepa"),
@@ -122,11 +122,11 @@ BASELINES = (
     "mae", "autoregressive", "mae-vit",
     "mae-base", "mae-conv-sequence", "mae-conv-none", "lejepa-readout-registers",
 )  # fmt: skip
-"""Rows whose network is scored untrained too: one for each kind of network."""
+"""Rows whose network is also evaluated untrained: one for each architecture."""
 
 
 class Column(NamedTuple):
-    """Where its figures are: in the file of a command, under a protocol whose first words up to a comma are these."""
+    """Where its figures are: the file of a command, and the first words of the protocol, up to a comma."""
 
     file: str
     protocol: str
@@ -140,8 +140,8 @@ COLUMNS = {
 
 ROUNDS = 9
 ONE_CORE = ["run.threads=1", "data.workers=0", "monitor.pictures_every=null", "monitor.doctor_every=null"]
-FINETUNE = ["--labels-per-class", "10", "--epochs", "40", "--batch-size", "20", "--base-lr", "8e-3",
-            "--layer-decay", "0.9", "--min-crop", "0.5", "--drop-path", "0"]  # fmt: skip
+FINETUNE = ["labels_per_class=10", "epochs=40", "batch_size=20", "base_lr=8e-3", "layer_decay=0.9", "min_crop=0.5",
+            "drop_path=0"]  # fmt: skip
 
 
 def main() -> None:
@@ -154,9 +154,9 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16", help="fp32 where bf16 is no faster")
     parser.add_argument("--frozen-only", action="store_true", help="do not fine-tune")
-    parser.add_argument("--rates-only", action="store_true", help="measure how fast each row is, and no more")
-    parser.add_argument("--json", type=Path, help="file to write the figures of finished rows to, with their runs")
-    parser.add_argument("--print-only", action="store_true", help="print the rows that are finished, and no more")
+    parser.add_argument("--rates-only", action="store_true", help="only measure the rate of each row")
+    parser.add_argument("--json", type=Path, help="file to write the figures of finished rows to")
+    parser.add_argument("--print-only", action="store_true", help="only print the finished rows")
     args = parser.parse_args()
     args.rows = [name for given in args.rows for name in GROUPS.get(given, [given])]
     args.data, args.out = args.data.resolve(), args.out.resolve()
@@ -182,10 +182,11 @@ def budget(args: argparse.Namespace, name: str) -> int:
 
 
 def measure_rates(args: argparse.Namespace) -> None:
-    """Images a second of each row on one core, for those not measured yet, into rates.json.
+    """Write the images per second of each row on one core into rates.json, for rows that are not measured yet.
 
-    Rows take steps by turns in one process, so that a machine that is busy is busy for all of them alike; where some
-    were measured before, the first of these takes part again, and its two rates are the scale of the others'.
+    The steps of all rows are interleaved in one process, so that other work on the machine affects them equally. If
+    some rows were measured before, the first of them is measured again, and the ratio of its two rates scales the new
+    ones.
     """
     file = args.out / "rates.json"
     known = json.loads(file.read_text()) if file.exists() else {}
@@ -195,14 +196,15 @@ def measure_rates(args: argparse.Namespace) -> None:
         return
     steppers = {name: steps(args, name) for name in [*new, *([old] if old else [])]}
     rounds = [{name: next(stepper) for name, stepper in steppers.items()} for _ in range(ROUNDS)]
-    rates = {name: statistics.median(each[name] for each in rounds[1:]) for name in steppers}  # the first has the start
+    # The first round warms up.
+    rates = {name: statistics.median(each[name] for each in rounds[1:]) for name in steppers}
     scale = known[old] / rates[old] if old else 1.0
     known |= {name: rates[name] * scale for name in new}
     file.write_text(json.dumps(known, indent=1) + "\n")
 
 
 def steps(args: argparse.Namespace, name: str) -> Iterator[float]:
-    """Takes a training step of a row whenever it is asked for the next rate, in images a second."""
+    """For each training step of a row: its rate in images per second."""
     torch.set_num_threads(1)
     recipe = load(ROWS[name].recipe, overrides(args, name, 0))
     objective, size = build_objective(recipe), recipe.optim.batch_size
@@ -236,13 +238,13 @@ def score(args: argparse.Namespace, name: str, seed: int) -> None:
                 "--test", f"{args.data}/cifar10-test-{{000000..000001}}.tar",
                 "--workers", "0", "--precision", args.precision,
                 *(["--baselines"] if name in BASELINES and seed == 0 else [])]  # fmt: skip
-    commands = {"all": ["all", "--probe-seeds", "3"], "finetune": ["finetune", *FINETUNE, "--readout", readout(name)]}
+    commands = {"all": ["all", "probe_seeds=3"], "finetune": ["finetune", *FINETUNE, f"readout={readout(name)}"]}
     for kind, (command, *options) in commands.items():
         file = folder(args, name, seed).with_suffix(f".{kind}.json")
         if not file.exists() and not (kind == "finetune" and args.frozen_only):
             cli = str(Path(sys.executable).with_name("selfvil"))
             source = str(folder(args, name, seed))
-            run(cli, "eval", command, source, *options, *labelled, "--json", str(file))
+            run(cli, "eval", command, source, *labelled, "--json", str(file), *options)
 
 
 def readout(name: str) -> str:
@@ -258,7 +260,7 @@ def run(*arguments: str) -> None:
 
 
 def figures(args: argparse.Namespace) -> list[dict]:
-    """Every figure of the finished rows, with what its run was given and took."""
+    """Every figure of the finished rows, with the settings and the time of its run."""
     found = []
     for name, seed in product(args.rows, args.seeds):
         run = folder(args, name, seed)
@@ -276,9 +278,9 @@ def figures(args: argparse.Namespace) -> list[dict]:
 
 
 def print_table(args: argparse.Namespace) -> None:
-    """Finished rows in Markdown, each with its recipe and what is changed in it.
+    """Print finished rows in Markdown, each with its recipe and its changed keys.
 
-    A deviation is that of runs from several seeds, or, of one run, of its probes.
+    A deviation is that of runs from several seeds or, for a single run, of its probes.
     """
     print("| row | seeds | images seen | " + " | ".join(COLUMNS) + " | recipe |\n|" + "---|" * (len(COLUMNS) + 4))
     for name in args.rows:
@@ -298,7 +300,7 @@ def print_table(args: argparse.Namespace) -> None:
 
 
 def figure(rows: list[dict]) -> str:
-    """Mean and deviation of the rows of several seeds, or the value and deviation of one."""
+    """Mean and deviation of the rows of several seeds, or value and deviation of a single row."""
     values = [row["value"] for row in rows]
     if not values:
         return ""

@@ -1,9 +1,9 @@
-"""Memory and time that the largest accepted images cost a data worker: decoding, and a view of 224 x 224.
+"""Memory and time that a data worker needs for the largest accepted images: decoding, and a view of 224 x 224.
 
     python benchmarks/decoding.py
 
-Prints JSON. Each image of `MAX_PIXELS` pixels is decoded in a process of its own, whose peak memory is compared with
-what it had before.
+Prints JSON. Each image of `MAX_PIXELS` pixels is decoded in its own process, whose peak memory is compared with its
+memory before.
 """
 
 import argparse
@@ -47,14 +47,14 @@ CASES = {
 
 
 def memory(field: str) -> int:
-    """Of this process, in bytes: VmRSS now, VmHWM its peak since it was reset."""
+    """Resident memory of this process in bytes: VmRSS now, VmHWM its peak since the last reset."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
 def measure(name: str) -> dict[str, float]:
     channels, encode = CASES[name]
-    with multiprocessing.get_context("spawn").Pool(1) as pool:  # so that the peak is not that of encoding
+    with multiprocessing.get_context("spawn").Pool(1) as pool:  # encoding must not count
         return pool.apply(_measure, (encode(), channels))
 
 
@@ -67,7 +67,7 @@ def _measure(data: bytes, channels: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Memory and time that the largest accepted images cost a data worker.")
+    parser = argparse.ArgumentParser(description="Memory and time that a data worker needs for the largest images.")
     args = parser.parse_args()
     args.device, args.threads = "cpu", 1
     print(json.dumps(about(args) | {"pixels": MAX_PIXELS, "images": {name: measure(name) for name in CASES}}, indent=2))

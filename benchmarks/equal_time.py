@@ -3,10 +3,10 @@
     python benchmarks/equal_time.py supervised mae lejepa photos --data ../shared/data --seconds 150 --json equal.jsonl
     python benchmarks/equal_time.py mae --rows forms --data ../shared/data --seconds 50 --json forms.jsonl
 
-All rows train in one process, by turns of a second of processor time, on one thread and in float32, so that whatever
-else the machine does slows all of them alike. Only steps are counted, not decoding. The learning rate goes by the share
-of the time that is spent: a warm-up of a twentieth, then a cosine. Then each network is scored, and the figures are
-added to the file of --json; rows that it has are not run again. --table FILE prints such a file, and runs nothing.
+All rows train in one process, interleaved in turns of one second of processor time, on one thread and in float32, so
+that other work on the machine slows all of them equally. Only steps are timed, not decoding. The learning rate follows
+the fraction of the time that is used: a warm-up of a twentieth, then a cosine. Then each network is evaluated, and the
+figures are added to the file of --json; rows that are in it are not run again. --table FILE only prints such a file.
 
 CIFAR-10: 10,000 training images, patch 4, 64 tokens. Supervised: accuracy on 5,000 test images. MAE and LeJEPA: linear
 probe and k-NN (k = 20) of frozen features, 5,000 training and 5,000 test images. Photos: MAE at 112 px, patch 8, 196
@@ -39,7 +39,7 @@ from selfvil.evaluate.features import Features, choose_readout
 from selfvil.evaluate.knn import knn
 from selfvil.evaluate.linear import linear_probe
 from selfvil.models import VisionLSTM
-from selfvil.models.heads import read_out
+from selfvil.models.adapter import adapt
 from selfvil.objectives import objective_class
 from selfvil.objectives.base import ImageSpec, Progress
 from selfvil.optim import adamw, parameter_groups, set_rates
@@ -47,7 +47,7 @@ from selfvil.recipe import load
 
 Network = Callable[..., nn.Module]
 TURN = 1.0
-"""Seconds of processor time that a row trains before the next one does."""
+"""Seconds of processor time that a row trains before the next row continues."""
 MEAN, STD = torch.tensor([0.4914, 0.4822, 0.4465]), torch.tensor([0.2470, 0.2435, 0.2616])
 
 
@@ -107,12 +107,12 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder with the folders cifar10, photos and camvid")
     parser.add_argument("--seconds", type=float, default=60, help="of processor time, for each row")
     parser.add_argument("--rows", choices=list(GROUPS), default="networks")
-    parser.add_argument("--only", nargs="+", help="of these rows, those whose names hold one of the words")
-    parser.add_argument("--without", nargs="+", default=[], help="and none of these")
+    parser.add_argument("--only", nargs="+", help="of these rows, those whose names contain one of the words")
+    parser.add_argument("--without", nargs="+", default=[], help="leave out rows with one of these words")
     parser.add_argument("--rate", type=float, default=1.0, help="factor on the learning rate")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--json", type=Path, help="file of one figure a line, which is added to")
-    parser.add_argument("--table", type=Path, help="print this file as a table, and run nothing")
+    parser.add_argument("--json", type=Path, help="file with one figure per line; new figures are appended")
+    parser.add_argument("--table", type=Path, help="only print this file as a table")
     args = parser.parse_args()
     if args.table:
         print_table(read_lines(args.table))
@@ -128,7 +128,7 @@ def main() -> None:
 
 
 def run(args: argparse.Namespace, task: str, seed: int) -> Iterator[dict[str, Any]]:
-    """Train all rows by turns, then score one after the other."""
+    """Train all rows, interleaved, then evaluate them one after the other."""
     known = read_lines(args.json) if args.json and args.json.exists() else []
     done = {(line["task"], line["row"], line["seconds"], line["seed"], line["rate"]) for line in known}
     make_step, score, sizes, learning_rate = TASKS[task]
@@ -159,14 +159,13 @@ def run(args: argparse.Namespace, task: str, seed: int) -> Iterator[dict[str, An
 
 
 class Training:
-    """One network and its optimizer, which trains for a turn at a time.
+    """One network and its optimizer; trains for one turn per call.
 
     Args:
-        model: all that is trained.
-        step: computes the loss of the next batch in two parts: called once it loads the batch, and what it gives is
-            called for its loss and number of images.
-        seconds: of processor time in all.
-        learning_rate: the highest.
+        model: everything that is trained.
+        step: loads the next batch, and returns a function that computes its loss and its number of images.
+        seconds: processor time in total.
+        learning_rate: its peak.
     """
 
     def __init__(self, model: nn.Module, step: Callable, seconds: float, learning_rate: float) -> None:
@@ -210,7 +209,7 @@ def cifar(data: Path, part: str, count: int) -> tuple[Tensor, Tensor]:
 
 
 def samples(path: Path) -> Iterator[dict[str, bytes]]:
-    """Members of each sample by their extension."""
+    """For each sample, its members by extension."""
     with tarfile.open(path) as tar:
         found: dict[str, dict[str, bytes]] = {}
         for member in tar:
@@ -226,11 +225,11 @@ class Classifier(nn.Module):
         super().__init__()
         self.backbone, self.readout = backbone, choose_readout(backbone)
         with torch.no_grad():
-            width = read_out(backbone.eval(), torch.zeros(1, 3, 32, 32), self.readout).shape[1]
+            width = adapt(backbone.eval()).read_out(torch.zeros(1, 3, 32, 32), self.readout).shape[1]
         self.head = nn.Linear(width, 10)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.head(read_out(self.backbone, images, self.readout))
+        return self.head(adapt(self.backbone).read_out(images, self.readout))
 
 
 def supervised(data: Path, backbone: nn.Module, seed: int) -> tuple[nn.Module, Callable]:
@@ -287,14 +286,14 @@ def frozen(data: Path, backbone: nn.Module, model: nn.Module) -> dict[str, float
 
     def features(part: str) -> Features:
         images, labels = cifar(data, part, 5_000)
-        return Features(torch.cat([read_out(backbone, x, readout) for x in images.split(100)]), labels)
+        return Features(torch.cat([adapt(backbone).read_out(x, readout) for x in images.split(100)]), labels)
 
     return judge(features("train"), features("test"))
 
 
 @torch.no_grad()
 def patches(data: Path, backbone: nn.Module, model: nn.Module) -> dict[str, float]:
-    """Frozen features of CamVid's patches that have a class, that of most of their pixels."""
+    """Scores of frozen features of CamVid's patches; the class of a patch is that of most of its pixels."""
 
     def features(part: str, of_each: int) -> Features:
         rows, classes, dice = [], [], torch.Generator().manual_seed(0)
@@ -338,7 +337,7 @@ TASKS: dict[str, tuple[Callable, Callable, dict[str, int], float]] = {
         patches, {"img_size": 112, "patch_size": 8}, 2e-3,
     ),
 }  # fmt: skip
-"""Name -> how to train, how to score, the backbone's sizes, and the highest learning rate."""
+"""Name -> training, evaluation, sizes of the backbone, and peak learning rate."""
 
 
 # --- figures ---------------------------------------------------------------------------------------------------------
@@ -349,7 +348,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def print_table(lines: list[dict[str, Any]]) -> None:
-    """Means and deviations over seeds, in Markdown, and the difference to the first row with the same seeds."""
+    """Print means and deviations over seeds in Markdown, and the difference to the first row with the same seeds."""
     groups: dict[tuple, dict[str, list[dict]]] = {}
     for line in lines:
         group = groups.setdefault((line["task"], line["seconds"], line["rate"]), {})

@@ -1,21 +1,23 @@
-"""Speed and error of the mLSTM operator's backends, over lengths and head widths.
+"""Speed and error of the mLSTM operator's backends, for several lengths and head widths.
 
     python benchmarks/mlstm_operator.py --rounds 20 --json benchmarks/results/mlstm_operator.json
     python benchmarks/mlstm_operator.py --published-kernels ../mlstm_kernels --dtypes bf16  # on a GPU
 
-Each round times every backend once, in turn, so that whatever else the machine does hits all of them alike; what is
-reported is the median over the rounds, and of the ratios to our choice ("auto") within each round with their quartiles.
-In the same run each backend's output and gradients are compared with those of float64, on one sequence of the batch, as
-norms relative to the exact one's. A backend that is further away than --tolerance is marked, and the script fails.
+Each round times every backend once, one after the other, so that other work on the machine affects all of them equally.
+Reported are the median over the rounds, and the median of the ratios to the backend "auto" within each round with its
+quartiles. In the same run each backend's output and gradients are compared with those of float64, on one sequence of
+the batch: norms of the errors relative to the exact norms. If an error is above --tolerance, its row is marked and the
+script fails.
 
 The published kernels (a checkout of NX-AI/mlstm_kernels) are `triton_xl_chunk` in its wrapper that pads lengths. They
-omit the gradient of the denominator and so compute less: their output is checked, their gradients' error is shown.
-Where they refuse a head width, q, k and v are padded to a power of two with zeros, in the time taken, and it is said.
+omit the gradient of the denominator and so compute less: their output is checked, the error of their gradients is only
+printed. If they refuse a head width, q, k and v are padded with zeros to a power of two; the padding is part of the
+time, and the row has a note.
 
-The floor beside a figure is the longer of two times. Operations: the multiply-adds of the two products of a forward
-pass and the five of a backward pass, over the half of the scores that is seen, or over chunks of 64 and a state if
-that is less, at the speed of a large matrix product. Bytes: every input read and every output written once, at the
-speed of a large copy. Both speeds are measured in the same run.
+The floor is the larger of two times. Operations: the multiply-adds of the two products of a forward pass and the five
+of a backward pass, over the causal half of the scores, or over chunks of 64 and a state if that is less, at the speed
+of a large matrix product. Bytes: every input read and every output written once, at the speed of a large copy. Both
+speeds are measured in the same run.
 """
 
 import argparse
@@ -51,7 +53,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtypes", nargs="+", default=["fp32", "bf16"], choices=list(DTYPES))
-    parser.add_argument("--backends", nargs="+", help="beside auto; all that the device has by default")
+    parser.add_argument("--backends", nargs="+", help="in addition to auto; by default all that the device supports")
     parser.add_argument("--published-kernels", type=Path, help="checkout of NX-AI/mlstm_kernels to compare with")
     parser.add_argument("--published-chunk", type=int, default=128, help="their chunk size")
     parser.add_argument("--tolerance", type=float, default=0.03, help="largest relative error of an output or gradient")
@@ -82,7 +84,7 @@ def main() -> None:
         args.json.write_text(json.dumps({"about": about(args, triton=triton_version()), "rows": rows}, indent=2) + "\n")
     wrong = [row for row in rows if not row["correct"]]
     if wrong:
-        sys.exit(f"{len(wrong)} rows are marked wrong: their timings mean nothing")
+        sys.exit(f"{len(wrong)} rows are marked wrong: their timings are meaningless")
 
 
 def measure(num_tokens: int, width: int, dtype: str, speeds: dict[str, float], args: argparse.Namespace) -> list[dict]:
@@ -97,7 +99,7 @@ def measure(num_tokens: int, width: int, dtype: str, speeds: dict[str, float], a
         backends[PUBLISHED], notes[PUBLISHED] = published(inputs, args)
 
     one = [x[:1] for x in inputs]
-    # The reference's N × N tensors in float64 are too many for long sequences; there, the form that has none.
+    # The reference's N × N tensors in float64 are too large for long sequences; the chunkwise form has none.
     exact = run("reference" if num_tokens <= 1024 else "chunkwise", [x.double() for x in one], dh[:1].double())
     errors = {name: compare(run(function, one, dh[:1]), exact) for name, function in backends.items()}
 
@@ -126,8 +128,8 @@ def measure(num_tokens: int, width: int, dtype: str, speeds: dict[str, float], a
 
 
 def make_inputs(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> tuple[list[Tensor], Tensor]:
-    """q, k, v, i, f and a gradient of h, as in a young network: gates mostly open. Scores have one sign, so that no
-    row's sum cancels: it is divided by, and would show rounding, whoever computes it."""
+    """q, k, v, i, f and a gradient of h, as in an untrained network: gates mostly open. Scores are positive, so that
+    their sums do not cancel: the output is divided by them, and cancellation would amplify every backend's rounding."""
     q, k = (torch.rand(shape, device=device).to(dtype) for _ in range(2))
     v, dh = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
     i = 0.1 * torch.randn(shape[:3], device=device)
@@ -136,7 +138,7 @@ def make_inputs(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> tupl
 
 
 def published(inputs: list[Tensor], args: argparse.Namespace) -> tuple[Backend, str]:
-    """triton_xl_chunk behind its wrapper, and how its inputs had to be changed."""
+    """triton_xl_chunk in its wrapper, and a note on the changes to its inputs."""
     sys.path.insert(0, str(args.published_kernels))
     from mlstm_kernels.torch.chunkwise import mlstm_chunkwise__xl_chunk
     from mlstm_kernels.torch.kernel_wrappers import wrap_chunkwise__pad_zeros
@@ -150,19 +152,19 @@ def published(inputs: list[Tensor], args: argparse.Namespace) -> tuple[Backend, 
     def padded(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor) -> Tensor:
         width = q.shape[-1]
         wide = 1 << (width - 1).bit_length()
-        q = q * math.sqrt(wide / width)  # they divide by the root of the width that they see
+        q = q * math.sqrt(wide / width)  # they divide by the root of the padded width
         q, k, v = (torch.nn.functional.pad(x, (0, wide - width)) for x in (q, k, v))
         return direct(q, k, v, i, f)[..., :width]
 
     try:
         run(direct, [x[:1] for x in inputs], torch.ones_like(inputs[0][:1]))
-    except Exception as error:  # whatever a kernel says that was not made for this width
+    except Exception as error:  # any error of a kernel that does not support this width
         return padded, f"heads padded to a power of two; without: {type(error).__name__}: {str(error)[:200]}"
     return direct, "gradients without the denominator's"
 
 
 def run(backend: str | Backend, inputs: list[Tensor], dh: Tensor) -> list[Tensor]:
-    """h and the gradients of all inputs."""
+    """h and the gradients with respect to all inputs."""
     inputs = [x.detach().clone().requires_grad_() for x in inputs]
     h = mlstm(*inputs, backend=backend) if isinstance(backend, str) else backend(*inputs)
     return [h.detach(), *torch.autograd.grad(h, inputs, dh)]
@@ -189,9 +191,9 @@ def make_call(function: Backend, inputs: list[Tensor], dh: Tensor, mode: str) ->
 
 
 def time_in_turn(calls: dict[str, Callable[[], None]], args: argparse.Namespace) -> dict[str, list[float]]:
-    """Seconds that a call takes, for each round."""
+    """Seconds per call, for each round."""
     for call in calls.values():
-        call()  # the first one allocates, and compiles kernels
+        call()  # the first call also allocates memory and compiles kernels
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(args.rounds):
         for name, call in calls.items():
@@ -214,10 +216,11 @@ def synchronize(args: argparse.Namespace) -> None:
 
 
 def floor(inputs: list[Tensor], mode: str, speeds: dict[str, float]) -> dict[str, float]:
-    """Seconds that the operations take at least, and the bytes."""
+    """Lower bounds on the time in seconds: of the operations, and of the bytes."""
     q, *_, f = inputs
     batch, heads, num_tokens, width = q.shape
-    product = min(num_tokens / 2, 32 + width)  # columns a row is multiplied with: all it sees, or a chunk's and a state
+    # Columns that a row is multiplied with: all before it, or those of a chunk and a state.
+    product = min(num_tokens / 2, 32 + width)
     products = {"forward": 2, "training": 7}[mode]
     # q, k, v, h; and q, k, v, dh, dq, dk, dv. Gates: i, f; and i, f, di, df.
     tensors, gates = {"forward": (4, 2), "training": (11, 6)}[mode]
@@ -230,14 +233,14 @@ def floor(inputs: list[Tensor], mode: str, speeds: dict[str, float]) -> dict[str
 
 
 def product_speed(args: argparse.Namespace, dtype: str) -> float:
-    """Multiply-adds a second of a large matrix product."""
+    """Multiply-adds per second of a large matrix product."""
     size = 8192 if args.device.startswith("cuda") else 2048
     a, b = torch.randn(2, size, size, device=args.device).to(DTYPES[dtype])
     return size**3 / min(timed(lambda: a @ b, args) for _ in range(5))
 
 
 def copy_speed(args: argparse.Namespace) -> float:
-    """Bytes a second, read and written, of a large copy."""
+    """Bytes per second, read and written, of a large copy."""
     a = torch.zeros(2**28 if args.device.startswith("cuda") else 2**26, device=args.device)
     b = torch.empty_like(a)
     return 2 * a.nbytes / min(timed(lambda: b.copy_(a), args) for _ in range(5))

@@ -1,4 +1,4 @@
-"""python eval/finetune.py SOURCE --train SHARDS --test SHARDS [--epochs N] [--labels-per-class N] [--baselines]"""
+"""python eval/finetune.py SOURCE --train SHARDS --test SHARDS [--baselines] [epochs=20 labels_per_class=10 ...]"""
 
 import sys
 

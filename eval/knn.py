@@ -1,4 +1,4 @@
-"""python eval/knn.py SOURCE --train SHARDS --test SHARDS [--baselines]"""
+"""python eval/knn.py SOURCE --train SHARDS --test SHARDS [--baselines] [k=20 ...]; torchrun for several devices"""
 
 import sys
 

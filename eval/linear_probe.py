@@ -1,4 +1,4 @@
-"""python eval/linear_probe.py SOURCE --train SHARDS --test SHARDS [--baselines] [--labels-per-class N]"""
+"""python eval/linear_probe.py SOURCE --train SHARDS --test SHARDS [--baselines] [probe_seeds=3 ...]"""
 
 import sys
 

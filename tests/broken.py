@@ -1,4 +1,4 @@
-"""Runs that are broken on purpose, and healthy ones of many kinds and sizes, on real images, to test the doctor on.
+"""Runs with a deliberate fault, and healthy ones of many kinds and sizes, on real images, to test the doctor.
 
 python tests/broken.py             # all of them, as a table
 python tests/broken.py dino        # those with one of the words in their name
@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import runs
-from selfvil.monitor.checkup import examine, open_run
-from selfvil.monitor.collapse import Doctor
+from selfvil.diagnostics.checkup import examine, open_run
+from selfvil.diagnostics.collapse import Doctor
 from selfvil.pretrain import pretrain
 from selfvil.recipe import load
 
 
 class Trial(NamedTuple):
-    """A run. rule: the one that must be named, and no other; None for a healthy run."""
+    """A run. rule: the only one that must raise an alarm; None for a healthy run."""
 
     rule: str | None
     objective: str
@@ -29,7 +29,7 @@ class Trial(NamedTuple):
 
 
 def _trial(rule: str | None, objective: str, batch: int, steps: int, rate: float, *settings: str) -> Trial:
-    """batch: images a step; rate: the peak learning rate itself."""
+    """batch: images per step; rate: the peak learning rate."""
     size = (f"optim.batch_size={batch}", f"budget.steps={steps}", "optim.lr_scaling=none", f"optim.base_lr={rate}")
     return Trial(rule, objective, (*size, *settings))
 
@@ -90,20 +90,20 @@ TRIALS = {
 
 
 def run(trial: Trial, shards: Path, out: Path) -> Doctor:
-    """Train with a look every 10 steps; and examine the run."""
+    """Train, measure every 10 steps, and examine the run."""
     settings = ["monitor.log_every=10", "monitor.doctor_every=10", "run.checkpoint_every=1000", *trial.settings]
     pretrain(runs.small(trial.objective, shards, out, *settings))
     return examine(open_run(out))
 
 
 def of_recipe(recipe: str, train: str, out: Path, *settings: str) -> Doctor:
-    """Train by a packaged recipe; and examine the run."""
+    """Train by a packaged recipe, and examine the run."""
     pretrain(load(recipe, [train, f"run.out={out}", *settings]))
     return examine(open_run(out))
 
 
 def main(*words: str) -> int:
-    """Run all trials with one of `words` in their name, and print what the doctor named and what was measured."""
+    """Run all trials with one of `words` in their name, and print the alarms and the measured values."""
     wrong = 0
     with tempfile.TemporaryDirectory() as folder:
         shards = runs.pack_digits(Path(folder))

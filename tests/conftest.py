@@ -1,4 +1,4 @@
-"""What all tests share: real images where they are at hand, and a way to make small ones where they are not."""
+"""Fixtures of all tests: real images if they are present, and small shards of scikit-learn's digits."""
 
 import os
 import re
@@ -23,14 +23,14 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 @pytest.fixture(autouse=True)
 def _quiet_and_seeded(tmp_path_factory, monkeypatch):
-    """Every test starts from the same seed, and keeps its shard indexes out of the user's cache."""
+    """Every test starts with the same seed, and does not write shard indexes into the user's cache."""
     torch.manual_seed(0)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
 @pytest.fixture(scope="session")
 def shared_data(tmp_path_factory) -> Path:
-    """Folder with the real shards (cifar10, photos, camvid); the test is skipped, loudly, where they are absent.
+    """Folder with the real shards (cifar10, photos, camvid); the test is skipped with a message if they are absent.
 
     It holds links, so that indexes are written beside these, and never into the user's own folder.
     """
@@ -53,7 +53,7 @@ def digit_shards(tmp_path_factory) -> Path:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
-    """On CI every package is installed, so a test skipped for want of one has failed."""
+    """On CI every package is installed, so a test that is skipped for a missing one is a failure."""
     report = yield
     if os.environ.get("SELFVIL_NO_MISSING_PACKAGES") and report.skipped and isinstance(report.longrepr, tuple):
         reason = report.longrepr[2]

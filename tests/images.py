@@ -24,7 +24,7 @@ def png_chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def tiff(values: np.ndarray, bits: int, more: tuple[tuple[int, int, int], ...] = ()) -> bytes:
-    """A grey TIFF of one strip, whose rows of `bits` (12 or 16) bits a pixel are packed; `more`: (tag, type, value)."""
+    """A grey TIFF of one strip with packed rows of `bits` (12 or 16) bits per pixel; `more`: (tag, type, value)."""
     height, width = values.shape
     if bits == 12:
         pairs = values.astype(np.uint32).reshape(-1, 2)

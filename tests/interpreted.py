@@ -1,4 +1,4 @@
-"""A process in which Triton's kernels run on a CPU, in its interpreter, whatever the tests' own has imported."""
+"""A separate process that runs Triton kernels on a CPU, in Triton's interpreter."""
 
 import multiprocessing
 import os
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def start() -> ProcessPoolExecutor:
-    """The process: `submit(gradients, ...)` runs there. The variable counts when Triton is first imported."""
+    """Start the process, for `submit(gradients, ...)`. TRITON_INTERPRET must be set before Triton is imported."""
     before = os.environ.get("TRITON_INTERPRET")
     os.environ["TRITON_INTERPRET"] = "1"
     try:
@@ -24,7 +24,7 @@ def start() -> ProcessPoolExecutor:
 
 
 def _prepare() -> None:
-    """Teach the interpreter bfloat16: it cuts off what should be rounded, and multiplies the bits (Triton 3.9)."""
+    """Correct the interpreter for bfloat16: it truncates instead of rounding, and multiplies raw bits (Triton 3.9)."""
     import numpy as np
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
@@ -40,7 +40,7 @@ def _prepare() -> None:
     def rounding_cast(self, x, dtype):
         if dtype.scalar == tl.bfloat16 and x.dtype.scalar == tl.float32:
             bits = x.data.view(np.uint32)
-            bits = bits + 0x7FFF + (bits >> 16 & 1)  # to the nearest, or of two the even one
+            bits = bits + 0x7FFF + (bits >> 16 & 1)  # round to nearest, ties to even
             return TensorHandle((bits >> 16).astype(np.uint16), tl.bfloat16)
         return widened(x) if dtype.scalar == tl.float32 and x.dtype.scalar == tl.bfloat16 else cast(self, x, dtype)
 
@@ -51,7 +51,7 @@ def _prepare() -> None:
 
 
 def gradients(inputs: list[Tensor], dh: Tensor, chunk: int, device: str = "cpu", **how) -> list[Tensor]:
-    """h, and the gradients of q, k, v, i and f, of chunks of this size; gates are scanned by half of one at a time."""
+    """h, and the gradients of q, k, v, i and f, with this chunk size, and half of it for scans of the gates."""
     from selfvil.ops import mlstm, triton_mlstm
 
     before = triton_mlstm.CHUNK, triton_mlstm.SCAN
@@ -65,10 +65,10 @@ def gradients(inputs: list[Tensor], dh: Tensor, chunk: int, device: str = "cpu",
 
 
 def check_operator(form: str) -> None:
-    """That the custom operator keeps its promises, under torch.compile too."""
+    """Run `torch.library.opcheck` on the custom operator, and compile it."""
     from selfvil.ops import mlstm
 
-    torch.manual_seed(0)  # of this process
+    torch.manual_seed(0)  # in this process
     inputs = [x.requires_grad_() for x in (*torch.randn(3, 1, 2, 20, 4).unbind(), *torch.randn(2, 1, 2, 20).unbind())]
     q, k, v, i, f = inputs
     operands = (q, k, v, i, f.sigmoid().log().detach(), True, form == "triton_chunkwise", q.shape[-1])

@@ -1,4 +1,4 @@
-"""The names of the published files of Vision-LSTM (NX-AI/vision-lstm, version 2), which count single blocks."""
+"""Names of weights in the published files of Vision-LSTM (NX-AI/vision-lstm, version 2), which number single blocks."""
 
 import re
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def as_in_published_file(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Random weights of the shapes in a state dict of ours, under the names of the published files."""
+    """Random weights with the shapes of a selfvil state dict, under the names of the published files."""
     in_file: dict[str, Tensor] = {}
     for name, value in state.items():
         name = re.sub(

@@ -1,31 +1,34 @@
 """Several runs in the same processes, since starting them takes longer than a run: `torchrun` starts this file.
 
-Beside its own files, each run leaves for each process what `recorded` writes, and under DeepSpeed `held-RANK.json`: how
-many values of optimizer state this process held, and `divided-RANK.json`: the parameters that were not there whole.
-"spoil" in a case are arguments of `spoiled`. "whole" is `selfvil.zero.WHOLE`, made small enough for ZeRO-3 to divide a
-small network.
+Beside its own files, each run leaves for each process what `recorded` writes, and under ZeRO and FSDP2
+`held-RANK.json`: how many values of optimizer state this process held, and `divided-RANK.json`: the parameters of which
+it held a part only. "spoil" in a case are arguments of `spoiled`. "whole" is `selfvil.engine.zero.WHOLE`, made small
+enough for ZeRO-3 to divide a small network.
 """
 
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from unittest.mock import patch
 
 from accelerate.state import AcceleratorState, GradientState
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from runs import REPOSITORY, environment
-from selfvil import pretrain, zero
+from selfvil import pretrain
+from selfvil.engine import ENGINES, Engine, zero
 from selfvil.objectives.dino import DINO
 from selfvil.recipe import Recipe, load
-from selfvil.zero import Zero
 
 
 def torchrun(cases: list[dict], processes: int, folder: Path, **environ: str) -> None:
-    """Run `cases` one after the other: {"recipe": name, "arguments": [...]}, perhaps with "zero", DeepSpeed's stage."""
+    """Run `cases` one after the other: {"recipe": name, "arguments": [...]}, optionally with "zero": DeepSpeed's stage,
+    or "fsdp": true for FSDP2."""
     file = folder / "cases.json"
     file.write_text(json.dumps(cases))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
@@ -42,9 +45,11 @@ def main() -> None:
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
         os.environ["ACCELERATE_DEEPSPEED_ZERO_STAGE"] = str(case.get("zero"))
+        os.environ["ACCELERATE_USE_FSDP"] = str(case.get("fsdp", False)).lower()
         recipe = load(case["recipe"], case["arguments"])
         whole = patch.object(zero, "WHOLE", case.get("whole", zero.WHOLE))
-        with recorded(recipe), whole, patch.object(pretrain, "Zero", watched(recipe)), spoiled(**case.get("spoil", {})):
+        counted = (patch.dict(ENGINES, {name: watched(recipe, ENGINES[name])}) for name in ("zero", "fsdp"))
+        with recorded(recipe), whole, next(counted), next(counted), spoiled(**case.get("spoil", {})):
             pretrain.pretrain(recipe)
 
 
@@ -80,17 +85,30 @@ def spoiled(step: int = -1, rank: int = 0) -> Iterator[None]:
         yield
 
 
-def watched(recipe: Recipe) -> type[Zero]:
-    class Watched(Zero):
-        def optimizer_tensors(self):
-            states = (value for state in self.optimizer.state.values() for value in state.values())
-            held = sum(value.numel() for value in states if value.ndim)
-            Path(recipe.run.out, f"held-{os.environ['RANK']}.json").write_text(str(held))
-            divided = [name for name, parameter in self.engine.module.named_parameters() if not parameter.numel()]
-            Path(recipe.run.out, f"divided-{os.environ['RANK']}.json").write_text(json.dumps(divided))
-            return super().optimizer_tensors()
+def watched(recipe: Recipe, start: Callable[..., Engine]) -> Callable[..., Engine]:
+    """An engine that also writes what this process holds, whenever the state is collected."""
 
-    return Watched
+    def started(*args: object) -> Engine:
+        engine = start(*args)
+        original = engine.optimizer_tensors
+
+        def optimizer_tensors() -> dict[str, Tensor]:
+            states = [value for state in engine.optimizer.state.values() for value in state.values()]
+            held = sum(local(value).numel() for value in states if value.ndim)
+            Path(recipe.run.out, f"held-{engine.rank}.json").write_text(str(held))
+            parameters = engine.objective.named_parameters()
+            divided = [name for name, value in parameters if local(value).numel() < engine.numel(value)]
+            Path(recipe.run.out, f"divided-{engine.rank}.json").write_text(json.dumps(divided))
+            return original()
+
+        engine.optimizer_tensors = optimizer_tensors
+        return engine
+
+    return started
+
+
+def local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 if __name__ == "__main__":

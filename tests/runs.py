@@ -1,4 +1,4 @@
-"""Small real runs of each objective for tests: recipes, launches, and what they leave behind."""
+"""Small real runs of each objective for tests: recipes, launches, and their final state."""
 
 import os
 import subprocess
@@ -52,7 +52,7 @@ _SMALL = {
 
 
 def overrides(objective: str, shards: Path, out: Path, *more: str) -> list[str]:
-    """Of the packaged recipe: 12 steps of 40 of the 200 digits, 30,000 parameters, one thread, no doctor."""
+    """Overrides of the packaged recipe: 12 steps of 40 of the 200 digits, 30,000 parameters, one thread, no doctor."""
     teacher = [f"objective.teacher_weights={random_teacher(shards)}"] if objective == "distill" else []
     return [
         f"data.train={shards}/digits-*.tar", f"run.out={out}", "data.workers=0", "run.precision=fp32", "run.threads=1",
@@ -78,7 +78,7 @@ def pack_digits(folder: Path) -> Path:
 
 
 def random_teacher(folder: Path, name: str = "test_vit") -> Path:
-    """Weights of a timm model, as the seed draws them, in a file; nothing is downloaded."""
+    """A file with random weights of a timm model; nothing is downloaded."""
     path = folder / f"{name}.safetensors"
     if not path.exists():
         with torch.random.fork_rng():
@@ -112,7 +112,7 @@ def launch(objective: str, *arguments: str, processes: int = 1, **environ: str) 
 
 
 def wait_for_steps(process: subprocess.Popen) -> None:
-    """Read the output of a run until its second step is done, when it first prints the time left."""
+    """Read the output of a run until it has finished two steps, after which it prints the remaining time."""
     assert process.stdout is not None
     read = ""
     for line in process.stdout:

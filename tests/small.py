@@ -14,7 +14,7 @@ SIZE = (16, 24)
 
 @dataclass
 class Views:
-    """What an objective reads of a batch."""
+    """The attributes of a batch that objectives use."""
 
     views: list[Tensor]
     positions: Tensor
@@ -26,7 +26,7 @@ def network(name: str = MODELS[0], **kwargs) -> nn.Module:
 
 
 def random_views(sizes: Sequence[tuple[int, int]], count: int, *, first: int = 0, seed: int = 1) -> Views:
-    """Views of these sizes of `count` of 20 samples, the same ones wherever the batch begins."""
+    """Views of these sizes of `count` of 20 samples, which do not depend on the first sample of the batch."""
     generator = torch.Generator().manual_seed(seed)
     views = [torch.randn(20, 3, *size, generator=generator)[first : first + count] for size in sizes]
     return Views(views, torch.arange(first, first + count))

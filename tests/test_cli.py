@@ -1,4 +1,4 @@
-"""The command line from end to end, and what it says when an input is wrong: one message, status 2, no traceback."""
+"""The command line from end to end; for a wrong input it prints one message, with status 2 and no traceback."""
 
 import json
 import shutil
@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from selfvil.cli import main
+from selfvil.evaluate import EVALUATIONS, arguments
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,7 @@ def command(*words: object) -> None:
 
 
 def refusal(capsys, *words: object) -> str:
-    """Run a command that must be refused; returns what it says."""
+    """Run a command that must be refused, and return its message."""
     with pytest.raises(SystemExit) as caught:
         main([str(word) for word in words])
     assert caught.value.code == 2
@@ -51,8 +52,8 @@ def test_pack_index_pretrain_export_eval_report(digit_shards, run, tmp_path, cap
     with torch.no_grad():
         assert backbone(torch.rand(1, 1, 16, 16)).shape == (1, 64)
     train, test = f"{digit_shards}/digits-000000.tar", f"{digit_shards}/digits-000001.tar"
-    command("eval", "linear", tmp_path / "export", "--train", train, "--test", test, "--workers", 0,
-            "--labels-per-class", 2, "--draws", 3, "--baselines", "--json", tmp_path / "rows.json")  # fmt: skip
+    command("eval", "few_label", tmp_path / "export", "--train", train, "--test", test, "--workers", 0,
+            "labels_per_class=2", "draws=3", "--baselines", "--json", tmp_path / "rows.json")  # fmt: skip
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert {row["network"] for row in rows} == {"pretrained", "untrained", "raw pixels"}
     assert all(0 <= row["value"] <= 100 for row in rows)
@@ -116,7 +117,7 @@ def test_a_checkpoint_of_another_architecture_is_refused(run, tmp_path, capsys):
     assert "model.embed_dim: 32 -> 64" in error  # by the recipe that the checkpoint holds
 
 
-def test_nothing_is_exported_over_anything(run, tmp_path, capsys):
+def test_an_export_overwrites_nothing(run, tmp_path, capsys):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("mine")
     assert str(tmp_path / "mine") in refusal(capsys, "export", run, tmp_path / "mine")
@@ -125,9 +126,8 @@ def test_nothing_is_exported_over_anything(run, tmp_path, capsys):
     refusal(capsys, "report", tmp_path)
 
 
-def test_a_file_that_cannot_be_written_is_told_before_computing(digit_shards, run, tmp_path, capsys, monkeypatch):
-    for module in ("score", "finetune"):
-        monkeypatch.setattr(f"selfvil.evaluate.{module}.load_backbone", None)  # calling it would be a TypeError
+def test_a_file_that_cannot_be_written_is_refused_before_computing(digit_shards, run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("selfvil.evaluate.score.load_pretrained", None)  # calling it would be a TypeError
     (tmp_path / "text").write_text("mine")
     parts = ["--train", digit_shards / "digits-000000.tar", "--test", digit_shards / "digits-000001.tar"]
     for kind in ("knn", "linear", "finetune", "all"):
@@ -138,7 +138,7 @@ def test_a_file_that_cannot_be_written_is_told_before_computing(digit_shards, ru
 
 
 def test_rows_before_a_failure_are_kept(digit_shards, run, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("selfvil.evaluate.score.linear_probe", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("selfvil.evaluate.linear.linear_probe", lambda *_, **__: 1 / 0)
     parts = ["--train", digit_shards / "digits-000000.tar", "--test", digit_shards / "digits-000001.tar"]
     with pytest.raises(ZeroDivisionError):
         main(
@@ -150,14 +150,53 @@ def test_rows_before_a_failure_are_kept(digit_shards, run, tmp_path, capsys, mon
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["a.json"]
 
 
-def test_rows_into_a_device(digit_shards, run):
-    """/dev/null stays what it is."""
+def test_rows_can_be_written_to_a_device(digit_shards, run):
+    """/dev/null is not replaced by a file."""
     parts = ["--train", digit_shards / "digits-000000.tar", "--test", digit_shards / "digits-000001.tar"]
     command("eval", "knn", run, *parts, "--workers", 0, "--json", "/dev/null")
     assert Path("/dev/null").is_char_device()
 
 
-@pytest.mark.parametrize("size", ["x", "0", "12x", "4x4x4", "-8", "1e3"])
-def test_a_size_that_is_none(digit_shards, run, capsys, size):
-    error = refusal(capsys, "eval", "finetune", run, "--train", "a", "--test", "b", "--img-size", size)
-    assert f"--img-size {size} is no size" in error
+EVAL = {
+    "knn RUN --labels-per-class 5": "--labels-per-class is a setting of few_label and finetune now: write "
+    "labels_per_class=VALUE after the source",
+    "linear RUN --probe-seeds=3": "--probe-seeds is a setting of linear now: write probe_seeds=3",
+    "finetune RUN --img-size 12": "--img-size is a setting of finetune now: write img_size=VALUE",
+    "knn RUN --temprature 1": "there is no option --temprature (did you mean the setting temperature=VALUE?)",
+    "knnn RUN": "there is no evaluation 'knnn' (did you mean knn? choose one of: knn, linear",
+    "knn liner RUN": "after the source 'liner' is not of the form key=value",
+    "knn": "SOURCE is missing",
+    "knn k=20": "SOURCE is missing",
+    "knn RUN kk=20": "unknown key knn.kk = 20 (did you mean knn.k?)",
+    "knn RUN k=many": "knn.k = 'many': input should be a valid list",
+    "knn RUN linear.probe_seeds=3": "'linear' is not among the evaluations of this command: knn",
+    "linear RUN holdout=2": "linear.holdout = 2: input should be less than 1",
+    "finetune RUN img_size=x": "finetune.img_size = 'x'",
+    "knn RUN": "--train and --test missing",
+}
+
+
+@pytest.mark.parametrize(("words", "expected"), EVAL.items())
+def test_wrong_arguments_of_eval_are_refused(capsys, words, expected):
+    assert expected in refusal(capsys, "eval", *words.split())
+
+
+def test_settings_of_several_evaluations():
+    chosen, source = arguments.parse(["knn", "linear", "runs/lr=0.1", "readout=mean", "knn.k=[3,5]", "probe_seeds=2"])
+    assert source == "runs/lr=0.1"
+    assert list(chosen) == ["knn", "linear"]
+    assert (chosen["knn"].readout, chosen["linear"].readout) == ("mean", "mean")
+    assert (chosen["knn"].k, chosen["linear"].probe_seeds) == ([3, 5], 2)
+    assert list(arguments.parse(["all", "knn", "x"])[0]) == ["knn", "linear"]
+    assert arguments.parse(["finetune", "x", "out=2026"])[0]["finetune"].out == "2026"
+
+
+def test_help_lists_settings(capsys):
+    command("eval", "knn", "--help")
+    text = capsys.readouterr().out
+    assert "--baselines" in text
+    assert "k=[10, 20, 100, 200]" in text
+    assert "epochs=100" not in text
+    command("eval", "--help")
+    text = capsys.readouterr().out
+    assert all(f"{name}: Accuracy" in text for name in EVALUATIONS)

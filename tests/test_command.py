@@ -1,4 +1,4 @@
-"""How the command is started: by its name, as a module, quickly, and what importing the package means beside it."""
+"""Starting the command, by its name and as a module; what it imports, and what importing the package does."""
 
 import subprocess
 import sys
@@ -23,7 +23,7 @@ def test_the_package_and_its_cli_module_are_the_command(module):
 
 
 def test_help_imports_nothing_heavy():
-    """Half a second instead of five: no torch. Times are not tested, what is imported is."""
+    """Half a second instead of five, without torch. The test checks imports, not times."""
     script = Path(sys.executable).parent / "selfvil"
     done = run(sys.executable, "-X", "importtime", str(script), "--help")
     assert done.returncode == 0
@@ -47,7 +47,7 @@ def test_help_imports_nothing_heavy():
         ([], [], False),
     ],
 )
-def test_only_the_command_leaves_the_models_unregistered(monkeypatch, argv, orig_argv, expected):
+def test_models_are_registered_except_by_the_command(monkeypatch, argv, orig_argv, expected):
     monkeypatch.setattr(sys, "argv", argv)
     monkeypatch.setattr(sys, "orig_argv", orig_argv)
     assert selfvil._is_the_command() == expected

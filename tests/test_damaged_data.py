@@ -1,4 +1,4 @@
-"""Runs whose images or workers fail: the state is saved first, and one sentence says what happened."""
+"""Runs with damaged images or failing workers: they save their state, and stop with one message."""
 
 import json
 import multiprocessing
@@ -25,15 +25,15 @@ def kill_a_worker() -> None:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(digit_shards, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("undisturbed") / "run"
+def uninterrupted(digit_shards, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("uninterrupted") / "run"
     pretrain(small("mae", digit_shards, out))
     return out
 
 
 @pytest.mark.parametrize("moment", ["forward", "after_step", "picture"])
-def test_after_the_death_of_a_worker_the_run_saves_and_goes_on_bit_for_bit(
-    digit_shards, undisturbed, tmp_path, monkeypatch, moment
+def test_a_run_whose_worker_died_saves_and_resumes_bit_for_bit(
+    digit_shards, uninterrupted, tmp_path, monkeypatch, moment
 ):
     out = tmp_path / "run"
     original, calls = getattr(MAE, moment), []
@@ -58,13 +58,13 @@ def test_after_the_death_of_a_worker_the_run_saves_and_goes_on_bit_for_bit(
     assert saved.step in (2, 3, 4)
     assert multiprocessing.active_children() == []
     pretrain(small("mae", digit_shards, out, *run))
-    assert_same_state(out, undisturbed)
+    assert_same_state(out, uninterrupted)
 
 
 # --- images that changed ------------------------------------------------------------------------------------------
 
 
-def test_a_run_on_changed_shards_is_refused_and_one_on_touched_shards_goes_on(digit_shards, tmp_path):
+def test_changed_shards_are_refused_and_newer_dates_are_not(digit_shards, tmp_path):
     folder, out = tmp_path / "shards", tmp_path / "run"
     shutil.copytree(digit_shards, folder)
     run = small("mae", folder, out, "budget.pause_minutes=1e-6")
@@ -90,7 +90,7 @@ def test_a_run_on_changed_shards_is_refused_and_one_on_touched_shards_goes_on(di
 
 @pytest.fixture(scope="module")
 def damaged(digit_shards, tmp_path_factory) -> Path:
-    """The digits with 11 images that cannot be decoded, one more than what is allowed at least."""
+    """The digits with 11 images that cannot be decoded, one more than the smallest limit."""
     folder = tmp_path_factory.mktemp("damaged")
     for path in digit_shards.glob("*.tar"):
         shutil.copy(path, folder)
@@ -103,7 +103,7 @@ def damaged(digit_shards, tmp_path_factory) -> Path:
     return folder
 
 
-def test_too_much_damage_saves_first(damaged, tmp_path):
+def test_a_run_with_too_many_damaged_images_saves_and_stops(damaged, tmp_path):
     out = tmp_path / "run"
     with pytest.raises(UserError, match=r"whose state is saved: 11 of 200 samples are damaged, more than the 10"):
         pretrain(small("mae", damaged, out, "run.checkpoint_every=100"))
@@ -116,8 +116,8 @@ def test_too_much_damage_saves_first(damaged, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_have_one_limit_and_one_process_remembers_it(damaged, tmp_path):
-    """Each of the two meets about half of the 11."""
+def test_the_limit_of_damaged_images_holds_across_processes_and_launches(damaged, tmp_path):
+    """Each of the two processes reads about half of the 11."""
     out = tmp_path / "run"
     arguments = overrides("mae", damaged, out, "run.checkpoint_every=100", "monitor.log_every=5")
     run = launch("mae", *arguments, processes=2)

@@ -1,4 +1,4 @@
-"""What the demo prints can be pasted."""
+"""The code that the demo prints works."""
 
 import importlib.util
 import subprocess
@@ -29,6 +29,6 @@ def test_the_lines_that_load_the_export_work_in_a_new_python(digit_shards, tmp_p
     assert timm.is_model("vil_nano_patch4_32")
 
 
-def test_the_demos_curve_has_many_points():
+def test_the_curve_of_the_demo_has_many_points():
     recipe = load("demo")
     assert recipe.budget.total_steps(1297, recipe.optim.batch_size) / recipe.monitor.log_every > 20

@@ -25,14 +25,14 @@ from selfvil import checkpoint
 from selfvil.build import build_objective
 from selfvil.data.index import open_shards
 from selfvil.data.loader import train_batches
+from selfvil.diagnostics.checkup import open_run
+from selfvil.diagnostics.vitals import Vitals
 from selfvil.errors import UserError
 from selfvil.export import export
+from selfvil.models.adapter import adapt
 from selfvil.models.blocks import TRAVERSALS
-from selfvil.models.heads import choose_readout, read_out
-from selfvil.monitor.checkup import open_run
 from selfvil.monitor.report import write_report
 from selfvil.monitor.saliency import pca_colours, readout_saliency
-from selfvil.monitor.vitals import Vitals
 from selfvil.objectives.base import Progress
 from selfvil.pretrain import pretrain
 from selfvil.recipe import Recipe
@@ -50,10 +50,10 @@ DESIGN = {
     "init_values": [None, 1e-4],
 }  # fmt: skip
 CAUSAL = DESIGN | {"traversal": ["unidirectional"], "conv": ["causal1d", "none"]}
-"""What the autoregressive objective takes."""
+"""Designs that the autoregressive objective supports."""
 BIDIRECTIONAL = [name for name in runs.PACKAGED if name != "autoregressive"]
 WITHOUT_PATCHES = ["dino", "lejepa", "distill"]
-"""Objectives that take a ConvNeXt."""
+"""Objectives that support a ConvNeXt."""
 CROPS = ["dino", "ibot", "dinov2", "lejepa"]
 SCANS = {traversal: 2 * how.directions for traversal, how in TRAVERSALS.items()}
 """mLSTM scans of one pair of blocks."""
@@ -66,7 +66,7 @@ def possible(case: Case) -> bool:
 
 
 def pairwise(axes: dict[str, list]) -> list[Case]:
-    """Few cases that hold every possible pair of values of two axes: the next is the best of 40 random ones."""
+    """A few cases that cover every pair of values of two axes; each is the best of 40 random cases."""
     dice, names = random.Random(0), sorted(axes, key=lambda name: -len(axes[name]))
     pairs = {
         ((a, x), (b, y))
@@ -118,7 +118,7 @@ def expected_scans(case: Case) -> int:
 
 
 class Canvas:
-    """Replaces matplotlib's figure, which takes longer than all else: it takes what is plotted and draws nothing."""
+    """Replace matplotlib's figure, the slowest part, by one that draws nothing."""
 
     def __init__(self, *args, **how) -> None:
         self.legend = self.savefig = lambda *args, **how: None
@@ -145,11 +145,11 @@ def test_a_run(case, digit_shards, tmp_path, unrendered):
     assert (summary.finished, summary.step) == (True, 3)
 
     record = open_run(tmp_path / "run")
-    looks = [entry for entry in record.metrics if entry["kind"] == "doctor"]
-    assert [look["step"] for look in looks] == [1, 2, 3]
-    for look in looks:
-        assert sum(key.startswith("horizon/") for key in look) == expected_scans(case)
-        assert {"feature_std", "rankme", "relative_lr", "grad_norm/patch_embed"} - look.keys() <= (
+    measured = [entry for entry in record.metrics if entry["kind"] == "doctor"]
+    assert [entry["step"] for entry in measured] == [1, 2, 3]
+    for entry in measured:
+        assert sum(key.startswith("horizon/") for key in entry) == expected_scans(case)
+        assert {"feature_std", "rankme", "relative_lr", "grad_norm/patch_embed"} - entry.keys() <= (
             set() if "traversal" in case or "vit" in case["name"] else {"grad_norm/patch_embed"}
         )
     pictures = sorted(path.name for path in (tmp_path / "run" / "pictures").glob("*.png"))
@@ -196,7 +196,7 @@ def test_the_autoregressive_objective_refuses_what_is_not_causal(traversal, conv
 
 
 @pytest.mark.parametrize("objective", [name for name in runs.PACKAGED if name not in WITHOUT_PATCHES])
-def test_objectives_of_patches_refuse_networks_without(objective, digit_shards, tmp_path):
+def test_objectives_that_need_patches_refuse_networks_without(objective, digit_shards, tmp_path):
     recipe = recipe_of({"objective": objective, "name": "test_convnext", "patch_size": None}, digit_shards, tmp_path)
     with pytest.raises(UserError) as refused:
         build_objective(recipe)
@@ -213,7 +213,7 @@ def product(axes: dict[str, list]) -> Iterator[Case]:
         yield case
 
 
-def look_at(case: Case, batch_of: Callable[[Recipe], Any], shards, tmp_path) -> None:
+def train_and_measure(case: Case, batch_of: Callable[[Recipe], Any], shards, tmp_path) -> None:
     """Two steps of training, all vital signs, the objective's picture, features as colours and the readout's map."""
     recipe = recipe_of(case, shards, tmp_path / "run")
     objective = build_objective(recipe)
@@ -238,9 +238,10 @@ def look_at(case: Case, batch_of: Callable[[Recipe], Any], shards, tmp_path) -> 
     assert pca_colours(backbone, images).isfinite().all()
     clone = timm.create_model(recipe.model.name, **recipe.model.create_kwargs()).eval()
     clone.load_state_dict(backbone.state_dict())
-    readout, width = choose_readout(clone)
+    adapter = adapt(clone)
+    readout = adapter.default_readout
     with torch.no_grad():
-        assert read_out(clone, images, readout).shape == (len(images), width)
+        assert adapter.read_out(images, readout).shape == (len(images), adapter.readout_dim(readout))
 
 
 @pytest.mark.slow
@@ -259,7 +260,7 @@ def test_the_full_product(objective, digit_shards, tmp_path):
     failed = []
     for case in product(axes):
         try:
-            look_at(case | {"objective": objective}, batch_of, digit_shards, tmp_path)
+            train_and_measure(case | {"objective": objective}, batch_of, digit_shards, tmp_path)
         except Exception as error:
             failed.append(f"{named(case)}: {type(error).__name__}: {error}")
     assert not failed, f"{len(failed)} designs, such as {json.dumps(failed[:3], indent=1)}"

@@ -1,4 +1,4 @@
-"""Non-finite losses, gradients and weights: what is skipped, what is saved, and what is said."""
+"""Non-finite losses, gradients and weights: steps that are skipped, what is saved, and messages."""
 
 import json
 
@@ -9,22 +9,22 @@ import run_many
 import runs
 from selfvil import checkpoint, pretrain
 from selfvil.build import build_objective
+from selfvil.diagnostics.checkup import open_run
 from selfvil.divergence import LossSpikes, non_finite
 from selfvil.errors import UserError
-from selfvil.monitor.checkup import open_run
-from selfvil.monitor.metrics import read_metrics
 from selfvil.monitor.report import write_report
 from selfvil.objectives.dino import DINO
 from selfvil.objectives.ibot import IBOT
 from selfvil.objectives.lejepa import LeJEPA
 from selfvil.objectives.mae import MAE
 from selfvil.recipe import load
+from selfvil.records import read_metrics
 
 OBJECTIVES = {"mae": MAE, "dino": DINO, "ibot": IBOT, "lejepa": LeJEPA}
 
 
-def spoil(monkeypatch, objective, steps, value=float("nan")):
-    """Multiply the loss of these steps, counted from 0, of an objective by a value that is not finite."""
+def make_loss_non_finite(monkeypatch, objective, steps, value=float("nan")):
+    """Multiply the loss of an objective at these steps, counted from 0, by a non-finite value."""
     kind, original = OBJECTIVES[objective], OBJECTIVES[objective].forward
 
     def forward(self, batch, progress):
@@ -39,14 +39,14 @@ def spoil(monkeypatch, objective, steps, value=float("nan")):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("objective", ["mae", "dino", "ibot"])
 def test_a_skipped_step_changes_nothing(digit_shards, tmp_path, monkeypatch, objective, value):
-    """Weights, moments, teacher and centre after a skipped step are those before it, bit for bit."""
+    """A skipped step does not change weights, moments, teacher and centre, bit for bit."""
     more = ["optim.accumulate=2", "optim.warmup=0", "run.checkpoint_every=1", "run.keep_checkpoints=9"]
-    spoil(monkeypatch, objective, {2}, value)
+    make_loss_non_finite(monkeypatch, objective, {2}, value)
     recipe = runs.small(objective, digit_shards, tmp_path / "run", "budget.steps=4", "monitor.log_every=1", *more)
     assert pretrain.pretrain(recipe).finished
     assert not (tmp_path / "run" / "checkpoints" / "step-00000003").exists()
     monkeypatch.undo()
-    spoil(monkeypatch, objective, {2}, value)
+    make_loss_non_finite(monkeypatch, objective, {2}, value)
     stopped = runs.small(
         objective, digit_shards, tmp_path / "short", "budget.steps=4", "budget.pause_minutes=1e-6", *more
     )
@@ -72,7 +72,7 @@ def test_a_skipped_step_changes_nothing(digit_shards, tmp_path, monkeypatch, obj
 def test_running_statistics_of_a_skipped_step_are_restored(digit_shards, tmp_path, monkeypatch):
     from test_unused import overrides
 
-    spoil(monkeypatch, "lejepa", {1})
+    make_loss_non_finite(monkeypatch, "lejepa", {1})
     arguments = overrides("lejepa", "test_resnet", digit_shards, tmp_path / "run", "run.checkpoint_every=1")
     pretrain.pretrain(load(runs.PACKAGED["lejepa"], arguments))
     first, second = (
@@ -83,16 +83,16 @@ def test_running_statistics_of_a_skipped_step_are_restored(digit_shards, tmp_pat
     assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
-def test_too_many_in_a_row_end_the_run_at_its_last_checkpoint(digit_shards, tmp_path, monkeypatch):
-    spoil(monkeypatch, "mae", set(range(4, 100)))
+def test_too_many_skipped_steps_in_a_row_end_the_run(digit_shards, tmp_path, monkeypatch):
+    make_loss_non_finite(monkeypatch, "mae", set(range(4, 100)))
     recipe = runs.small("mae", digit_shards, tmp_path / "run", "budget.steps=60", "run.checkpoint_every=2")
     with pytest.raises(UserError, match=r"loss and grad_norm became NaN or infinite by step 5 and stayed so for 11 "):
         pretrain.pretrain(recipe)
     assert checkpoint.newest(tmp_path / "run" / "checkpoints").step == 4
 
 
-def test_the_policy_may_be_to_stop(digit_shards, tmp_path, monkeypatch):
-    spoil(monkeypatch, "mae", {3})
+def test_on_nonfinite_stop_ends_the_run(digit_shards, tmp_path, monkeypatch):
+    make_loss_non_finite(monkeypatch, "mae", {3})
     recipe = runs.small("mae", digit_shards, tmp_path / "run", "optim.on_nonfinite=stop", "run.checkpoint_every=2")
     with pytest.raises(UserError, match=r"became NaN or infinite by step 4 \(optim\.on_nonfinite = stop\)"):
         pretrain.pretrain(recipe)
@@ -101,7 +101,7 @@ def test_the_policy_may_be_to_stop(digit_shards, tmp_path, monkeypatch):
 
 
 def test_weights_made_infinite_by_a_finite_gradient_are_not_saved(digit_shards, tmp_path):
-    """The step after which a checkpoint is due is the one that breaks the weights."""
+    """The weights become infinite at a step after which a checkpoint is due, and are checked in the background."""
     more = ["optim.base_lr=1e38", "optim.lr_scaling=none", "optim.warmup=0", "optim.weight_decay=10"]
     recipe = runs.small("mae", digit_shards, tmp_path / "run", *more, "run.checkpoint_every=1", "monitor.log_every=1")
     with pytest.raises(UserError, match=r"became NaN or infinite by step 1: the run has diverged"):
@@ -118,7 +118,7 @@ def test_non_finite_finds_each_kind_and_does_not_overflow():
     assert non_finite({}) == []
 
 
-def test_spikes_are_told_from_noise_and_from_a_falling_loss():
+def test_spikes_are_distinguished_from_noise_and_a_falling_loss():
     generator = torch.Generator().manual_seed(0)
     spikes, found = LossSpikes(), []
     for step in range(300):
@@ -130,7 +130,7 @@ def test_spikes_are_told_from_noise_and_from_a_falling_loss():
 
 
 def test_a_spike_is_recorded(digit_shards, tmp_path, monkeypatch, capsys):
-    spoil(monkeypatch, "mae", {15}, value=50.0)
+    make_loss_non_finite(monkeypatch, "mae", {15}, value=50.0)
     recipe = runs.small("mae", digit_shards, tmp_path / "run", "budget.steps=18", "monitor.log_every=1")
     pretrain.pretrain(recipe)
     records = {record["step"]: record for record in read_metrics(tmp_path / "run" / "metrics.jsonl")}
@@ -141,7 +141,7 @@ def test_a_spike_is_recorded(digit_shards, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "strategy", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("ddp", "zero1")), "zero2"]
 )
-def test_a_step_that_is_broken_on_one_process_is_skipped_on_all(digit_shards, tmp_path, strategy):
+def test_a_step_with_a_nan_on_one_process_is_skipped_on_all(digit_shards, tmp_path, strategy):
     """Weights, moments, teacher and centre after the third step, whose loss is NaN on process 1, are the second's."""
     more = ["optim.accumulate=2", "optim.warmup=0", "budget.steps=3", "run.checkpoint_every=2", "monitor.log_every=1"]
     arguments = runs.overrides("dino", digit_shards, tmp_path / "run", *more)

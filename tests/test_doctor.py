@@ -1,4 +1,4 @@
-"""The doctor on real runs: each broken one is named by its own rule, and healthy ones of many kinds and sizes are not.
+"""The doctor on real runs: each broken one raises the alarm of its rule, and healthy ones of many kinds raise none.
 
 About 10 minutes on one core: pytest -m slow tests/test_doctor.py
 """
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize("name", broken.TRIALS)
-def test_a_broken_run_is_named_and_a_healthy_one_is_not(digit_shards, tmp_path, name):
+def test_a_broken_run_raises_its_alarm_and_a_healthy_one_none(digit_shards, tmp_path, name):
     trial = broken.TRIALS[name]
     doctor = broken.run(trial, digit_shards, tmp_path / "run")
     assert list(doctor.alarms) == ([] if trial.rule is None else [trial.rule])
@@ -29,7 +29,7 @@ def test_there_are_twenty_healthy_runs_and_a_broken_one_for_each_rule_that_train
 
 
 def test_two_processes_stop_together(digit_shards, tmp_path):
-    """The first process finds it; both stop at the next line of log, with the state saved."""
+    """The first process raises the alarm; both stop at the next log line, with the state saved."""
     settings = ["objective.teacher_momentum=0", "monitor.doctor_every=2", "monitor.on_collapse=stop"]
     launched = runs.launch("dino", *runs.overrides("dino", digit_shards, tmp_path / "run", *settings), processes=2)
     assert launched.returncode != 0
@@ -51,7 +51,7 @@ SHORT = ["data.workers=0", "run.threads=1", "budget.samples=null", "budget.steps
     ("constant_teacher", ["objective.center_momentum=0.9999999"]),
 ])  # fmt: skip
 def test_the_recipe_of_cifar10_shortened(shared_data, tmp_path, rule, settings):
-    """Those that show within 120 steps; a flat teacher takes longer here."""
+    """Rules whose alarm is raised within 120 steps; a flat teacher takes longer with this recipe."""
     train = f"data.train={shared_data}/cifar10/cifar10-train-{{000000..000001}}.tar"
     assert list(broken.of_recipe("cifar10_dino", train, tmp_path / "run", *SHORT, *settings).alarms) == (
         [rule] if rule else []

@@ -1,4 +1,4 @@
-"""Messages fit a screen."""
+"""Long messages are shortened, so that they fit on a screen."""
 
 import copy
 import pickle

@@ -1,4 +1,4 @@
-"""An export is the network itself, loadable by timm alone, and never written over anything."""
+"""An export equals the network, is loaded by timm without selfvil's reader, and overwrites nothing."""
 
 import json
 import subprocess
@@ -48,7 +48,7 @@ def meta_of(name: str, kwargs: dict, step: int = 20) -> dict:
 
 
 def make_run(root: Path, kind: str = "vil", step: int = 20) -> tuple[Path, nn.Module, nn.Module]:
-    """A run folder as the loop leaves it, and its student and teacher with every parameter random."""
+    """The folder of a run as the loop writes it, and its student and teacher, with random parameters."""
     name, kwargs = MODELS[kind]
     student, teacher = timm.create_model(name, **kwargs), timm.create_model(name, **kwargs)
     for parameter in [*student.parameters(), *teacher.parameters()]:
@@ -65,7 +65,7 @@ def make_run(root: Path, kind: str = "vil", step: int = 20) -> tuple[Path, nn.Mo
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_timm_loads_the_very_network(tmp_path, kind):
+def test_timm_loads_the_same_network(tmp_path, kind):
     run, student, teacher = make_run(tmp_path / "run", kind)
     kwargs = MODELS[kind][1]
     for network, original in ((None, teacher), ("teacher", teacher), ("student", student)):
@@ -124,7 +124,7 @@ def test_loads_in_a_fresh_process_with_the_lines_of_the_model_card(tmp_path):
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
-def test_model_card_tells_how_it_came_about(tmp_path):
+def test_the_model_card_describes_the_training(tmp_path):
     run, *_ = make_run(tmp_path / "run")
     (run / "scores.json").write_text(json.dumps([{"protocol": "k-NN", "value": 41.5, "commit": "x"}, {}]))
     out = export(run, tmp_path / "out")
@@ -173,10 +173,10 @@ def test_nothing_is_overwritten(tmp_path):
     (tmp_path / "empty").mkdir()
     export(run, tmp_path / "empty")
     names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == ["empty", "file", "out", "run"]  # and nothing is left aside
+    assert names == ["empty", "file", "out", "run"]  # and no temporary folder is left
 
 
-def test_folders_that_hold_no_run(tmp_path):
+def test_folders_without_a_run_are_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "bare" / "checkpoints").mkdir(parents=True)
     for folder, message in (("nowhere", "no folder"), ("empty", "neither the folder of a run"), ("bare", "no usable")):
@@ -213,7 +213,7 @@ def resave(run: Path, change) -> None:
         (lambda t, m: t.clear(), "are missing"),
     ],
 )
-def test_weights_that_do_not_fit_or_are_broken(tmp_path, change, message):
+def test_weights_that_do_not_fit_or_are_not_finite_are_refused(tmp_path, change, message):
     run, *_ = make_run(tmp_path / "run")
     resave(run, change)
     with pytest.raises(UserError, match=message):
@@ -221,7 +221,7 @@ def test_weights_that_do_not_fit_or_are_broken(tmp_path, change, message):
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-def test_damaged_exports(tmp_path):
+def test_damaged_exports_are_refused(tmp_path):
     out = export(make_run(tmp_path / "run")[0], tmp_path / "out")
     weights, config = out / "model.safetensors", out / "config.json"
     (out / "pytorch_model.bin").write_bytes(b"a pickle")
@@ -242,7 +242,7 @@ def test_damaged_exports(tmp_path):
         load_export(out)
 
 
-def test_untrained_is_a_function_of_the_seed_and_trained_of_the_checkpoint(tmp_path):
+def test_untrained_weights_depend_on_the_seed_and_trained_ones_do_not(tmp_path):
     run, student, _ = make_run(tmp_path / "run")
     saved = open_checkpoint(run)
     torch.manual_seed(5)

@@ -1,5 +1,6 @@
 """The rules of the house: layout, packaging, and the trap in the name `ssl/`."""
 
+import ast
 import importlib.util
 import json
 import re
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import sysconfig
 import tomllib
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -85,7 +87,7 @@ def test_nothing_unpickles_or_evaluates():
 
 
 def test_importing_selfvil_is_light():
-    """`import selfvil` is for those who only want the backbone: it loads no package that timm does not load."""
+    """`import selfvil` loads no package that timm does not load, for users who only need the backbone."""
 
     def loaded(module: str) -> set[str]:
         code = f"import json, sys, {module}; print(json.dumps([name for name in sys.modules if '.' not in name]))"
@@ -99,6 +101,63 @@ def test_recipe_imports_only_pydantic_yaml_and_the_standard_library():
     source = (REPOSITORY / "ssl" / "selfvil" / "recipe.py").read_text()
     imports = set(re.findall(r"^(?:from|import) ([a-zA-Z_]+)", source, re.MULTILINE))
     assert imports <= sys.stdlib_module_names | {"pydantic", "yaml", "selfvil"}
+
+
+def import_graph(root: Path) -> dict[str, set[str]]:
+    """Module -> modules of the same package that it imports, at its top, inside a function, or by a table of names.
+
+    A table of names is any string that is the full dotted name of a module, such as "selfvil.objectives.mae", which
+    importlib is given later. Imports under `if TYPE_CHECKING` never run and are left out.
+    """
+    files = {}
+    for path in root.rglob("*.py"):
+        parts = (root.name, *path.relative_to(root).with_suffix("").parts)
+        files[".".join(parts).removesuffix(".__init__")] = path
+
+    def imported(node: ast.AST) -> set[str]:
+        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+            return set().union(*(imported(each) for each in node.orelse))
+        found: set[str] = set()
+        if isinstance(node, ast.Import):
+            found = {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute in this package"
+            inner = {alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+            found = {name if name in files else node.module or "" for name in inner.values()}
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found = {node.value} - {root.name}
+        return found.union(*(imported(child) for child in ast.iter_child_nodes(node)))
+
+    return {name: (imported(ast.parse(path.read_text())) & files.keys()) - {name} for name, path in files.items()}
+
+
+def test_modules_import_each_other_in_no_cycle():
+    """Imports in functions included: a recipe imports the objectives, which import settings and not recipes."""
+    graph = import_graph(REPOSITORY / "ssl" / "selfvil")
+    assert "selfvil.objectives" in graph["selfvil.recipe"], "an import inside a function"
+    assert "selfvil.objectives.mae" in graph["selfvil.objectives"], "an import by a table of names"
+    assert "selfvil.settings" in graph["selfvil.objectives.mae"]
+    assert "selfvil.models" in graph["selfvil"]
+    try:
+        tuple(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        pytest.fail(f"these modules import each other: {' <- '.join(error.args[1])}")
+
+
+def test_the_import_graph_finds_a_cycle(tmp_path):
+    """A cycle through a function and a table is found; one only for type checkers is not reported."""
+    package = tmp_path / "house"
+    package.mkdir()
+    (package / "__init__.py").write_text('TABLE = {"b": "house.b"}\n')
+    (package / "a.py").write_text("def f():\n    from house import TABLE\n")
+    (package / "b.py").write_text("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import house.c\n")
+    (package / "c.py").write_text("import house.b\n")
+    graph = import_graph(package)
+    assert graph == {"house": {"house.b"}, "house.a": {"house"}, "house.b": set(), "house.c": {"house.b"}}
+    tuple(TopologicalSorter(graph).static_order())
+    (package / "b.py").write_text("def f():\n    import house.a\n")
+    with pytest.raises(CycleError):
+        tuple(TopologicalSorter(import_graph(package)).static_order())
 
 
 def test_readme_names_the_two_commands():

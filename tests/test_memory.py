@@ -1,21 +1,23 @@
-"""What a step needs is measured on two images and holds for many; what cannot fit is refused before training."""
+"""Memory and multiply-adds of a step: measured on few images, predicted for many, refused if they do not fit."""
 
 from contextlib import nullcontext
 
 import pytest
 import torch
+from torch import nn
 
 import runs
-from selfvil import memory
+from selfvil import footprint, memory, ops
 from selfvil.build import build_objective
 from selfvil.errors import UserError
+from selfvil.objectives.base import Progress
 from selfvil.pretrain import pretrain
 
 CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("objective", ["mae", "dino", "ibot", "dinov2"])
-def test_two_images_foretell_nine(digit_shards, tmp_path, objective):
+def test_saved_bytes_are_linear_in_the_images(digit_shards, tmp_path, objective):
     # Images whose masks differ need different amounts: here all crops hide as many patches.
     even = ["objective.mask_share=1", "objective.mask_ratios=[0.5, 0.5]"] if objective in ("ibot", "dinov2") else []
     subject = build_objective(runs.small(objective, digit_shards, tmp_path / "run", *even))
@@ -29,7 +31,15 @@ def test_two_images_foretell_nine(digit_shards, tmp_path, objective):
     assert all(torch.equal(value, before[key]) for key, value in subject.state_dict().items())
 
 
-def test_more_crops_take_more(digit_shards, tmp_path):
+@pytest.mark.parametrize("objective", ["mae", "dino"])
+def test_measuring_releases_all_that_it_allocates(digit_shards, tmp_path, objective):
+    subject = build_objective(runs.small(objective, digit_shards, tmp_path / "run"))
+    memory.saved_bytes(subject, 2, 1, CPU)  # the first pass also makes constants, which stay
+    levels, _ = footprint.allocated(lambda: memory.saved_bytes(subject, 2, 1, CPU), CPU)
+    assert max(levels) > 100_000 > 100 * levels[-1]
+
+
+def test_more_crops_take_more_memory(digit_shards, tmp_path):
     few, many = (
         memory.saved_bytes(
             build_objective(runs.small("dino", digit_shards, tmp_path / "run", f"objective.local_crops={crops}")),
@@ -40,17 +50,17 @@ def test_more_crops_take_more(digit_shards, tmp_path):
     assert many > 2 * few
 
 
-def test_what_cannot_fit_is_refused(digit_shards, tmp_path, monkeypatch):
+def test_a_step_that_does_not_fit_in_memory_is_refused(digit_shards, tmp_path, monkeypatch):
     subject = build_objective(runs.small("dino", digit_shards, tmp_path / "run"))
     monkeypatch.setattr(memory, "free_bytes", lambda device: 2**27)
-    memory.need_memory(subject, 4, 1, CPU, nullcontext())
+    memory.require_memory(subject, 4, 1, CPU, nullcontext())
     with pytest.raises(UserError, match=r"1,000 images with 4 crops of each needs at least .* 0\.1 GiB are free"):
-        memory.need_memory(subject, 1000, 1, CPU, nullcontext())
+        memory.require_memory(subject, 1000, 1, CPU, nullcontext())
 
 
 @pytest.mark.parametrize("objective", ["dino", "ibot", "dinov2"])
 def test_more_prototypes_than_memory_are_refused(digit_shards, tmp_path, monkeypatch, objective):
-    """Before they are made, where they are too many for that; else before the first step."""
+    """Before they are created, if there are too many for that; otherwise before the first step."""
     with pytest.raises(
         UserError, match=r"objective\.out_dim = 100000000000 prototypes of 16 numbers take 11,920\.9 GiB"
     ):
@@ -61,17 +71,17 @@ def test_more_prototypes_than_memory_are_refused(digit_shards, tmp_path, monkeyp
     assert not (tmp_path / "run").exists()
 
 
-def test_state_divided_among_processes_leaves_room(digit_shards, tmp_path, monkeypatch):
+def test_state_divided_among_processes_takes_less_memory(digit_shards, tmp_path, monkeypatch):
     subject = build_objective(runs.small("dino", digit_shards, tmp_path / "run"))
     trained = sum(p.numel() * p.element_size() for p in subject.parameters() if p.requires_grad)
     activations = memory.saved_bytes(subject, 1, 1, CPU)
     monkeypatch.setattr(memory, "free_bytes", lambda device: activations + trained)
     with pytest.raises(UserError, match="GiB are free"):
-        memory.need_memory(subject, 1, 1, CPU, nullcontext())
-    memory.need_memory(subject, 1, 1, CPU, nullcontext(), parts=4)
+        memory.require_memory(subject, 1, 1, CPU, nullcontext())
+    memory.require_memory(subject, 1, 1, CPU, nullcontext(), parts=4)
 
 
-def test_more_crops_than_memory_allows_stop_a_run_before_it_begins(digit_shards, tmp_path, monkeypatch):
+def test_a_run_with_more_crops_than_memory_is_refused_before_its_first_step(digit_shards, tmp_path, monkeypatch):
     many = ["objective.local_crops=64"]
     monkeypatch.setattr(memory, "free_bytes", lambda device: 2**22)
     with pytest.raises(UserError, match=r"66 crops of each .* lower optim\.batch_size or the number of crops"):
@@ -83,3 +93,126 @@ def test_processes_share_the_machine(monkeypatch):
     alone = memory.free_bytes(CPU)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert memory.free_bytes(CPU) == pytest.approx(alone / 4, rel=0.2)
+
+
+# --- the predicted peak ----------------------------------------------------------------------------------------------
+
+
+def peak(objective, count):
+    """Peak memory of a forward and backward pass over `count` images."""
+    batch = memory.blank_batch(objective.views(), count, 1)
+    progress = Progress(0, 1, 1.0, 0)
+    levels, _ = footprint.allocated(lambda: objective(batch, progress).loss.backward(), CPU)
+    return max(levels)
+
+
+@pytest.mark.parametrize("objective", ["mae", "dino", "dinov2"])
+def test_the_peak_of_many_images_is_predicted_from_few(digit_shards, tmp_path, objective):
+    even = ["objective.mask_share=1", "objective.mask_ratios=[0.5, 0.5]"] if objective == "dinov2" else []
+    subject = build_objective(runs.small(objective, digit_shards, tmp_path / "run", *even))
+    before = {key: value.clone() for key, value in subject.state_dict().items()}
+    draws = torch.default_generator.get_state()
+    for count in (1, 3, 40):
+        found = memory.step_memory(subject, count, 1, CPU, nullcontext())
+        assert all(part >= 0 for part in vars(found).values())
+        passed = found.activations + found.gradients + found.temporary
+        with torch.random.fork_rng():
+            measured = peak(subject, count)
+        subject.zero_grad()
+        subject.discard_step()
+        assert passed == pytest.approx(measured, rel=0.02)
+    trained = sum(p.nbytes for p in subject.parameters() if p.requires_grad)
+    frozen = sum(p.nbytes for p in subject.parameters() if not p.requires_grad)
+    assert (found.moments, found.teacher, found.buckets) == (2 * trained, frozen, 0)
+    assert found.total == sum(vars(found).values())
+    assert torch.equal(draws, torch.default_generator.get_state())
+    assert subject.training
+    assert all(parameter.grad is None for parameter in subject.parameters())
+    assert all(torch.equal(value, before[key]) for key, value in subject.state_dict().items())
+
+
+def test_gradients_of_earlier_micro_batches_and_buckets_are_counted(digit_shards, tmp_path):
+    subject = build_objective(runs.small("mae", digit_shards, tmp_path / "run"))
+    trained = sum(p.nbytes for p in subject.parameters() if p.requires_grad)
+    alone = memory.step_memory(subject, 8, 1, CPU, nullcontext())
+    several = memory.step_memory(subject, 8, 1, CPU, nullcontext(), processes=2, accumulate=2)
+    assert (several.gradients, several.buckets) == (trained, trained)
+    assert alone.gradients < trained
+    assert several.activations == pytest.approx(alone.activations, rel=0.01)
+
+
+def test_the_step_of_the_peak_may_depend_on_the_number_of_images():
+    """For few images, it is where a large constant is in memory; for many, where the growing part is: 10 x 30 + 5."""
+    few, more = (memory._Pass([0, 100, 5 + 30 * count, 5], [0, 0, 0, 0], 3) for count in (1, 2))
+    held, _, end = memory._extrapolate([few, more], (1, 2), 10)
+    assert (max(few.held), max(more.held), max(held), end) == (100, 100, 305, 5)
+
+
+def test_for_passes_of_unequal_length_the_peaks_are_extrapolated():
+    few, more = memory._Pass([0, 10, 12, 0], [0] * 4, 1), memory._Pass([0, 10, 20, 24, 0], [0] * 5, 2)
+    held, _, end = memory._extrapolate([few, more], (1, 2), 10)
+    assert (max(held), end) == (120, 100)
+
+
+def test_memory_of_the_chunkwise_operator_is_extrapolated(digit_shards, tmp_path, monkeypatch):
+    monkeypatch.setenv("SELFVIL_MLSTM", "chunkwise")
+    monkeypatch.setattr("selfvil.ops.chunkwise.TOKENS_AT_ONCE", 64)
+    subject = build_objective(runs.small("mae", digit_shards, tmp_path / "run"))
+    found = memory.step_memory(subject, 24, 1, CPU, nullcontext())
+    assert found.activations + found.gradients + found.temporary == pytest.approx(peak(subject, 24), rel=0.1)
+
+
+def test_allocations_inside_an_operator_count():
+    q = torch.randn(1, 2, 200, 16)
+    gates = torch.randn(1, 2, 200)
+    with torch.no_grad():
+        levels, marks = footprint.allocated(lambda: ops.mlstm(q, q, q, gates, gates, backend="reference"), CPU)
+    assert max(levels) > 2 * 200 * 200 * 4 > 10 * levels[-1] >= 0
+    assert marks == []
+
+
+def test_marks_have_the_memory_of_their_position():
+    def work():
+        kept = torch.empty(1000)
+        footprint.mark("one")
+        del kept
+        footprint.mark("none")
+
+    levels, marks = footprint.allocated(work, CPU)
+    assert [(name, levels[index]) for name, index in marks] == [("one", 4000), ("none", 0)]
+
+
+# --- multiply-adds ---------------------------------------------------------------------------------------------------
+
+
+def test_multiply_adds_of_forward_and_backward_are_counted():
+    linear, x = nn.Linear(6, 5), torch.randn(7, 6, requires_grad=True)
+    assert footprint.multiply_adds(lambda: linear(x)) == 7 * 6 * 5
+    assert footprint.multiply_adds(lambda: linear(x).sum().backward()) == 3 * 7 * 6 * 5
+    depthwise, image = nn.Conv2d(8, 8, 3, padding=1, groups=8), torch.randn(1, 8, 4, 4, requires_grad=True)
+    assert footprint.multiply_adds(lambda: depthwise(image)) == 16 * 8 * 9
+    assert footprint.multiply_adds(lambda: depthwise(image).sum().backward()) == 3 * 16 * 8 * 9
+
+
+def test_wide_linear_layers_of_float32_are_counted():
+    x, weight = torch.randn(3, 1024), torch.randn(1024, 1024)
+    assert footprint.multiply_adds(lambda: ops.linear(x, weight, None)) == 3 * 1024 * 1024
+
+
+@pytest.mark.parametrize("backend", ["parallel", "chunkwise"])
+@pytest.mark.parametrize("tokens", [5, 128, 300])
+def test_the_mlstm_operator_is_counted(backend, tokens):
+    q, v = (torch.randn(2, 3, tokens, width, requires_grad=True) for width in (8, 16))
+    gates = torch.randn(2, 3, tokens)
+
+    def forward():
+        return ops.mlstm(q, q, v, gates, gates, backend=backend)
+
+    found, both = footprint.multiply_adds(forward), footprint.multiply_adds(lambda: forward().sum().backward())
+    if backend == "parallel":
+        pairs = 6 * tokens * (tokens + 1) // 2
+        assert (found, both - found) == (pairs * (8 + 16), pairs * (3 * 8 + 2 * 16))
+    else:
+        size = {5: 5, 128: 64, 300: 60}[tokens]
+        assert found == 6 * tokens * (size * (8 + 16) + 2 * 8 * 16)
+        assert both - found == 6 * tokens * (size * (3 * 8 + 2 * 16) + 6 * 8 * 16)

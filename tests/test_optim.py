@@ -13,8 +13,8 @@ from selfvil.errors import UserError
 from selfvil.recipe import OptimSection
 
 
-def test_cosine_is_the_published_schedule():
-    """Written out as in the DINO paper's code: linspace(0, base, warmup), then a half cosine over what is left."""
+def test_the_cosine_schedule_equals_the_published_one():
+    """As in the code of the DINO paper: linspace(0, base, warmup), then a half cosine over the remaining steps."""
     base, final, total, warmup = 0.3, 0.01, 50, 10
     rise = torch.linspace(0, base, warmup, dtype=torch.float64)
     steps = torch.arange(total - warmup, dtype=torch.float64)
@@ -68,13 +68,14 @@ def gradients(scale: float) -> list[nn.Parameter]:
 def test_global_clipping_keeps_the_direction(scale):
     parameters = gradients(scale)
     before = torch.cat([parameter.grad.flatten() for parameter in parameters])
-    norm = optim.clip_gradients(parameters, 1.0)
+    norm, norms = optim.clip_gradients(parameters, 1.0)
+    assert torch.stack(norms).norm() == norm
     after = torch.cat([parameter.grad.flatten() for parameter in parameters])
     torch.testing.assert_close(norm, before.norm())
     torch.testing.assert_close(after, before * min(1.0, 1.0 / before.norm().item()), rtol=1e-5, atol=1e-6)
 
 
-def test_clipping_per_tensor_clips_each_alone():
+def test_clipping_per_tensor_clips_each_tensor_separately():
     parameters = gradients(10.0)
     parameters[1].grad *= 1e-3
     small = parameters[1].grad.clone()
@@ -98,7 +99,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> Non
         optimizer.zero_grad()
 
 
-def test_optimizer_state_survives_bit_for_bit():
+def test_optimizer_state_is_restored_bit_for_bit():
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
     optimizer = optim.adamw(optim.parameter_groups(model), (0.9, 0.95))
     train(model, optimizer, 3)
@@ -117,7 +118,7 @@ def test_optimizer_state_of_another_model_is_refused():
         optim.load_optimizer_tensors(optimizer, {"stranger|exp_avg": torch.zeros(1)})
 
 
-def test_layers_below_learn_more_slowly():
+def test_lower_layers_have_lower_learning_rates():
     model = timm.create_model("vil_nano_patch4_32", num_classes=0, depth=3)
     scales = optim.layer_lr_scales(model, layer_decay=0.5, patch_embed=0.2)
     assert set(scales) == {name for name, _ in model.named_parameters()}
@@ -136,7 +137,7 @@ def test_group_and_tag_scale_a_rate_together():
     assert rates == pytest.approx({"0.weight": 0.1, "0.bias": 0.01, "1.weight": 0.01, "1.bias": 0.1})
 
 
-def test_warmup_stable_decay_by_hand():
+def test_warmup_stable_decay_has_these_values():
     found = [optim.warmup_stable_decay(step, 12, 1.0, 0.2, warmup=3, decay=4) for step in range(12)]
     fall = [0.2 + 0.8 * (1 - math.sqrt(share)) for share in (0, 0.25, 0.5, 0.75)]
     assert found == pytest.approx([0, 0.5, 1, 1, 1, 1, 1, 1, *fall])
@@ -144,7 +145,7 @@ def test_warmup_stable_decay_by_hand():
 
 
 @pytest.mark.parametrize(("scaling", "expected"), [("linear", 4e-3), ("sqrt", 2e-3), ("none", 1e-3)])
-def test_peak_rate_follows_the_batch(scaling, expected):
+def test_the_peak_rate_depends_on_the_batch_size(scaling, expected):
     settings = OptimSection(batch_size=1024, base_lr=1e-3, lr_scaling=scaling)
     assert settings.peak_lr == pytest.approx(expected)
     assert settings.model_copy(update={"batch_size": 256}).peak_lr == pytest.approx(1e-3)

@@ -1,4 +1,4 @@
-"""What a run writes beside its checkpoints may fail; the weights are saved all the same."""
+"""Writing metrics, pictures or text may fail; the weights are saved nevertheless."""
 
 import errno
 import os
@@ -7,12 +7,16 @@ import subprocess
 import pytest
 
 from runs import REPOSITORY, assert_same_state, command, environment, overrides, small
-from selfvil import checkpoint, pretrain, runtime
+from selfvil import checkpoint, pretrain
+from selfvil.diagnostics.vitals import Vitals
+from selfvil.engine import base
+from selfvil.engine.ddp import DDP
 from selfvil.errors import UserError
 from selfvil.files import write_text
-from selfvil.monitor.metrics import MetricsWriter, read_metrics
-from selfvil.monitor.vitals import Vitals
+from selfvil.monitor import observers
+from selfvil.monitor.metrics import MetricsWriter
 from selfvil.objectives.mae import MAE
+from selfvil.records import read_metrics
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -26,25 +30,33 @@ def fail(error: BaseException):
 
 @pytest.fixture(scope="module")
 def straight(digit_shards, tmp_path_factory):
-    """A run of 8 steps that nothing disturbed."""
+    """A run of 8 steps without a failure."""
     out = tmp_path_factory.mktemp("straight") / "run"
     pretrain.pretrain(small("mae", digit_shards, out, "budget.steps=8", "monitor.log_every=2"))
     return out
 
 
-def test_a_score_picture_or_diagnosis_that_fails_costs_only_itself(digit_shards, straight, tmp_path, monkeypatch):
+def test_a_run_continues_after_a_failed_score_picture_or_diagnosis(digit_shards, straight, tmp_path, monkeypatch):
     saved_at_score = []
 
-    def score(*_):
+    def score(*_, guard, **__):
         saved_at_score.append(checkpoint.newest(tmp_path / "run" / "checkpoints").step)
-        raise UserError("eval.test has no labels")
+        with guard("the evaluation knn"):
+            raise UserError("test.tar has no labels")
+        return {}
 
-    monkeypatch.setattr(pretrain, "probe_scores", score)
+    monkeypatch.setattr(observers, "run_evaluations", score)
     monkeypatch.setattr(MAE, "picture", fail(ValueError("no picture")))
     monkeypatch.setattr(Vitals, "after_step", fail(RuntimeError("no SVD")))
-    more = ["eval.train=a.tar", "eval.test=b.tar", "eval.every=5", "monitor.pictures_every=4", "monitor.doctor_every=8"]
+    more = [
+        "eval.knn.train=a",
+        "eval.knn.test=b",
+        "eval.knn.every=5",
+        "monitor.pictures_every=4",
+        "monitor.doctor_every=8",
+    ]
     recipe = small("mae", digit_shards, tmp_path / "run", "budget.steps=8", "monitor.log_every=2", *more)
-    monkeypatch.setattr(pretrain, "check_probes", lambda _: [])
+    monkeypatch.setattr(pretrain, "check_evaluations", lambda _: [])
     assert pretrain.pretrain(recipe).finished
     assert saved_at_score == [5, 8]
     assert_same_state(straight, tmp_path / "run")
@@ -52,13 +64,13 @@ def test_a_score_picture_or_diagnosis_that_fails_costs_only_itself(digit_shards,
     warnings = [(record["step"], record["message"]) for record in records if record["kind"] == "warning"]
     assert [step for step, _ in warnings] == [4, 5, 8, 8, 8]
     assert "the picture failed, training continues (ValueError: no picture)" in warnings[0][1]
-    assert "score of the eval section failed, training continues (eval.test has no labels)" in warnings[1][1]
+    assert "the evaluation knn failed, training continues (test.tar has no labels)" in warnings[1][1]
     assert "the diagnosis failed, training continues (RuntimeError: no SVD)" in warnings[2][1]
 
 
 @pytest.mark.parametrize("what", ["metrics", "TensorBoard", "standard output"])
 def test_a_full_disk_saves_and_stops(digit_shards, straight, tmp_path, monkeypatch, what):
-    """The output fails once, at step 3 or so; the same command then finishes the run, bit for bit."""
+    """The output fails once, at about step 3; the same command then finishes the run, bit for bit."""
     recipe = small(
         "mae", digit_shards, tmp_path / "run", "budget.steps=8", "monitor.log_every=2",
         f"monitor.tensorboard={'true' if what == 'TensorBoard' else 'false'}",
@@ -93,7 +105,7 @@ def test_a_full_disk_at_a_checkpoint_keeps_the_older_ones(digit_shards, straight
         save_file(tensors, path)
 
     monkeypatch.setattr(checkpoint, "save_file", failing)
-    with pytest.raises(UserError, match=r"No space left on device\. Older checkpoints are untouched"):
+    with pytest.raises(UserError, match=r"No space left on device\. Older checkpoints are unchanged"):
         pretrain.pretrain(recipe)
     assert checkpoint.newest(tmp_path / "run" / "checkpoints").step == 5
     monkeypatch.undo()
@@ -102,7 +114,7 @@ def test_a_full_disk_at_a_checkpoint_keeps_the_older_ones(digit_shards, straight
 
 
 @pytest.mark.slow
-def test_a_closed_pipe_is_one_sentence(digit_shards, tmp_path):
+def test_a_closed_pipe_gives_one_message(digit_shards, tmp_path):
     """selfvil pretrain ... | head -1"""
     arguments = overrides("mae", digit_shards, tmp_path / "run", "budget.steps=100000", "run.checkpoint_every=100000")
     run = subprocess.Popen(
@@ -119,10 +131,11 @@ def test_a_closed_pipe_is_one_sentence(digit_shards, tmp_path):
     assert checkpoint.newest(tmp_path / "run" / "checkpoints") is not None
 
 
-class _Process:
-    """An accelerator of two processes, as the main one has it."""
-
-    num_processes, is_main_process = 2, True
+def main_of_two() -> DDP:
+    """The engine of the main process of two, without a process group."""
+    engine = object.__new__(DDP)
+    engine.world_size, engine.is_main = 2, True
+    return engine
 
 
 @pytest.mark.parametrize(
@@ -133,23 +146,23 @@ class _Process:
         ([None, None], None),
     ],
 )
-def test_the_reason_of_a_stop_is_that_of_the_process_that_has_one(monkeypatch, reasons, expected):
-    monkeypatch.setattr(runtime, "any_process", lambda _, flag: any(reason is not None for reason in reasons))
-    monkeypatch.setattr(runtime, "gather_object", lambda _: reasons)
-    assert runtime.agreed_reason(_Process(), reasons[0]) == expected
+def test_the_reason_of_a_stop_names_its_process(monkeypatch, reasons, expected):
+    monkeypatch.setattr(DDP, "any", lambda _, flag: any(reason is not None for reason in reasons))
+    monkeypatch.setattr(base, "gather_object", lambda _: reasons)
+    assert main_of_two().first_reason(reasons[0]) == expected
 
 
-def test_a_mistake_found_by_the_main_process_ends_every_process(monkeypatch):
-    """The others get the message in place of a result, and raise it too."""
+def test_an_error_on_the_main_process_is_raised_on_every_process(monkeypatch):
+    """The others get the message instead of a result."""
     sent = []
-    monkeypatch.setattr(runtime, "agree", lambda _, value: sent.append(value) or value)
+    monkeypatch.setattr(DDP, "agree", lambda _, value: sent.append(value) or value)
     with pytest.raises(UserError, match="full"):
-        runtime.on_main(_Process(), fail(UserError("full")))
+        main_of_two().on_main(fail(UserError("full")))
     assert sent == [(None, "full")]
-    assert runtime.on_main(_Process(), lambda: 7) == 7
+    assert main_of_two().on_main(lambda: 7) == 7
 
 
-def test_a_text_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_a_text_file_is_replaced_completely_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "recipe.yaml"
     write_text(path, "old")
     monkeypatch.setattr(os, "fsync", fail(FULL))

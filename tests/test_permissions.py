@@ -1,4 +1,4 @@
-"""Every file and folder that is written has the permissions that the umask gives: colleagues can read what they may."""
+"""Every written file and folder has the permissions of the umask, so that colleagues can read them if it allows."""
 
 import os
 import stat
@@ -25,7 +25,7 @@ def umask(request):
     os.umask(before)
 
 
-def test_all_that_is_written_follows_the_umask(tmp_path, umask, monkeypatch):
+def test_every_written_file_has_the_permissions_of_the_umask(tmp_path, umask, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     noise = np.random.default_rng(0)
     shards, test, run, exported = (tmp_path / name for name in ("shards", "test", "runs/mae", "exports/mae"))
@@ -40,7 +40,7 @@ def test_all_that_is_written_follows_the_umask(tmp_path, umask, monkeypatch):
     run_command("index", shards)
     more = ["budget.steps=2", "optim.batch_size=8", "monitor.tensorboard=true", "monitor.pictures_every=1",
             "monitor.doctor_every=1",
-            f"eval.train={shards}/digits-*.tar", f"eval.test={test}/digits-*.tar"]  # fmt: skip
+            f"eval.knn.train={shards}/digits-*.tar", f"eval.knn.test={test}/digits-*.tar"]  # fmt: skip
     assert pretrain(runs.small("mae", shards, run, *more)).finished
     run_command("report", run, "--curve", tmp_path / "curves" / "loss.png")
     run_command("export", run, exported, "--heads")

@@ -1,4 +1,4 @@
-"""What is checked before a run begins: batch and data set, workers and machine, Weights & Biases."""
+"""Checks before a run begins: batch and data set, workers and machine, Weights & Biases."""
 
 import sys
 from types import SimpleNamespace
@@ -8,7 +8,8 @@ import pytest
 import runs
 from selfvil.errors import UserError
 from selfvil.monitor.metrics import MetricsWriter
-from selfvil.preflight import check_batch, check_wandb, workers_warning
+from selfvil.plan import check_batch
+from selfvil.preflight import check_wandb, workers_warning
 from selfvil.pretrain import pretrain
 from selfvil.recipe import load
 
@@ -54,7 +55,7 @@ def test_wandb_is_checked_at_the_start(monkeypatch):
     with pytest.raises(UserError, match="not installed: pip install"):
         check_wandb(recipe)
     monkeypatch.setitem(sys.modules, "wandb", wandb_with(None))
-    with pytest.raises(UserError, match=r"nobody is logged in .* `wandb login`, or set WANDB_MODE=offline"):
+    with pytest.raises(UserError, match=r"no account is logged in .* `wandb login`, or set WANDB_MODE=offline"):
         check_wandb(recipe)
     monkeypatch.setenv("WANDB_MODE", "offline")
     check_wandb(recipe)
@@ -62,11 +63,11 @@ def test_wandb_is_checked_at_the_start(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", wandb_with("key"))
     check_wandb(recipe)
     for project in ("a/b", "what?", "x" * 129, "''"):
-        with pytest.raises(UserError, match="no name of a Weights & Biases project"):
+        with pytest.raises(UserError, match="cannot be the name of a Weights & Biases project"):
             check_wandb(load("demo", [f"monitor.wandb={project}"]))
 
 
-def test_wandb_gets_the_recipe_and_its_errors_are_a_sentence(monkeypatch, tmp_path):
+def test_wandb_gets_the_recipe_and_its_errors_are_one_message(monkeypatch, tmp_path):
     given = {}
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **how: given.update(how)))
     config = load("demo").model_dump(mode="json")

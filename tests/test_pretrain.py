@@ -1,4 +1,4 @@
-"""The loop from end to end: it learns, it stops and goes on without a trace, and it refuses what cannot work."""
+"""The loop from end to end: it learns, stops and continues without a difference, and refuses impossible settings."""
 
 import json
 from pathlib import Path
@@ -11,10 +11,10 @@ from selfvil import checkpoint
 from selfvil.build import build_objective
 from selfvil.data.views import CenterCrop
 from selfvil.errors import UserError
-from selfvil.monitor.metrics import read_metrics
 from selfvil.objectives.mae import MAE
 from selfvil.pretrain import pretrain
 from selfvil.recipe import Recipe, load
+from selfvil.records import read_metrics
 
 
 def overrides(shards: Path, out: Path, *more: str) -> list[str]:
@@ -25,11 +25,11 @@ def small(shards: Path, out: Path, *more: str) -> Recipe:
     return runs.small("mae", shards, out, *more)
 
 
-def test_a_run_learns_and_leaves_a_full_record(digit_shards, tmp_path, capsys):
+def test_a_run_learns_and_writes_all_records(digit_shards, tmp_path, capsys):
     recipe = small(
         digit_shards, tmp_path / "run", "budget.steps=60", "optim.base_lr=0.01", "monitor.tensorboard=true",
         "monitor.pictures_every=60",
-        f"eval.train={digit_shards}/digits-000000.tar", f"eval.test={digit_shards}/digits-000001.tar",
+        f"eval.knn.train={digit_shards}/digits-000000.tar", f"eval.knn.test={digit_shards}/digits-000001.tar",
     )  # fmt: skip
     summary = pretrain(recipe)
     assert summary.finished
@@ -49,7 +49,7 @@ def test_a_run_learns_and_leaves_a_full_record(digit_shards, tmp_path, capsys):
     assert "finished" in capsys.readouterr().out
 
 
-def test_accumulated_micro_batches_make_the_same_step(digit_shards, tmp_path):
+def test_accumulated_micro_batches_give_the_same_step(digit_shards, tmp_path):
     whole = small(digit_shards, tmp_path / "whole", "budget.steps=3", "optim.clip_norm=null")
     split = small(digit_shards, tmp_path / "split", "budget.steps=3", "optim.clip_norm=null", "optim.accumulate=4")
     pretrain(whole)
@@ -60,8 +60,8 @@ def test_accumulated_micro_batches_make_the_same_step(digit_shards, tmp_path):
 
 
 @pytest.mark.parametrize("objective", ["mae", "dino"])
-def test_views_may_be_made_on_the_device(digit_shards, tmp_path, objective):
-    """A run learns from them what it learns from those of the workers, and goes on bit for bit after a stop."""
+def test_augmentation_can_run_on_the_device(digit_shards, tmp_path, objective):
+    """The run equals one with augmentation in workers, to rounding, and continues bit for bit after a stop."""
     more = ["data.augment=device", "data.workers=1", "budget.steps=8", "optim.warmup=0"]
     whole = pretrain(runs.small(objective, digit_shards, tmp_path / "whole", *more))
     pretrain(runs.small(objective, digit_shards, tmp_path / "paused", *more, "budget.pause_minutes=1e-6"))
@@ -77,15 +77,15 @@ def test_views_may_be_made_on_the_device(digit_shards, tmp_path, objective):
         pretrain(runs.small(objective, digit_shards, tmp_path / "whole", *more, "data.augment=workers"))
 
 
-def test_a_view_that_only_workers_can_make_is_refused_before_training(digit_shards, tmp_path, monkeypatch):
+def test_a_view_that_needs_workers_is_refused_on_the_device(digit_shards, tmp_path, monkeypatch):
     monkeypatch.setattr(MAE, "views", lambda self: [CenterCrop(16, self.image.mean, self.image.std)])
     with pytest.raises(UserError, match=r"data\.augment = device: CenterCrop"):
         pretrain(small(digit_shards, tmp_path / "run", "data.augment=device"))
     assert not (tmp_path / "run").exists()
 
 
-def test_heads_can_go_first(digit_shards, tmp_path):
-    """For the first share of the budget the backbone keeps its weights while the rest of the objective learns."""
+def test_heads_first_freezes_the_backbone_for_a_fraction_of_the_run(digit_shards, tmp_path):
+    """In the first part of the budget, the backbone keeps its weights and the rest of the objective is trained."""
     steps = [f"budget.steps={count}" for count in (1, 4)]
     rates = ["optim.warmup=0", "optim.schedule=constant", "optim.heads_first=0.5", "run.checkpoint_every=1"]
     pretrain(small(digit_shards, tmp_path / "start", steps[0], *rates))
@@ -120,8 +120,8 @@ def test_a_constant_rate_of_the_square_root_rule(digit_shards, tmp_path):
     assert found == pytest.approx([0, peak / 2, peak, peak, peak, peak])
 
 
-def test_layers_and_the_patch_embedding_have_rates_of_their_own(digit_shards, tmp_path):
-    """AdamW's first step is its learning rate, whatever the gradient: 0.5 a layer, twice that at the patches."""
+def test_layers_and_the_patch_embedding_have_their_learning_rates(digit_shards, tmp_path):
+    """AdamW's first step has the size of the learning rate: a factor of 0.5 per layer, and twice that for patches."""
     more = ["model.depth=2", "optim.warmup=0", "optim.weight_decay=0", "optim.base_lr=1e-3", "optim.lr_scaling=none"]
     more += ["optim.layer_decay=0.5", "optim.patch_embed_lr=2", "budget.steps=1"]
     recipe = small(digit_shards, tmp_path / "run", *more)
@@ -139,7 +139,7 @@ def test_layers_and_the_patch_embedding_have_rates_of_their_own(digit_shards, tm
         assert moved == pytest.approx(1e-3 * share, rel=0.01), name
 
 
-def test_two_processes_train_as_one(digit_shards, tmp_path):
+def test_two_processes_compute_what_one_computes(digit_shards, tmp_path):
     """Two gloo processes: the same samples and masks, so the same loss at every step, to rounding."""
     alone, both = tmp_path / "alone", tmp_path / "both"
     pretrain(small(digit_shards, alone, "monitor.log_every=1"))
@@ -147,7 +147,7 @@ def test_two_processes_train_as_one(digit_shards, tmp_path):
     assert launched.returncode == 0, launched.stderr
     record = json.loads((both / "run.json").read_text())
     assert record["launches"][0]["processes"] == 2
-    assert record["launches"][0]["strategy"] == "MULTI_CPU"
+    assert record["launches"][0]["strategy"] == "ddp"
     ours, theirs = (
         [record["loss"] for record in read_metrics(run / "metrics.jsonl") if "loss" in record] for run in (alone, both)
     )
@@ -155,7 +155,7 @@ def test_two_processes_train_as_one(digit_shards, tmp_path):
     torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=1e-4, atol=0)
 
 
-def test_torchrun_that_would_split_is_refused(digit_shards, tmp_path):
+def test_unconnected_processes_of_torchrun_are_refused(digit_shards, tmp_path):
     arguments = overrides(digit_shards, tmp_path / "run")
     launched = runs.launch("mae", *arguments, processes=2, ACCELERATE_USE_CPU="false")
     assert launched.returncode != 0
@@ -183,12 +183,12 @@ def refusal(arguments: list[str], capsys) -> str:
         ("objective.mask_ratio=1", "objective.mask_ratio = 1"),
     ],
 )
-def test_a_users_mistake_is_one_sentence(digit_shards, tmp_path, capsys, override, expected):
+def test_an_error_of_the_user_is_one_message(digit_shards, tmp_path, capsys, override, expected):
     assert expected in refusal(overrides(digit_shards, tmp_path / "run", override), capsys)
     assert not (tmp_path / "run").exists()
 
 
-def test_another_runs_folder_is_never_touched(digit_shards, tmp_path, capsys):
+def test_the_folder_of_another_run_is_not_changed(digit_shards, tmp_path, capsys):
     pretrain(small(digit_shards, tmp_path / "run", "budget.steps=2"))
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     other = overrides(digit_shards, tmp_path / "run", "budget.steps=3", "optim.base_lr=0.5")
@@ -201,7 +201,7 @@ def test_another_runs_folder_is_never_touched(digit_shards, tmp_path, capsys):
     assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
 
 
-def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_again(digit_shards, tmp_path):
+def test_a_run_with_only_damaged_checkpoints_does_not_start_again(digit_shards, tmp_path):
     recipe = small(digit_shards, tmp_path / "run", "budget.steps=2")
     pretrain(recipe)
     for path in (tmp_path / "run" / "checkpoints").glob("step-*/objective.safetensors"):
@@ -210,7 +210,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_again(digit_shar
         pretrain(recipe)
 
 
-def test_other_images_cannot_continue_a_run(digit_shards, tmp_path):
+def test_a_run_cannot_continue_on_other_images(digit_shards, tmp_path):
     shards = tmp_path / "shards"
     shards.mkdir()
     for path in digit_shards.glob("*.tar"):
@@ -221,7 +221,7 @@ def test_other_images_cannot_continue_a_run(digit_shards, tmp_path):
         pretrain(small(shards, tmp_path / "run", "budget.steps=4"))
 
 
-def test_a_divergence_is_told_and_not_saved(digit_shards, tmp_path):
+def test_a_divergence_is_reported_and_not_saved(digit_shards, tmp_path):
     recipe = small(digit_shards, tmp_path / "run", "optim.base_lr=1e30", "optim.warmup=0", "optim.clip_norm=null")
     with pytest.raises(UserError, match="became NaN or infinite by step"):
         pretrain(recipe)

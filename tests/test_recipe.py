@@ -1,4 +1,4 @@
-"""Recipes: what parses, what is refused, and what the refusal says."""
+"""Recipes: which are valid, which are refused, and the messages."""
 
 import json
 
@@ -60,6 +60,7 @@ def test_a_square_size_may_be_one_number():
         ("data.augment=gpu", ["data.augment = 'gpu'", "workers", "device"]),
         ("data.mean=[0.5]", ["data.mean has 1 values, but model.in_chans is 3"]),
         ("eval.train=a.tar", ["give both train and test"]),
+        ("eval.knn.train=a.tar", ["missing key eval.knn.test"]),
         ("optimiser.base_lr=1", ["no section optimiser", "did you mean optim?"]),
         ("batch_size=3", ["section.key=value"]),
         ("optim.batch_size", ["section.key=value"]),
@@ -77,7 +78,7 @@ def test_a_schedule_fits_into_its_run():
         load("cifar10_mae", ["optim.schedule=wsd", "optim.warmup=0.5", "optim.cooldown=0.6"])
 
 
-def test_all_problems_are_told_at_once():
+def test_all_problems_are_reported_together():
     with pytest.raises(UserError, match=r"mask_ratio.*batch_sise"):
         load("cifar10_mae", ["objective.mask_ratio=2", "optim.batch_sise=3"])
 
@@ -92,7 +93,7 @@ def test_all_problems_are_told_at_once():
         ("model: !!python/object/apply:os.system ['true']", "not valid YAML"),
     ],
 )
-def test_a_file_that_is_no_recipe(tmp_path, text, expected):
+def test_a_file_without_a_recipe_is_refused(tmp_path, text, expected):
     path = tmp_path / "broken.yaml"
     path.write_text(text)
     with pytest.raises(UserError, match=expected) as caught:
@@ -105,7 +106,7 @@ def test_a_missing_recipe_lists_the_packaged_ones():
         load("nothing.yaml")
 
 
-def test_identity_ignores_where_and_how_fast():
+def test_identity_ignores_paths_and_speed():
     rate = "optim.base_lr=0.25"
     base = load("cifar10_mae", [rate]).identity()
     same = load(
@@ -119,6 +120,7 @@ def test_identity_ignores_where_and_how_fast():
 def test_schema_documents_every_field():
     whole = json.loads(json.dumps(schema()))
     settings = [*whole["$defs"].values(), *whole["properties"]["objective"]["anyOf"]]
+    settings += whole["properties"]["eval"]["items"]["anyOf"]
     missing = [
         f"{section['title']}.{name}"
         for section in settings
@@ -126,6 +128,92 @@ def test_schema_documents_every_field():
         if "description" not in field and name != "name"
     ]
     assert not missing
+
+
+PARTS = {"train": "a.tar", "test": ["b.tar", "c.tar"]}
+
+
+def with_eval(tmp_path, section, *overrides: str):
+    tree = yaml.safe_load(find("cifar10_mae").read_text()) | {"eval": section}
+    (tmp_path / "mine.yaml").write_text(json.dumps(tree))  # JSON is YAML, and has no aliases
+    return load(tmp_path / "mine.yaml", overrides)
+
+
+def test_evaluations_are_a_list_of_entries(tmp_path, caplog):
+    section = [{"name": "knn", **PARTS, "every": 500, "k": 20}, {"name": "finetune", **PARTS, "img_size": 64}]
+    knn, finetune = with_eval(tmp_path, section).eval
+    assert (knn.name, knn.train, knn.test, knn.every, knn.k) == ("knn", "a.tar", ["b.tar", "c.tar"], 500, [20])
+    assert (finetune.every, finetune.img_size, finetune.epochs) == (None, (64, 64), 100)
+    assert not caplog.records
+    assert load("cifar10_mae").eval == ()
+
+
+def test_the_eval_section_does_not_belong_to_the_identity(tmp_path):
+    assert with_eval(tmp_path, [{"name": "knn", **PARTS}]).identity() == load("cifar10_mae").identity()
+
+
+def test_overrides_change_entries(tmp_path, caplog):
+    section = [{"name": "knn", **PARTS}, {"name": "linear", **PARTS}, {"name": "linear", **PARTS, "holdout": 0.2}]
+    more = ["eval.knn.k=[5]", "eval.2.every=3", "eval.test=2026", "eval.few_label.draws=2", "eval.few_label.train=x"]
+    entries = with_eval(tmp_path, section, *more).eval
+    assert [entry.name for entry in entries] == ["knn", "linear", "linear", "few_label"]
+    assert {entry.test for entry in entries} == {"2026"}
+    assert [entry.every for entry in entries] == [None, None, 3, None]
+    assert (entries[0].k, entries[2].holdout, entries[3].draws, entries[3].train) == ([5], 0.2, 2, "x")
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("linear", [True, False])
+def test_the_old_form_of_eval_is_read_with_a_warning(tmp_path, caplog, linear):
+    """A mapping in the file, or its keys as overrides; the warning is a list that gives the same entries."""
+    names = ["knn", "linear"] if linear else ["knn"]
+    section = PARTS | {"every": 7, "linear": linear}
+    recipe = with_eval(tmp_path, section)
+    assert [(entry.name, entry.every, entry.test) for entry in recipe.eval] == [
+        (name, 7, ["b.tar", "c.tar"]) for name in names
+    ]
+    (record,) = caplog.records
+    text = record.getMessage()
+    assert "mine.yaml: eval is a list of evaluations now" in text
+    written = yaml.safe_load("eval:" + text.partition("eval:\n")[2].partition("\nor, on")[0].join(["\n", ""]))
+    caplog.clear()
+    assert with_eval(tmp_path, written["eval"]).eval == recipe.eval
+    assert not caplog.records
+    words = ["eval.train=a.tar", "eval.test=[b.tar, c.tar]", "eval.every=7", f"eval.linear={str(linear).lower()}"]
+    assert load("cifar10_mae", words).eval == recipe.eval
+    assert "eval.knn.train=a.tar" in caplog.text
+    caplog.clear()
+    assert with_eval(tmp_path, {"train": None, "test": None, "every": None, "linear": True}).eval == ()
+    assert not caplog.records  # as an earlier version wrote it into a run without scores
+
+
+@pytest.mark.parametrize(
+    ("section", "overrides", "expected"),
+    [
+        ([{"name": "knnn", **PARTS}], [], "eval.0.name: there is no evaluation 'knnn' (did you mean knn?"),
+        ([PARTS], [], "missing key eval.0.name"),
+        ([{"name": "knn", **PARTS, "kk": 3}], [], "unknown key eval.knn.kk = 3 (did you mean eval.knn.k?)"),
+        ([{"name": "knn", **PARTS, "k": 0}], [], "eval.knn.k = 0"),
+        ([{"name": "knn", **PARTS, "every": 0}], [], "eval.knn.every = 0: input should be greater than or equal to 1"),
+        ([{"name": "knn", "train": "a"}], [], "missing key eval.knn.test"),
+        ([{"name": "knn", **PARTS}] * 2, ["eval.1.k=x"], "override 'eval.1.k=x': eval.1.k = 'x'"),
+        ([{"name": "knn", **PARTS}] * 2, ["eval.knn.k=3"], "2 entries named knn: write eval.0 or eval.1"),
+        ([{"name": "knn", **PARTS}], ["eval.1.k=3"], "eval has 1 entries, numbered from 0"),
+        ([], ["eval.svm.train=a"], "override eval.svm.train: there is no evaluation 'svm'"),
+        ([{"name": "knn", **PARTS}], ["eval.linear=false"], "write eval.NAME.KEY"),
+        ([{"name": "knn", **PARTS}], ["eval.knn.readout=first_lost"], "there is no readout 'first_lost'"),
+        ({"name": "knn", **PARTS}, [], "eval is a list of evaluations: write `- name: knn`"),
+        ({**PARTS, "evry": 3}, [], "unknown key eval.evry = 3 (did you mean eval.every?)"),
+        ({"train": "a"}, [], "give both train and test"),
+        ({"train": "a"}, ["eval.knn.k=3"], "the recipe's eval section is not a list"),
+        (["knn"], [], "eval, entry 0, is not a section of `key: value` lines"),
+        ("knn", [], "eval is not a section"),
+    ],
+)
+def test_a_wrong_eval_section_is_named(tmp_path, section, overrides, expected):
+    with pytest.raises(UserError) as caught:
+        with_eval(tmp_path, section, *overrides)
+    assert expected in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -162,6 +250,6 @@ def test_designs_of_vil_reach_the_backbone():
         (["model.name=vit_tiny_patch16_224", "model.conv=2d"], "conv: only vil_\\* models have that"),
     ],
 )
-def test_a_design_that_cannot_be_is_named(override, expected):
+def test_an_impossible_design_is_reported(override, expected):
     with pytest.raises(UserError, match=expected):
         load("mae_vil_t", override)

@@ -1,4 +1,4 @@
-"""A run that was stopped and went on is the run that nothing stopped, bit for bit: student, teacher, optimizer, order.
+"""A run that was stopped and continued equals an uninterrupted one, bit for bit: student, teacher, optimizer, order.
 
 200 images in steps of 40: an epoch is 5 steps, so most of these stops fall in the middle of one.
 """
@@ -14,8 +14,8 @@ import pytest
 
 from runs import REPOSITORY, assert_same_state, command, environment, launch, overrides, small, state, wait_for_steps
 from selfvil import checkpoint
-from selfvil.monitor.metrics import read_metrics
 from selfvil.pretrain import pretrain
+from selfvil.records import read_metrics
 from selfvil.stop import STOPPED
 
 STEPS = 120
@@ -34,8 +34,8 @@ UNSTEADY = {
 
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("objective", list(UNSTEADY))
-def test_a_paused_run_goes_on_bit_for_bit(digit_shards, tmp_path, objective, workers):
-    """Stopped after steps 1, 2 and 3, then after the fifth, where a checkpoint was due anyway."""
+def test_a_paused_run_continues_bit_for_bit(digit_shards, tmp_path, objective, workers):
+    """Stopped after steps 1, 2 and 3, then after step 5, at which a checkpoint is due."""
     more = [f"data.workers={workers}", "budget.steps=7", "monitor.log_every=7", *UNSTEADY[objective]]
     pretrain(small(objective, digit_shards, tmp_path / "straight", *more))
     for _ in range(3):
@@ -48,7 +48,7 @@ def test_a_paused_run_goes_on_bit_for_bit(digit_shards, tmp_path, objective, wor
     assert paused.meta["export"] == ("teacher" if objective in ("dino", "ibot", "dinov2") else "student")
 
 
-def test_a_finished_run_is_left_as_it_is(digit_shards, tmp_path):
+def test_a_finished_run_is_not_changed(digit_shards, tmp_path):
     recipe = small("mae", digit_shards, tmp_path / "run", "budget.steps=2")
     first = pretrain(recipe)
     before, record = state(tmp_path / "run"), (tmp_path / "run" / "run.json").read_text()
@@ -61,7 +61,7 @@ def test_a_finished_run_is_left_as_it_is(digit_shards, tmp_path):
 
 @pytest.fixture(scope="module", params=["mae", pytest.param("dino", marks=pytest.mark.slow)])
 def straight(request, digit_shards, tmp_path_factory) -> tuple[str, Path, list[str]]:
-    """An objective, a run of it in a process of its own that nothing stopped, and its settings."""
+    """An objective, an uninterrupted run of it in another process, and its settings."""
     out = tmp_path_factory.mktemp("straight") / "run"
     more = [f"budget.steps={STEPS}", "run.checkpoint_every=40", *UNSTEADY[request.param]]
     launched = launch(request.param, *overrides(request.param, digit_shards, out, *more))
@@ -93,7 +93,7 @@ def test_a_signal_saves_and_the_same_command_finishes(digit_shards, straight, tm
     assert steps == sorted(set(steps))
 
 
-def test_a_killed_run_goes_on_from_its_last_checkpoint(digit_shards, straight, tmp_path):
+def test_a_killed_run_continues_from_its_last_checkpoint(digit_shards, straight, tmp_path):
     objective, untouched, more = straight
     arguments = overrides(objective, digit_shards, tmp_path / "run", *more)
     process = subprocess.Popen(
@@ -112,7 +112,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(digit_shards, straight, t
 
 
 def test_ctrl_c_to_two_processes_and_their_launcher_saves_once(digit_shards, tmp_path):
-    """torchrun passes the signal on to processes that have had it already: that must not interrupt the saving."""
+    """torchrun forwards the signal to processes that already received it: this must not interrupt the save."""
     arguments = overrides("mae", digit_shards, tmp_path / "run", f"budget.steps={STEPS}", "data.workers=1")
     process = subprocess.Popen(
         command("mae", *arguments, processes=2), cwd=REPOSITORY, env=environment(), stdout=subprocess.PIPE,

@@ -1,4 +1,4 @@
-"""The folder of a run: one launch at a time, side files that may be damaged, and what may continue what."""
+"""The folder of a run: one launch at a time, damaged files, and which recipes and images may continue a run."""
 
 import errno
 import fcntl
@@ -16,11 +16,12 @@ from runs import assert_same_state, overrides, small
 from selfvil import checkpoint, lease
 from selfvil.cli import main
 from selfvil.data.index import open_shards
+from selfvil.diagnostics.checkup import open_run
 from selfvil.errors import UserError
-from selfvil.monitor.checkup import open_run
-from selfvil.monitor.metrics import MetricsWriter, read_metrics
+from selfvil.monitor.metrics import MetricsWriter
 from selfvil.pretrain import pretrain
-from selfvil.run import RunFolder, RunRecord, read_recipe, read_record
+from selfvil.records import RunRecord, read_metrics, read_record
+from selfvil.run import RunFolder, read_recipe
 
 STEPS = ["budget.steps=4", "monitor.log_every=2", "run.checkpoint_every=2"]
 
@@ -49,8 +50,8 @@ time.sleep(600)
 """
 
 
-def test_a_second_launch_is_refused_until_the_first_is_dead(digit_shards, finished, tmp_path):
-    """By another process, which is then killed with kill -9."""
+def test_a_second_launch_is_refused_until_the_first_has_ended(digit_shards, finished, tmp_path):
+    """The first launch is another process, which is then killed with kill -9."""
     out = tmp_path / "run"
     shutil.copytree(finished, out)
     holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(out)], stdout=subprocess.PIPE, text=True)
@@ -87,7 +88,7 @@ def test_a_second_launch_in_the_same_process_is_refused(tmp_path):
         third.take()
 
 
-def test_a_file_system_without_locks_is_said_and_a_live_process_is_still_noticed(tmp_path, monkeypatch, caplog):
+def test_without_file_locks_there_is_a_warning_and_a_live_process_is_detected(tmp_path, monkeypatch, caplog):
     def no_locks(*_):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
@@ -95,7 +96,7 @@ def test_a_file_system_without_locks_is_said_and_a_live_process_is_still_noticed
     (tmp_path / "run").mkdir()
     with RunFolder(tmp_path / "run") as folder:
         folder.take()
-    assert "offers no locks (No locks available)" in caplog.text
+    assert "its file system has no locks (No locks available)" in caplog.text
     owner = {"host": lease.socket.gethostname(), "pid": os.getppid(), "started": "2999-01-01T00:00:00+00:00"}
     (tmp_path / "run" / "lease.json").write_text(json.dumps(owner))
     with pytest.raises(UserError, match=f"in use by process {os.getppid()}"):
@@ -108,7 +109,7 @@ def test_a_file_system_without_locks_is_said_and_a_live_process_is_still_noticed
 # --- where a run may lie ---------------------------------------------------------------------------------------------
 
 
-def test_a_folder_that_cannot_be_made_is_refused_before_any_work(digit_shards, tmp_path, monkeypatch):
+def test_a_folder_that_cannot_be_created_is_refused_first(digit_shards, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("mine")
     monkeypatch.setattr("selfvil.pretrain.open_shards", lambda *_, **__: pytest.fail("work was done"))
     for out, problem in {"file": "is a file", "file/run": "Not a directory", "a" * 300: "File name too long"}.items():
@@ -119,23 +120,23 @@ def test_a_folder_that_cannot_be_made_is_refused_before_any_work(digit_shards, t
         pretrain(small("mae", digit_shards, Path("/proc/x/y"), *STEPS))
 
 
-def test_home_is_written_with_a_tilde_everywhere(digit_shards, tmp_path, monkeypatch):
+def test_a_tilde_is_expanded_in_every_path(digit_shards, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     teacher = "objective.teacher_weights=~/t.safetensors"
     recipe = small("distill", digit_shards, tmp_path / "x", "run.out=~/run", "data.train=~/a/{0..2}.tar", teacher,
-                   "eval.train=~/b.tar", "eval.test=[~/c.tar, d.tar]", "model.start_from=~/old",
+                   "eval.knn.train=~/b.tar", "eval.knn.test=[~/c.tar, d.tar]", "model.start_from=~/old",
                    "model.start_heads=new")  # fmt: skip
     assert recipe.run.out == f"{tmp_path}/run"
     assert recipe.data.train == f"{tmp_path}/a/{{0..2}}.tar"
     assert recipe.objective.teacher_weights == f"{tmp_path}/t.safetensors"
-    assert recipe.eval.train == f"{tmp_path}/b.tar"
-    assert recipe.eval.test == [f"{tmp_path}/c.tar", "d.tar"]
+    assert recipe.eval[0].train == f"{tmp_path}/b.tar"
+    assert recipe.eval[0].test == [f"{tmp_path}/c.tar", "d.tar"]
     assert recipe.model.start_from == f"{tmp_path}/old"
     gram = small("dinov2", digit_shards, tmp_path / "x", "objective.gram_weight=1", "objective.gram_from=~/anchor")
     assert gram.objective.gram_from == f"{tmp_path}/anchor"
 
 
-# --- side files may be damaged ---------------------------------------------------------------------------------------
+# --- files may be damaged ---------------------------------------------------------------------------------------
 
 DAMAGE = {
     "missing": None,
@@ -151,7 +152,7 @@ SIDE_FILES = ["recipe.yaml", "run.json", "metrics.jsonl", "ledger.jsonl", "lease
 
 
 def damaged(finished: Path, out: Path, name: str, damage: str) -> Path:
-    """A copy of a finished run that has two steps left to train, with one side file damaged."""
+    """A copy of a finished run that has two steps left to train, with one file damaged."""
     shutil.copytree(finished, out)
     shutil.rmtree(out / "checkpoints" / "step-00000004")
     content, made = (out / name).read_bytes() if (out / name).exists() else b"", DAMAGE[damage]
@@ -163,14 +164,14 @@ def damaged(finished: Path, out: Path, name: str, damage: str) -> Path:
 
 @pytest.mark.parametrize("damage", list(DAMAGE))
 @pytest.mark.parametrize("name", SIDE_FILES)
-def test_a_damaged_side_file_is_read_for_what_it_still_tells(finished, tmp_path, digit_shards, name, damage, caplog):
+def test_a_run_with_a_damaged_file_can_be_read(finished, tmp_path, digit_shards, name, damage, caplog):
     out = damaged(finished, tmp_path / "run", name, damage)
     recipe = small("mae", digit_shards, finished, *STEPS)
     with RunFolder(out) as folder:
         folder.take()
         start = folder.start(recipe, open_shards(recipe.data.train))
-    assert start.checkpoint == str(out / "checkpoints" / "step-00000002")
-    assert start.plan.total_steps == 4
+    assert start.checkpoint == out / "checkpoints" / "step-00000002"
+    assert start.steps["total_steps"] == 4
     assert read_recipe(out) == recipe
     assert read_record(out) == (RunRecord() if name == "run.json" else read_record(finished))
     if name == "metrics.jsonl" and damage != "cut":
@@ -186,8 +187,8 @@ SLOW = [pytest.param(damage, marks=pytest.mark.slow) for damage in DAMAGE if dam
 
 @pytest.mark.parametrize("damage", ["other types", *SLOW])
 @pytest.mark.parametrize("name", SIDE_FILES)
-def test_commands_on_a_run_with_a_damaged_side_file(finished, tmp_path, digit_shards, name, damage, capsys):
-    """Report, doctor, export and resume: right, or one sentence where nothing but that file holds the answer."""
+def test_commands_work_on_a_run_with_a_damaged_file(finished, tmp_path, digit_shards, name, damage, capsys):
+    """Report, doctor, export and resume succeed, or print one message if they need the damaged file."""
     out = damaged(finished, tmp_path / "run", name, damage)
     for arguments in [["report", str(out)], ["doctor", str(out)], ["export", str(out), str(tmp_path / "export")]]:
         capsys.readouterr()
@@ -225,7 +226,7 @@ def test_an_older_checkpoint_without_its_recipe_still_resumes(finished, tmp_path
 
 
 class Killed(BaseException):
-    """Stands for kill -9: nothing runs after it but what the kernel does."""
+    """Simulates kill -9: no handler of the program runs after it."""
 
 
 class Crash:
@@ -250,7 +251,7 @@ def for_writing(_path, mode="r", *_, **__) -> bool:
 
 
 @pytest.mark.parametrize("how", ["full disk", "kill"])
-def test_a_start_that_dies_at_any_file_operation_can_be_repeated(digit_shards, tmp_path, monkeypatch, how):
+def test_a_start_killed_at_any_file_operation_can_be_repeated(digit_shards, tmp_path, monkeypatch, how):
     recipe = small("mae", digit_shards, tmp_path / "run", *STEPS)
     shards = open_shards(recipe.data.train)
 
@@ -258,7 +259,7 @@ def test_a_start_that_dies_at_any_file_operation_can_be_repeated(digit_shards, t
         with RunFolder(tmp_path / "run") as folder:
             folder.take()
             assert folder.start(recipe, shards).checkpoint is None
-            folder.record_launch(recipe, 0, {"device": "CPU"}, None)
+            folder.record_launch(recipe, {"device": "CPU"}, None)
             MetricsWriter(tmp_path / "run", 0, False, None, "run", "id").close()
 
     for number in range(1, 100):
@@ -286,7 +287,7 @@ def test_a_start_that_dies_at_any_file_operation_can_be_repeated(digit_shards, t
     assert number > 8
 
 
-def test_what_others_left_in_a_folder_is_respected(digit_shards, tmp_path):
+def test_files_of_others_in_a_folder_are_not_changed(digit_shards, tmp_path):
     out = tmp_path / "run"
     out.mkdir()
     for early in ("recipe.yaml.aside", "metrics.jsonl", "ledger-1.jsonl", "run.json.aside"):
@@ -301,7 +302,7 @@ def test_what_others_left_in_a_folder_is_respected(digit_shards, tmp_path):
 # --- what may continue what ------------------------------------------------------------------------------------------
 
 
-def test_a_change_before_any_checkpoint_is_no_other_run(digit_shards, tmp_path, monkeypatch):
+def test_a_recipe_may_change_before_the_first_checkpoint(digit_shards, tmp_path, monkeypatch):
     """Its first launch ends in an error, after some lines of metrics."""
     first = small("mae", digit_shards, tmp_path / "run", "budget.steps=9", "monitor.log_every=1",
                   "run.checkpoint_every=9")  # fmt: skip
@@ -338,8 +339,8 @@ SCHEDULES = {
 
 
 @pytest.mark.parametrize("schedule", list(SCHEDULES))
-def test_a_prolonged_run_is_the_run_that_was_longer_from_the_start(digit_shards, tmp_path, schedule):
-    """With warm-up and heads_first of as many steps, bit for bit."""
+def test_a_prolonged_run_equals_one_that_was_longer_from_the_start(digit_shards, tmp_path, schedule):
+    """With the same number of warm-up and heads_first steps, bit for bit."""
     more = [*SCHEDULES[schedule], "run.checkpoint_every=9", "monitor.log_every=1"]
     short = [*more, "budget.steps=12", "optim.warmup=0.25", "optim.heads_first=0.2"]
     long = [*more, "budget.steps=24", "optim.warmup=0.125", "optim.heads_first=0.1"]
@@ -359,8 +360,8 @@ def test_a_prolonged_run_is_the_run_that_was_longer_from_the_start(digit_shards,
         assert pretrain(longer).step == 25
 
 
-def test_a_change_of_more_than_rounding_is_said(digit_shards, tmp_path, caplog):
-    """Sinkhorn-Knopp balances a micro-batch, and the teacher's momentum spans the run; MAE has neither."""
+def test_a_change_of_more_than_rounding_gives_a_warning(digit_shards, tmp_path, caplog):
+    """Sinkhorn-Knopp depends on the micro-batch, the teacher's momentum on the length of the run; MAE has neither."""
     constant = [*SCHEDULES["constant"], "optim.weight_decay_end=null", "optim.accumulate=1", "budget.steps=3"]
     for objective, more in {"ibot": ["objective.centring=sinkhorn"], "mae": []}.items():
         out = tmp_path / objective
@@ -368,7 +369,7 @@ def test_a_change_of_more_than_rounding_is_said(digit_shards, tmp_path, caplog):
         changed = small(objective, digit_shards, out, *constant, *more, "optim.accumulate=2", "budget.steps=4")
         caplog.clear()
         start = RunFolder(out).start(changed, open_shards(changed.data.train))
-        assert start.plan.total_steps == 4
+        assert start.steps["total_steps"] == 4
         if objective == "ibot":
             assert "prolonged from 3 to 4 steps: the teacher's momentum" in caplog.text
             assert "has 20 images now, and had 40" in caplog.text
@@ -383,8 +384,8 @@ def test_a_cosine_run_is_neither_prolonged_nor_shortened(finished, digit_shards)
     assert pretrain(same).finished, "the same length in another unit is the same budget"
 
 
-def test_two_runs_of_one_name_have_ids_of_their_own(digit_shards, finished, tmp_path, monkeypatch):
-    """What Weights & Biases tells runs by; a damaged run.json does not change it."""
+def test_two_runs_of_one_name_have_different_ids(digit_shards, finished, tmp_path, monkeypatch):
+    """Weights & Biases identifies a run by it; a damaged run.json does not change it."""
     ids = []
 
     class Wandb:
@@ -408,8 +409,8 @@ def test_two_runs_of_one_name_have_ids_of_their_own(digit_shards, finished, tmp_
     assert len(ids[0]) == 32
 
 
-def test_early_arguments_of_the_command_are_kept(digit_shards, tmp_path):
-    """The overrides that a run was launched with are found in its recipe and in its checkpoints."""
+def test_overrides_are_recorded(digit_shards, tmp_path):
+    """The overrides of a launch are in the run's recipe and in its checkpoints."""
     arguments = overrides("mae", digit_shards, tmp_path / "run", "budget.steps=1")
     assert exit_status(["pretrain", "demo", *arguments]) == 0
     saved = checkpoint.newest(tmp_path / "run" / "checkpoints")

@@ -1,4 +1,4 @@
-"""Real runs on one, two and four processes: the same images in the same order, whoever reads them."""
+"""Real runs on one, two and four processes: the same images in the same order, for any number of processes."""
 
 import json
 import shutil
@@ -11,8 +11,8 @@ from accelerate.commands.config.config_args import load_config_from_file
 import run_many
 from runs import PACKAGED, REPOSITORY, overrides, small, state
 from selfvil import checkpoint
-from selfvil.monitor.metrics import read_metrics
 from selfvil.pretrain import pretrain
+from selfvil.records import read_metrics
 
 STEPS, STEPS_PER_EPOCH = 10, 5
 RUN = [f"budget.steps={STEPS}", "monitor.log_every=5"]
@@ -24,7 +24,7 @@ def torchrun(shards: Path, out: Path, processes: int, *more: str) -> None:
 
 
 def seen(run: Path, processes: int) -> dict[int, list[int]]:
-    """Step -> ids of its images, those of the first process first."""
+    """Step -> ids of its images, in the order of the processes."""
     steps: dict[int, list[int]] = {}
     for rank in range(processes):
         for line in (run / f"seen-{rank}-of-{processes}.jsonl").read_text().splitlines():
@@ -45,7 +45,7 @@ def alone(digit_shards, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def half(digit_shards, tmp_path_factory) -> Path:
-    """The first epoch of it, on two processes."""
+    """The first epoch of that run, on two processes."""
     out = tmp_path_factory.mktemp("half") / "run"
     torchrun(digit_shards, out, 2)
     shutil.rmtree(out / "checkpoints" / f"step-{STEPS:08d}")  # as if it had been killed after the first epoch
@@ -58,15 +58,15 @@ def half(digit_shards, tmp_path_factory) -> Path:
     return out
 
 
-def test_two_processes_see_every_image_of_an_epoch_once_between_them(half):
+def test_two_processes_together_use_every_image_of_an_epoch_once(half):
     steps = seen(half, 2)
     assert sorted(steps) == list(range(STEPS_PER_EPOCH))
     assert sorted(image for ids in steps.values() for image in ids) == list(range(200))
 
 
 @pytest.mark.parametrize("processes", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
-def test_another_number_of_processes_goes_on_in_the_same_order(digit_shards, alone, half, tmp_path, processes):
-    """Started on two. The weights are those of one process, to rounding."""
+def test_another_number_of_processes_continues_in_the_same_order(digit_shards, alone, half, tmp_path, processes):
+    """The run starts on two. Its weights equal those of a run on one process, to rounding."""
     run = Path(shutil.copytree(half, tmp_path / "run"))
     for file in run.glob("seen-*"):
         file.unlink()
@@ -87,7 +87,7 @@ def test_another_number_of_processes_goes_on_in_the_same_order(digit_shards, alo
         torch.testing.assert_close(value, theirs[name], rtol=1e-4, atol=1e-6, msg=lambda text, name=name: name + text)
 
 
-def test_the_configuration_file_for_gpus_is_sound():
+def test_the_configuration_file_for_gpus_is_valid():
     config = load_config_from_file(str(REPOSITORY / "launch" / "configs" / "gpu.yaml"))
     assert config.distributed_type == "MULTI_GPU"
     assert config.num_machines == 1

@@ -1,4 +1,4 @@
-"""A new run that begins with the weights of an old one: all of them, or the backbone alone; never a mixture."""
+"""A new run that starts from the weights of an old one: all of them, or only the backbone."""
 
 import os
 import shutil
@@ -16,9 +16,9 @@ from selfvil.build import build_objective
 from selfvil.errors import UserError
 from selfvil.export import export
 from selfvil.models.positions import resample_positions
-from selfvil.monitor.metrics import read_metrics
 from selfvil.pretrain import pretrain
 from selfvil.recipe import load
+from selfvil.records import read_metrics
 from selfvil.weights import load_export
 
 
@@ -48,7 +48,7 @@ def test_all_weights_are_taken(old, digit_shards, tmp_path, source):
 
 
 @pytest.mark.parametrize("source", ["run", "whole", "bare"])
-def test_new_heads_take_the_exported_backbone_alone(old, digit_shards, tmp_path, source):
+def test_new_heads_take_only_the_exported_backbone(old, digit_shards, tmp_path, source):
     objective = started(old, digit_shards, tmp_path, source, "model.start_heads=new")
     theirs = load_export(old[1] / "bare").backbone.state_dict()
     fresh = build_objective(runs.small(old[0], digit_shards, tmp_path / "new", "run.seed=7")).state_dict()
@@ -60,7 +60,7 @@ def test_new_heads_take_the_exported_backbone_alone(old, digit_shards, tmp_path,
 
 
 @pytest.mark.parametrize("heads", ["load", "new"])
-def test_the_last_phase_may_see_larger_images(old, digit_shards, tmp_path, heads):
+def test_a_later_phase_may_have_larger_images(old, digit_shards, tmp_path, heads):
     name, folder = old
     before = load_export(folder / "bare").backbone.state_dict()
     more = ["model.img_size=24", f"model.start_heads={heads}", f"model.start_from={folder / 'run'}", "budget.steps=2"]
@@ -72,7 +72,7 @@ def test_the_last_phase_may_see_larger_images(old, digit_shards, tmp_path, heads
     assert pretrain(recipe).finished
 
 
-def test_a_vit_sees_larger_images_too(digit_shards, tmp_path):
+def test_a_later_phase_of_a_vit_may_have_larger_images(digit_shards, tmp_path):
     more = ["model.name=vit_tiny_patch16_224", "model.num_heads=2"]
     pretrain(runs.small("dino", digit_shards, tmp_path / "old", "budget.steps=1", *more))
     recipe = runs.small("dino", digit_shards, tmp_path / "new", *more, "model.img_size=24",
@@ -84,8 +84,8 @@ def test_a_vit_sees_larger_images_too(digit_shards, tmp_path):
     assert pretrain(recipe).finished
 
 
-def test_the_high_resolution_recipe_goes_on_from_the_first_phase(digit_shards, tmp_path):
-    """Both packaged recipes, made small; with patches held to what the first phase left, as the header offers."""
+def test_the_high_resolution_recipe_starts_from_the_first_phase(digit_shards, tmp_path):
+    """Both packaged recipes at a small size, with Gram anchoring to the first phase as the recipe's header proposes."""
     first, second = tmp_path / "first", tmp_path / "second"
     assert pretrain(load("dinov2_vil_b", runs.overrides("dinov2", digit_shards, first, "budget.steps=2"))).finished
     more = ["model.img_size=24", f"model.start_from={first}", "objective.gram_weight=1.5",
@@ -103,7 +103,7 @@ def test_the_high_resolution_recipe_goes_on_from_the_first_phase(digit_shards, t
     assert pretrain(load("dinov2_vil_b_highres", [*third, f"model.start_from={second}"])).finished  # without an anchor
 
 
-def test_missing_heads_are_told_before_training(old, digit_shards, tmp_path):
+def test_missing_heads_are_reported_before_training(old, digit_shards, tmp_path):
     name, folder = old
     with pytest.raises(UserError, match=r"without the heads .* --heads, or set model\.start_heads=new"):
         pretrain(runs.small(name, digit_shards, tmp_path / "new", f"model.start_from={folder / 'bare'}"))
@@ -133,8 +133,8 @@ def test_damaged_heads_are_refused(old, digit_shards, tmp_path):
         started(old, digit_shards, tmp_path, copy)
 
 
-def test_a_run_goes_on_though_its_start_is_gone(old, digit_shards, tmp_path):
-    """The start is read once; afterwards the run's own checkpoints hold all there is to know."""
+def test_a_run_resumes_after_its_start_is_deleted(old, digit_shards, tmp_path):
+    """The source is read once; afterwards the run's checkpoints hold all weights."""
     name, folder = old
     shutil.copytree(folder / "whole", tmp_path / "start")
     more = [f"model.start_from={tmp_path / 'start'}", "budget.steps=4"]
@@ -164,8 +164,8 @@ GREY = ["model.in_chans=1", "data.mean=[0.3]", "data.std=[0.37]", "model.start_h
 
 
 @pytest.mark.parametrize("name", ["mae", "dino", "lejepa"])
-def test_published_supervised_weights_are_a_start(digit_shards, tmp_path, supervised, name):
-    """Student and teacher begin with them, resampled to the images' grid; the classifier and its norm are left out."""
+def test_a_run_starts_from_published_supervised_weights(digit_shards, tmp_path, supervised, name):
+    """Student and teacher get these weights, resampled to the images' grid, without the classifier and its norm."""
     in_file, file = supervised
     recipe = runs.small(name, digit_shards, tmp_path / "new", f"model.start_from={file}", *GREY)
     objective = build_objective(recipe)
@@ -180,8 +180,8 @@ def test_published_supervised_weights_are_a_start(digit_shards, tmp_path, superv
         assert not [key for key in weights if key.startswith(("head.", "fc_norm."))]
 
 
-def test_heads_go_first_on_published_weights(digit_shards, tmp_path, supervised):
-    """A whole run: the backbone keeps what it began with while new heads learn, and then learns itself."""
+def test_heads_first_freezes_the_backbone(digit_shards, tmp_path, supervised):
+    """The backbone keeps its weights while the new heads are trained, and is trained afterwards."""
     _, file = supervised
     more = [f"model.start_from={file}", *GREY, "optim.heads_first=0.5", "optim.warmup=0", "budget.steps=4"]
     more += ["run.checkpoint_every=1", "run.keep_checkpoints=4"]
@@ -197,7 +197,7 @@ def test_heads_go_first_on_published_weights(digit_shards, tmp_path, supervised)
     assert any(not torch.equal(end[key], start[key]) for key in backbone)
 
 
-def test_a_vits_safetensors_file_is_a_start(digit_shards, tmp_path):
+def test_a_run_starts_from_the_safetensors_file_of_a_vit(digit_shards, tmp_path):
     vit = timm.create_model("vit_tiny_patch16_224", embed_dim=32, depth=1, num_heads=2, img_size=16, patch_size=4)
     save_file(vit.state_dict(), tmp_path / "vit.safetensors")
     more = ["model.name=vit_tiny_patch16_224", "model.num_heads=2", "model.start_heads=new"]
@@ -213,7 +213,7 @@ class Harmful:
         return os.mkdir, ("harm",)
 
 
-def test_files_that_cannot_serve_are_refused(digit_shards, tmp_path, supervised, monkeypatch):
+def test_unsuitable_files_are_refused(digit_shards, tmp_path, supervised, monkeypatch):
     _, file = supervised
 
     def start(source, *more):

@@ -12,12 +12,13 @@ import torch
 
 import runs
 from selfvil import checkpoint, pretrain, stop
+from selfvil.evaluate import features
 from selfvil.objectives.mae import MAE
 from selfvil.stop import SIGNALS, Interrupted, StopRequest
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_first_signal_asks_and_a_later_one_interrupts(monkeypatch, capfd, number):
+def test_the_first_signal_requests_a_stop_and_a_later_one_interrupts(monkeypatch, capfd, number):
     before = signal.getsignal(number)
     with StopRequest() as request:
         assert not request.agreed()
@@ -42,7 +43,7 @@ def test_nohup_is_respected():
         signal.signal(signal.SIGHUP, before)
 
 
-def test_a_signal_interrupts_what_may_be_abandoned():
+def test_a_signal_interrupts_work_that_may_be_discarded():
     with StopRequest() as request:
         began = time.monotonic()
         with pytest.raises(Interrupted), request.interrupts():  # noqa: PT012
@@ -55,7 +56,7 @@ def test_a_signal_interrupts_what_may_be_abandoned():
 
 
 def test_a_stop_takes_effect_between_micro_batches(digit_shards, tmp_path, monkeypatch):
-    """The third of eight micro-batches of the fourth step is the last one; what is saved is the third step's state."""
+    """The stop takes effect after the third of eight micro-batches of step 4; the state after step 3 is saved."""
     more = ["optim.accumulate=8", "budget.steps=5", "model.drop_path_rate=0.2", "monitor.log_every=1"]
     pretrain.pretrain(runs.small("mae", digit_shards, tmp_path / "straight", *more))
     calls = 0
@@ -106,21 +107,21 @@ def pretrain_recipe(arguments):
     return load(runs.PACKAGED["lejepa"], arguments)
 
 
-def test_an_evaluation_is_abandoned(digit_shards, tmp_path, monkeypatch, capsys):
+def test_a_signal_ends_an_evaluation(digit_shards, tmp_path, monkeypatch, capsys):
     def slow(*_, **__):
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(60)
 
-    monkeypatch.setattr(pretrain, "probe_scores", slow)
-    more = ["eval.every=2", "budget.steps=6", f"eval.train={digit_shards}/digits-000000.tar"]
-    more += [f"eval.test={digit_shards}/digits-000001.tar"]
+    monkeypatch.setattr(features, "ordered_batches", slow)
+    more = ["eval.knn.every=2", "budget.steps=6", f"eval.knn.train={digit_shards}/digits-000000.tar"]
+    more += [f"eval.knn.test={digit_shards}/digits-000001.tar"]
     began = time.monotonic()
     summary = pretrain.pretrain(runs.small("mae", digit_shards, tmp_path / "run", *more))
     assert time.monotonic() - began < 50
     assert summary.step == 2
     assert checkpoint.newest(tmp_path / "run" / "checkpoints").step == 2
     printed = capsys.readouterr().out
-    assert "the score of the eval section was abandoned" in printed
+    assert "the evaluation knn was abandoned" in printed
     assert "stopped after step 2 (SIGTERM)" in printed
 
 
@@ -155,8 +156,8 @@ def test_the_users_own_accelerator_still_works_after_a_run(digit_shards, tmp_pat
 
 
 @pytest.mark.slow
-def test_processes_started_by_a_scheduler_end_with_the_status_it_requeues_on(digit_shards, tmp_path):
-    """As launch/slurm/pretrain.sh starts them: no launcher between; SIGUSR1 reaches all processes, workers too."""
+def test_processes_started_by_a_scheduler_end_with_the_status_for_a_requeue(digit_shards, tmp_path):
+    """Started as by launch/slurm/pretrain.sh, without a launcher; all processes get SIGUSR1, workers too."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])

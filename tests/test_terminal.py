@@ -1,4 +1,4 @@
-"""What is printed is printed literally: a path such as runs/mae[v2] keeps its brackets everywhere."""
+"""Text is printed literally: a path such as runs/mae[v2] keeps its brackets."""
 
 import json
 import re
@@ -40,13 +40,13 @@ def test_the_summary_of_a_run_keeps_its_name(tmp_path, capsys, monkeypatch):
 def test_the_progress_bar_prints_messages_literally(monkeypatch, capsys):
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     line = ProgressLine(0, 10, enabled=True)
-    line.say(f"stopped: {NAME}")
+    line.print_line(f"stopped: {NAME}")
     line.close()
     assert f"stopped: {NAME}" in capsys.readouterr().out
 
 
-def test_every_console_is_the_literal_one():
-    """rich's own Console reads markup; only `terminal` makes one."""
+def test_every_console_prints_literally():
+    """rich's Console interprets markup by default; only `terminal` creates one."""
     direct = re.compile(r"\bConsole\(|from rich import print|rich\.print\(")
     for path in PACKAGE.rglob("*.py"):
         if path.name != "terminal.py":
@@ -74,7 +74,7 @@ def test_the_time_left_is_estimated_after_two_steps(capsys):
 
 
 @pytest.mark.parametrize("seconds_of_a_step", [0.5, 70.0])
-def test_lines_come_by_time_not_by_steps(capsys, seconds_of_a_step):
+def test_lines_are_printed_by_time_and_not_by_steps(capsys, seconds_of_a_step):
     clock, printed = Clock(), []
     line = ProgressLine(0, 240, enabled=True, clock=clock)
     for step in range(1, 241):
@@ -97,7 +97,7 @@ def test_other_processes_print_nothing(capsys):
         clock.now += 100
         line.step(step)
         line.log(step, 1.0, 1.0)
-    line.say("hello")
+    line.print_line("hello")
     assert capsys.readouterr().out == ""
 
 

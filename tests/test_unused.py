@@ -1,4 +1,4 @@
-"""Any network that an objective accepts trains on several processes, whatever its classifier holds besides.
+"""Every network that an objective accepts trains on several processes, with any unused layers in its classifier.
 
 DDP ends with an error when a trained parameter gets no gradient.
 """
@@ -11,9 +11,9 @@ import run_many
 import runs
 from selfvil.build import build_objective
 from selfvil.errors import UserError
-from selfvil.monitor.metrics import read_metrics
 from selfvil.pretrain import pretrain
 from selfvil.recipe import load
+from selfvil.records import read_metrics
 from selfvil.runtime import autocast
 from selfvil.unused import freeze_unused
 
@@ -45,7 +45,7 @@ def test_networks_with_layers_after_the_features_train_on_two_processes(digit_sh
         assert len(losses) == 2, (objective, name)
 
 
-def test_what_the_loss_does_not_depend_on_stays_as_it_is(digit_shards, tmp_path):
+def test_parameters_that_the_loss_does_not_depend_on_do_not_change(digit_shards, tmp_path):
     more = ["optim.weight_decay=0.5", "optim.warmup=0", "optim.base_lr=0.1"]
     recipe = load("cifar10_dino", overrides("dino", "test_mambaout", digit_shards, tmp_path / "run", *more))
     start = build_objective(recipe)

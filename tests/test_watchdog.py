@@ -1,4 +1,4 @@
-"""Runs that make no progress end within a bound, say where they hang, and save what can be saved."""
+"""Runs without progress end within a time limit, print where they hang, and save their state if possible."""
 
 import os
 import re
@@ -11,6 +11,7 @@ import pytest
 
 from runs import REPOSITORY, command, environment, overrides, small, wait_for_steps
 from selfvil import checkpoint
+from selfvil.monitor import observers
 from selfvil.pretrain import pretrain
 from selfvil.watchdog import STALLED
 
@@ -49,13 +50,13 @@ def test_a_stopped_data_worker_ends_the_run_with_its_state_saved(digit_shards, t
     assert "most recent call first" in rest
     saved = checkpoint.newest(tmp_path / "run" / "checkpoints")
     assert saved is not None, rest
-    assert f"the state after the last whole step is saved in {saved.folder}" in rest
+    assert f"the state after the last complete step is saved in {saved.folder}" in rest
     wait_until_gone(workers)
     assert continues(digit_shards, tmp_path / "run", saved.step)
 
 
 def continues(digit_shards, run, step) -> bool:
-    """Whether the saved state is one that a run continues from."""
+    """Whether a run continues from the saved state."""
     recipe = small("mae", digit_shards, run, *SHORT, "budget.pause_minutes=1e-6")
     return pretrain(recipe).step == step + 1
 
@@ -77,7 +78,7 @@ def test_a_stopped_process_ends_the_others(digit_shards, tmp_path):
 
 
 @pytest.mark.parametrize("workers", [1])
-def test_a_killed_launcher_leaves_no_process_alive(digit_shards, tmp_path, workers):
+def test_no_process_remains_after_the_launcher_is_killed(digit_shards, tmp_path, workers):
     arguments = overrides("mae", digit_shards, tmp_path / "run", *SHORT, f"data.workers={workers}")
     process = start(arguments, processes=2)
     wait_for_steps(process)
@@ -90,11 +91,9 @@ def test_a_killed_launcher_leaves_no_process_alive(digit_shards, tmp_path, worke
     assert checkpoint.newest(tmp_path / "run" / "checkpoints") is not None
 
 
-def test_a_run_that_makes_progress_is_left_alone(digit_shards, tmp_path, monkeypatch):
-    """Its stages together take longer than the bound, and scoring six times as long as a step may."""
-    import selfvil.pretrain as loop
-
-    monkeypatch.setattr(loop, "probe_scores", lambda *_: time.sleep(3) or {"knn_20": 1.0})
-    more = [f"eval.train={digit_shards}/digits-000000.tar", f"eval.test={digit_shards}/digits-000001.tar"]
+def test_a_run_that_makes_progress_is_not_ended(digit_shards, tmp_path, monkeypatch):
+    """All stages together take longer than the limit, and scoring may take six times the limit of a step."""
+    monkeypatch.setattr(observers, "run_evaluations", lambda *_, **__: time.sleep(3) or {"knn_20": 1.0})
+    more = [f"eval.knn.train={digit_shards}/digits-000000.tar", f"eval.knn.test={digit_shards}/digits-000001.tar"]
     recipe = small("mae", digit_shards, tmp_path / "run", "budget.steps=2", "run.stall_minutes=0.035", *more)
     assert pretrain(recipe).finished

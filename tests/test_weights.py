@@ -1,4 +1,4 @@
-"""Nothing damaged is loaded: every bit of an export is compared before a backbone is built from it."""
+"""Damaged files are not loaded: every file of an export is compared with its digest first."""
 
 import json
 import logging
@@ -57,14 +57,14 @@ def verified(folder: Path) -> str:
 
 
 def make_older(folder: Path) -> None:
-    """What selfvil exported before there was a manifest."""
+    """Change an export into one of the older format, without a manifest."""
     (folder / "manifest.json").unlink()
     config = json.loads((folder / "config.json").read_text())
     config["selfvil"]["format"] = 1
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def test_the_backbone_is_the_one_that_timm_loads(source, exported):
+def test_the_backbone_equals_the_one_that_timm_loads(source, exported):
     backbone = selfvil.load_backbone(exported)
     expected = timm.create_model(f"local-dir:{exported}", pretrained=True).state_dict()
     assert not backbone.training
@@ -84,8 +84,8 @@ FILES = ["config.json", "manifest.json", "model.safetensors", "heads/heads.safet
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_no_flipped_bit_is_silent(exported, name):
-    """What is loaded is what was written; and verification names what was flipped, wherever it lies."""
+def test_every_flipped_bit_is_detected_or_harmless(exported, name):
+    """Loading gives the written weights or an error; verification names the file."""
     assert {path.relative_to(exported).as_posix() for path in exported.rglob("*") if path.is_file()} == set(FILES)
     file, draw = exported / name, random.Random(name)
     expected = load_export(exported).backbone.state_dict()
@@ -117,8 +117,7 @@ def test_no_flipped_bit_is_silent(exported, name):
     assert "README.md was edited" not in " ".join(selfvil.verify(exported))
 
 
-def test_all_own_ways_of_loading_refuse_damage(exported):
-    from selfvil.evaluate.features import load_backbone as for_evaluation
+def test_every_loading_function_refuses_damaged_files(exported):
     from selfvil.objectives.distill import DistillSettings, load_teacher
 
     backbone = load_export(exported).backbone
@@ -129,8 +128,7 @@ def test_all_own_ways_of_loading_refuse_damage(exported):
     ways = [
         lambda: load_export(exported),
         lambda: load_pretrained(exported),
-        lambda: for_evaluation(exported),
-        lambda: for_evaluation(exported, untrained=True),
+        lambda: load_pretrained(exported, untrained=True),
         lambda: start_backbone(backbone, exported),
         lambda: start_objective(objective, exported),
         lambda: load_teacher(DistillSettings(name="distill", teacher=str(exported))),
@@ -150,7 +148,7 @@ def test_all_own_ways_of_loading_refuse_damage(exported):
             way()
 
 
-def test_a_missing_file_is_no_older_export(exported):
+def test_an_export_without_a_file_is_not_taken_for_an_older_one(exported):
     for name in ("manifest.json", "config.json", "model.safetensors"):
         content = (exported / name).read_bytes()
         (exported / name).unlink()
@@ -160,7 +158,7 @@ def test_a_missing_file_is_no_older_export(exported):
         (exported / name).write_bytes(content)
 
 
-def test_an_older_export_loads_and_says_what_was_not_verified(exported, caplog):
+def test_an_older_export_loads_with_a_warning(exported, caplog):
     make_older(exported)
     with caplog.at_level(logging.WARNING):
         load_export(exported)

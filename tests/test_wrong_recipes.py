@@ -1,5 +1,5 @@
-"""Wrong recipes and overrides, as a user may write them: each is answered in one message that fits a screen, names the
-file or the override it comes from, and says what to do."""
+"""Wrong recipes and overrides, as a user may write them: each gives one message that fits on a screen, with the file or
+the override that causes it, and what to do."""
 
 import logging
 
@@ -79,8 +79,10 @@ OVERRIDES = {
     "model.img_size=30": "img_size [30, 30] is not divisible by patch_size 4",
     "model.in_chans=1": "data.mean has 3 values, but model.in_chans is 1",
     "eval.train=a.tar": "give both train and test",
+    "eval.knn.train.x=a.tar": "not of the form section.key=value",
+    "eval.knn.tran=a.tar": "unknown key eval.knn.tran = 'a.tar' (did you mean eval.knn.train?)",
     "objective.name=dino": "with objective.name=dino: objective.local_crop_size [96, 96] is larger than "
-    "model.img_size [32, 32]: small crops are meant to be smaller, such as [16, 16]",
+    "model.img_size [32, 32]: small crops must not be larger than the image, such as [16, 16]",
 }  # fmt: skip
 
 
@@ -102,8 +104,8 @@ FILES = {
     "data:\n  train: *.tar": "or put text that begins with * or & in quotes",
     "optim: {batch_size: 3}\noptim: {base_lr: 1}": "line 2, column 1: optim was given before, in line 1",
     "a: &a [x]\nb: [*a, *a]": "*a is an alias, and recipes have none",
-    "model: !!python/object/apply:os.system ['true']": "recipes hold plain values, no tags",
-    "run: {seed: " + "9" * 6000 + "}": "a number or date that cannot be",
+    "model: !!python/object/apply:os.system ['true']": "recipes have plain values, no tags",
+    "run: {seed: " + "9" * 6000 + "}": "an impossible number or date",
     "? [a]\n: b": "a list or a mapping cannot be a key",
     "a: 1\n---\nb: 2": "found another document",
     "a: \x00": "unacceptable character",
@@ -135,7 +137,7 @@ def test_an_alias_bomb_is_refused_before_it_is_built(tmp_path):
         read(tmp_path / "recipe.yaml")
 
 
-def test_bytes_that_are_no_text_and_files_that_cannot_be_read(tmp_path):
+def test_binary_and_unreadable_files_are_refused(tmp_path):
     (tmp_path / "image.yaml").write_bytes(b"\xff\xd8\xff\xe0")
     assert "is not a text file in UTF-8" in refusal(tmp_path / "image.yaml")
     assert "is a folder: give the recipe's file" in refusal(tmp_path)
@@ -152,7 +154,7 @@ def test_bytes_that_are_no_text_and_files_that_cannot_be_read(tmp_path):
         ("x" * 3000, "no recipe xxx"),
     ],
 )
-def test_a_recipe_that_is_not_there(name, expected):
+def test_a_missing_recipe_is_refused(name, expected):
     assert expected in refusal(name)
 
 
@@ -167,7 +169,7 @@ def test_every_wrong_key_is_reported_with_its_origin(tmp_path):
     assert "and 37 more" in many
 
 
-def test_an_override_of_the_length_replaces_the_recipes():
+def test_an_override_of_the_budget_replaces_that_of_the_recipe():
     for key, value in {"steps": 100, "epochs": 2.0, "samples": 640}.items():
         budget = load("cifar10_mae", [f"budget.{key}={value}"]).budget
         given = {name for name in ("steps", "epochs", "samples") if getattr(budget, name) is not None}

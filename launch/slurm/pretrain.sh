@@ -1,10 +1,10 @@
 #!/bin/bash
-# Pretraining under SLURM, in as many jobs as it takes: sbatch launch/slurm/pretrain.sh RECIPE run.out=runs/mine ...
+# Pretraining under SLURM, in several jobs if necessary: sbatch launch/slurm/pretrain.sh RECIPE run.out=runs/mine ...
 #
-# SLURM starts one process for each GPU, without torchrun or accelerate launch between them, so that signals reach the
-# processes and their exit status reaches this script. Two minutes before the time limit SLURM sends SIGUSR1: the run
-# saves, ends with exit status 75, and this job goes back into the queue. Status 0 is a finished run; any other status
-# is an error that a new attempt would not mend.
+# SLURM starts one process for each GPU, without torchrun or accelerate launch, so signals reach the processes and their
+# exit status reaches this script. Two minutes before the time limit SLURM sends SIGUSR1: the run
+# saves and ends with exit status 75, and this script requeues the job. Status 0 is a finished run; any other status is
+# an error that a new attempt would not solve.
 #SBATCH --job-name=selfvil
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=4

@@ -1,10 +1,10 @@
 """Self-supervised pretraining of Vision-LSTM. Importing the package registers its models with timm.
 
-The Python API: `load_backbone` and `verify` (imported on first use), `UserError`, and all that
-timm.create_model("vil_...") gives.
+The Python API: `load_backbone` and `verify` (imported on first use), `UserError`, and the models of
+timm.create_model("vil_...").
 
-The `selfvil` command imports torch and timm only where a command uses them, so that `selfvil --help` is quick. In its
-process the modules that build networks (`selfvil.weights`, `selfvil.evaluate`) register the models.
+The `selfvil` command imports torch and timm only in commands that use them, so that `selfvil --help` is fast. In its
+process, the modules that build networks (`selfvil.weights`, `selfvil.evaluate`) register the models.
 """
 
 import os
@@ -31,7 +31,7 @@ def __getattr__(name: str) -> Any:
 def _is_the_command() -> bool:
     """Whether this process was started as `selfvil ...` (the installed script) or `python -m selfvil ...`."""
     program = sys.argv[0] if sys.argv else ""
-    if program == "-m":  # what sys.argv holds while the module named on the command line is being found
+    if program == "-m":  # until Python has found the module of the command line
         words = sys.orig_argv
         return words[words.index("-m") + 1].partition(".")[0] == "selfvil" if "-m" in words[:-1] else False
     script = os.path.realpath(program)

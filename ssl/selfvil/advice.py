@@ -1,4 +1,7 @@
-"""Which key was meant: near names, other words for it, and the same name in another section."""
+"""Messages about wrong keys and values of a recipe, with the key that was probably intended.
+
+It is found by similar names, by the names in other programs, and by the same name in another section.
+"""
 
 import difflib
 import reprlib
@@ -42,7 +45,7 @@ SYNONYMS = {
     "objective.name": "loss method ssl",
     "objective.mask_ratio": "mask masking masking_ratio",
 }
-"""Key -> what other programs call it."""
+"""Key -> its names in other programs."""
 
 _BY_WORD = {word: key for key, words in SYNONYMS.items() for word in words.split()}
 _OTHER_SECTIONS = {
@@ -59,7 +62,7 @@ _BY_SECTION = {word: section for section, words in _OTHER_SECTIONS.items() for w
 
 
 def suggestion(section: str, key: str, fields: Mapping[str, Iterable[str]]) -> str:
-    """` (did you mean optim.base_lr?)` for an unknown key, or ` (valid keys: ...)` where nothing is near.
+    """` (did you mean optim.base_lr?)` for an unknown key, or ` (valid keys: ...)` if no key is similar.
 
     fields: section -> its keys.
     """
@@ -83,7 +86,7 @@ def nearest_section(section: str, key: str, sections: Sequence[str]) -> str:
 
 
 def near(name: str, valid: Iterable[str], cutoff: float = 0.6) -> list[str]:
-    """Up to four valid names that `name` may be a slip or the beginning of, the nearest first."""
+    """Up to four valid names that begin with `name` or are similar to it, the most similar first."""
     names = [str(each) for each in valid]
     begins = [each for each in names if len(name) > 3 and each.lower().startswith(name.lower())]
     return list(dict.fromkeys([*begins, *difflib.get_close_matches(name, names, n=4, cutoff=cutoff)]))[:4]
@@ -92,9 +95,9 @@ def near(name: str, valid: Iterable[str], cutoff: float = 0.6) -> list[str]:
 def explain_errors(
     error: ValidationError, model: type[BaseModel], fields: Mapping[str, Iterable[str]], prefix: str = ""
 ) -> Iterator[tuple[str, str]]:
-    """(key, sentence) for each key with a problem; the key is a section where several keys do not fit together.
+    """(key, sentence) for each key with a problem; the key is a section if several keys do not fit together.
 
-    prefix: section of `model`, where that is not the whole recipe.
+    prefix: the section that `model` describes; empty for the whole recipe.
     """
     merged: dict[str, str] = {}
     for problem in error.errors():
@@ -107,7 +110,7 @@ def explain_errors(
             if not section:
                 sentence = f"unknown section {key}{nearest_section(key, '', list(fields))}"
             else:
-                sentence = f"unknown key {_cut(key, 80)} = {value}{suggestion(section, path[-1], fields)}"
+                sentence = f"unknown key {_shorten(key, 80)} = {value}{suggestion(section, path[-1], fields)}"
         elif problem["type"] == "missing":
             sentence = f"missing {'key' if len(path) > 1 else 'section'} {key}"
         elif problem["type"] == "value_error":
@@ -124,7 +127,7 @@ def explain_errors(
 
 
 def report(problems: list[tuple[str, str]], where: str, given: dict[str, str]) -> str:
-    """All problems in one message that fits a screen, each with the override or the file that it comes from."""
+    """All problems in one message of limited length, each with the override or the file that causes it."""
     lines: dict[str, list[str]] = {}
     for key, sentence in problems:
         own = given.get(key)
@@ -136,9 +139,9 @@ def report(problems: list[tuple[str, str]], where: str, given: dict[str, str]) -
         else:
             origin = where
         lines.setdefault(origin, []).append(sentence)
-    shown = [f"{origin}: {_cut('; '.join(dict.fromkeys(sentences)), 600)}" for origin, sentences in lines.items()]
+    shown = [f"{origin}: {_shorten('; '.join(dict.fromkeys(sentences)), 600)}" for origin, sentences in lines.items()]
     rest = f"; and {len(shown) - 3} more" if len(shown) > 3 else ""
-    return _cut("; ".join(shown[:3]), 900) + rest
+    return _shorten("; ".join(shown[:3]), 900) + rest
 
 
 def _field_path(model: type[BaseModel], location: Sequence[Any], unknown: bool) -> list[str]:
@@ -156,5 +159,5 @@ def _field_path(model: type[BaseModel], location: Sequence[Any], unknown: bool) 
     return path
 
 
-def _cut(text: str, length: int) -> str:
+def _shorten(text: str, length: int) -> str:
     return text if len(text) <= length else text[: length - 3] + "..."

@@ -1,4 +1,4 @@
-"""From a recipe to the objective and its parameter groups."""
+"""Build the objective of a recipe, and the parameter groups of its optimizer."""
 
 import difflib
 
@@ -14,7 +14,10 @@ from selfvil.start_from import start_backbone, start_objective
 
 
 def build_objective(recipe: Recipe, start: bool = True) -> Objective:
-    """The objective of a recipe, initialised as a function of `run.seed` and, with `start`, of model.start_from."""
+    """The objective of a recipe, initialised from `run.seed`; with `start`, also from model.start_from.
+
+    Raises UserError if timm cannot build the model, the objective refuses it, or the weights do not fit.
+    """
     torch.manual_seed(recipe.run.seed)
     name, kwargs = recipe.model.name, recipe.model.create_kwargs()
     if not timm.is_model(name):
@@ -41,8 +44,8 @@ def build_objective(recipe: Recipe, start: bool = True) -> Objective:
         )
     source = recipe.model.start_from if start else None
     if source is not None and recipe.model.start_heads == "new":
-        with torch.random.fork_rng(devices=[]):  # the heads are those that the seed gives without a start
-            start_backbone(backbone, source)  # now, since the objective's teacher begins as a copy of it
+        with torch.random.fork_rng(devices=[]):  # so that new heads depend only on the seed
+            start_backbone(backbone, source)  # before the objective copies the backbone for its teacher
     image = ImageSpec(
         recipe.model.img_size, recipe.model.patch_size or 1, recipe.model.in_chans, recipe.data.mean, recipe.data.std
     )
@@ -53,7 +56,7 @@ def build_objective(recipe: Recipe, start: bool = True) -> Objective:
 
 
 def parameter_groups(recipe: Recipe, objective: Objective) -> list[dict]:
-    """The objective's groups, with the recipe's rates for the layers of its backbone."""
+    """Parameter groups of the objective, with the recipe's learning rates for the layers of its backbone."""
     settings, backbone = recipe.optim, objective.backbone
     scales = optim.layer_lr_scales(backbone, settings.layer_decay, settings.patch_embed_lr)
     scales = {f"backbone.{name}": scale for name, scale in scales.items()}

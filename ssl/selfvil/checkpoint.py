@@ -1,14 +1,14 @@
-"""A checkpoint is a folder that is never half there.
+"""Checkpoints: folders that are written completely or not at all, and verified when they are read.
 
     root/step-00000500/
         objective.safetensors  optimizer.safetensors ...   one file per named group of tensors
-        meta.json                                          plain facts about the run
+        meta.json                                          facts about the run
         manifest.json                                      size and SHA-256 of every other file, written last
 
-`save` writes into a hidden folder aside, flushes every file and folder to the disk, renames, reads everything back
-against the manifest, and only then removes old checkpoints. A process killed at any moment therefore leaves either
-the whole new checkpoint or none of it, and the older ones untouched. Hashes are needed because a flipped bit is
-invisible otherwise: safetensors loads almost every file with one. Nothing here is ever unpickled.
+`save` writes into a hidden temporary folder, flushes every file and folder to the disk, renames it, compares every file
+with the manifest, and only then removes old checkpoints. A process that is killed at any moment therefore leaves the
+complete new checkpoint or none of it, and does not change older ones. Digests are needed because safetensors loads most
+files with a flipped bit without an error. Nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,8 +33,8 @@ from selfvil.manifest import MANIFEST, Files, check_files, read_manifest, write_
 
 META = "meta.json"
 
-# `.replaced` is an older save of the same step, moved out of the way while the new one takes its name. It still
-# counts as a checkpoint, so that being killed between those two renames loses nothing.
+# `.replaced` is an older save of the same step, renamed before the new one gets its name. It counts as a checkpoint, so
+# that nothing is lost if the process is killed between the two renames.
 _FOLDER = re.compile(r"step-(\d{8,})(\.replaced)?")
 _LEFTOVER = re.compile(r"\.step-\d{8,}\.(partial|pruned)")
 
@@ -44,10 +43,9 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One checkpoint folder whose files were all found to be as they were written.
+    """A verified checkpoint.
 
-    folder: where it lies. step: optimizer steps taken. meta: the content of meta.json. files: every file in it,
-    by its path below the folder.
+    step: finished optimizer steps. meta: the content of meta.json. files: all files, as paths relative to `folder`.
     """
 
     folder: Path
@@ -60,9 +58,9 @@ class Checkpoint:
         return [file.removesuffix(".safetensors") for file in self.files if file.endswith(".safetensors")]
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """The tensors saved as `name`, on the CPU, with the shapes and dtypes they were saved with.
+        """The tensors saved as `name`, on the CPU, with their shapes and dtypes.
 
-        Raises UserError if there is no such group, or its file is no safetensors file.
+        Raises UserError if there is no such group, or its file cannot be read.
         """
         path = self.folder / f"{name}.safetensors"
         if name not in self.names():
@@ -79,19 +77,25 @@ def save(
     tensors: dict[str, dict[str, Tensor]],
     meta: dict[str, Any],
     keep: int = 2,
-    extra: Callable[[Path], None] | None = None,
+    milestone_every: int | None = None,
 ) -> Path:
     """Write the checkpoint of one step under `root` and return its folder.
 
-    tensors: group name -> tensor name -> tensor, any dtype and shape, on any device; tied tensors are stored each in
-    full. meta: JSON values only. keep: how many undamaged checkpoints stay, never fewer than two. extra: called with
-    the unfinished folder so that another engine can add its own files (nested folders too); the manifest covers them.
+    An earlier checkpoint of the same step is replaced. Call it from one process only.
 
-    Call it from one process only. If that step was saved before, the new one takes its place. Raises UserError if
-    the files cannot be written or do not read back as written; the checkpoints already there are then all kept.
+    Args:
+        root: folder of the checkpoints.
+        step: finished optimizer steps.
+        tensors: group -> name -> tensor, of any dtype and shape, on any device. Tied tensors are each stored in full.
+        meta: JSON values only.
+        keep: number of undamaged checkpoints to keep, at least two.
+        milestone_every: checkpoints of steps that this number divides are never removed; they count towards `keep`.
+
+    Raises:
+        UserError: the files cannot be written, or are damaged afterwards; no earlier checkpoint is removed then.
     """
     root = Path(root)
-    meta_text = json.dumps(meta, indent=1, allow_nan=False)  # before anything is touched: it may refuse
+    meta_text = json.dumps(meta, indent=1, allow_nan=False)  # first, since it may raise
     final = root / f"step-{step:08d}"
     partial = partial_folder(root, step)
     try:
@@ -102,32 +106,30 @@ def save(
         for name, group in tensors.items():
             save_tensors(_storable(group), partial / f"{name}.safetensors")
         (partial / META).write_text(meta_text, encoding="utf-8")
-        if extra is not None:
-            extra(partial)
         write_manifest(partial, step=step)
         _put_in_place(partial, final)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise UserError(f"Could not save the checkpoint {final}: {error}. Older checkpoints are untouched.") from error
+        raise UserError(f"Could not save the checkpoint {final}: {error}. Older checkpoints are unchanged.") from error
     if damage := _damage(final):
         raise UserError(
-            f"The checkpoint just saved does not read back as it was written, so {root} is on a storage that damages "
-            f"files; older checkpoints were kept. {damage}"
+            f"The new checkpoint is damaged, so {root} is on a storage that damages files: use another one. Older "
+            f"checkpoints were kept. {damage}"
         )
-    _prune(root, final, max(keep, 2))
+    _prune(root, final, max(keep, 2), milestone_every)
     return final
 
 
 def partial_folder(root: str | Path, step: int) -> Path:
-    """Where `save` collects the files of a step before they are renamed: the same path on every rank."""
+    """The temporary folder in which `save` writes the files of a step; the same path on every rank."""
     return Path(root) / f".step-{step:08d}.partial"
 
 
 def load(folder: str | Path, verify: bool = True) -> Checkpoint:
-    """Open one checkpoint folder. Every file is compared with the manifest first.
+    """Open the folder of a checkpoint, after comparing every file with the manifest.
 
-    verify=False skips the hashing, for the other ranks once one rank has verified the folder.
-    Raises UserError, naming the file, what was expected and what was found, if the folder is missing or damaged.
+    verify=False does not compare, for example on other ranks after one rank has verified the folder. Raises UserError
+    if the folder is missing or damaged.
     """
     folder = Path(folder)
     step, files = _verify(folder) if verify else _read_manifest(folder)
@@ -141,8 +143,7 @@ def load(folder: str | Path, verify: bool = True) -> Checkpoint:
 def newest(root: str | Path) -> Checkpoint | None:
     """The undamaged checkpoint of the highest step under `root`, or None if there is none.
 
-    Damaged ones are passed over, each with a logged warning that says which file is wrong. Unfinished ones are not
-    looked at.
+    Damaged ones are skipped, with a warning for each that names the file. Unfinished ones are ignored.
     """
     for folder in _folders(Path(root)):
         try:
@@ -156,26 +157,26 @@ def newest(root: str | Path) -> Checkpoint | None:
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write contiguous tensors to a safetensors file that has the permissions of any other new file.
+    """Write contiguous tensors to a safetensors file with the usual permissions of a new file.
 
-    safetensors itself makes files that only their owner can read, whatever the umask.
+    safetensors itself creates files that only their owner can read, and ignores the umask.
     """
     path.touch()
-    mode = stat.S_IMODE(path.stat().st_mode)  # of a new file: the umask and the folder's default ACL, without a race
+    mode = stat.S_IMODE(path.stat().st_mode)  # of a new file, by the umask and the folder's default ACL
     save_file(tensors, path)
     path.chmod(mode)
 
 
 def _storable(group: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous CPU tensors that share no memory, as safetensors asks for."""
+    """Contiguous CPU tensors that share no memory, which safetensors requires."""
     stored: dict[str, Tensor] = {}
-    seen: set[int] = set()
+    stored_memory: set[int] = set()
     for name, tensor in group.items():
         tensor = tensor.detach().cpu().contiguous()
         memory = tensor.untyped_storage().data_ptr()
-        if memory in seen:
+        if memory in stored_memory:
             tensor = tensor.clone()
-        seen.add(memory)
+        stored_memory.add(memory)
         stored[name] = tensor
     return stored
 
@@ -183,12 +184,16 @@ def _storable(group: dict[str, Tensor]) -> dict[str, Tensor]:
 def _put_in_place(partial: Path, final: Path) -> None:
     replaced = _replaced(final)
     if final.exists() and replaced.exists() and _damage(final):
-        _remove(final)  # the one it had replaced is still the better of the two
+        _remove(final)  # the replaced one is undamaged
     elif final.exists():
         shutil.rmtree(replaced, ignore_errors=True)
         os.rename(final, replaced)
     os.rename(partial, final)
     flush_folder(final.parent)
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
 
 
 def _replaced(folder: Path) -> Path:
@@ -224,11 +229,11 @@ def _damage(folder: Path) -> str | None:
     return None
 
 
-# --- tidying ---------------------------------------------------------------------------------------------------------
+# --- removing --------------------------------------------------------------------------------------------------------
 
 
 def _folders(root: Path) -> list[Path]:
-    """Checkpoint folders under root, highest step first, a replaced one right after the one that replaced it."""
+    """Checkpoint folders under root, highest step first; a replaced one follows the one that replaced it."""
     if not root.is_dir():
         return []
     found = [(path, match) for path in root.iterdir() if (match := _FOLDER.fullmatch(path.name)) and path.is_dir()]
@@ -242,12 +247,13 @@ def _remove_leftovers(root: Path) -> None:
             shutil.rmtree(path)
 
 
-def _prune(root: Path, just_saved: Path, keep: int) -> None:
-    """Remove what is older than the `keep` newest undamaged checkpoints; damaged ones among those do not count."""
+def _prune(root: Path, just_saved: Path, keep: int, milestone_every: int | None) -> None:
+    """Remove checkpoints older than the `keep` newest undamaged ones, except milestones."""
     kept = {just_saved}
     for folder in _folders(root):
         if folder == _replaced(just_saved) or (len(kept) >= keep and folder not in kept):
-            _remove(folder)
+            if milestone_every is None or folder.name.endswith(".replaced") or _step(folder) % milestone_every:
+                _remove(folder)
         elif folder not in kept:
             if damage := _damage(folder):
                 log.warning("An older checkpoint is kept in place of a damaged one: %s", damage)
@@ -256,11 +262,11 @@ def _prune(root: Path, just_saved: Path, keep: int) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Rename first: a folder that is half deleted must not look like a damaged checkpoint."""
-    going = folder.with_name(f".{folder.name.removesuffix('.replaced')}.pruned")
+    """Rename, then delete, so that a partly deleted folder is not taken for a damaged checkpoint."""
+    removed = folder.with_name(f".{folder.name.removesuffix('.replaced')}.pruned")
     try:
-        shutil.rmtree(going, ignore_errors=True)
-        os.rename(folder, going)
-        shutil.rmtree(going)
-    except OSError as error:  # the new checkpoint is safe; an old one that stays costs only room
+        shutil.rmtree(removed, ignore_errors=True)
+        os.rename(folder, removed)
+        shutil.rmtree(removed)
+    except OSError as error:  # only disk space is lost
         log.warning("Could not remove the old checkpoint %s: %s", folder, error)

@@ -1,4 +1,4 @@
-"""The `selfvil` command. Each command is a few lines over the function that does the work, imported when it is run."""
+"""The `selfvil` command. Each command calls a function of another module, which is imported when the command runs."""
 
 import json
 import logging
@@ -18,20 +18,15 @@ app = typer.Typer(
     pretty_exceptions_enable=False, rich_markup_mode=None,
 )  # fmt: skip
 
-eval_app = typer.Typer(
-    help="Score a pretrained backbone on labelled shards.", no_args_is_help=True, rich_markup_mode=None
-)
-app.add_typer(eval_app, name="eval")
-
 Shards = Annotated[str, typer.Argument(help="Shards: a path, a glob, a folder, or a pattern with {000000..000009}.")]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command line and exit.
 
-    0: done. 2: a user's mistake, told in one message. 3: a run stopped by its doctor. 4: a run that made no progress
-    (run.stall_minutes). 75: a run stopped early with its state saved; the same command continues. 130: interrupted by
-    Ctrl-C, without saving.
+    Exit status: 0: success. 2: an error of the user, with a message. 3: a run stopped by its doctor. 4: a run without
+    progress (run.stall_minutes). 75: a run stopped early with its state saved; the same command continues it. 130:
+    interrupted by Ctrl-C, without saving.
     """
     logging.basicConfig(level=logging.WARNING, format="selfvil: %(message)s", stream=sys.stderr)
     try:
@@ -58,13 +53,15 @@ def pack(
     samples_per_shard: Annotated[int, typer.Option(min=1, help="Images in a shard.")] = 5000,
     size: Annotated[int | None, typer.Option(min=1, help="Shrink the shorter side to this many pixels.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the shuffle.")] = 0,
-    classes: Annotated[Path | None, typer.Option(help="classes.txt of earlier shards, whose labels to keep.")] = None,
-    no_labels: Annotated[bool, typer.Option("--no-labels", help="Class subfolders are no labels.")] = False,
-    image: Annotated[str | None, typer.Option(help="Ending of the image where one name has several, as jpg.")] = None,
-    mask: Annotated[str | None, typer.Option(help="Ending of its mask, kept as KEY.mask.png, as png.")] = None,
-    max_value: Annotated[int | None, typer.Option(help="White in 16-bit grey: 4095 where it holds 12 bits.")] = None,
-    strict: Annotated[bool, typer.Option("--strict", help="Leave out images that decoders complain about.")] = False,
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes; all cores unless told.")] = None,
+    classes: Annotated[Path | None, typer.Option(help="classes.txt of earlier shards, to use the same labels.")] = None,
+    no_labels: Annotated[bool, typer.Option("--no-labels", help="Do not use class subfolders as labels.")] = False,
+    image: Annotated[str | None, typer.Option(help="Extension of the image if a name has several, as jpg.")] = None,
+    mask: Annotated[str | None, typer.Option(help="Extension of its mask, stored as KEY.mask.png.")] = None,
+    max_value: Annotated[
+        int | None, typer.Option(help="White in 16-bit grey images: 4095 if 12 bits are used.")
+    ] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Leave out images that decode with warnings.")] = False,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; default: one per core.")] = None,
 ) -> None:
     """Pack images into WebDataset shards, and index them."""
     from selfvil.data.classes import read_classes
@@ -85,9 +82,9 @@ def pack(
 @app.command()
 def index(
     shards: Shards,
-    image: Annotated[str | None, typer.Option(help="Extension of the image to use where samples have several.")] = None,
+    image: Annotated[str | None, typer.Option(help="Extension of the image to use if samples have several.")] = None,
 ) -> None:
-    """Index shards, so that samples are read by position; pretrain and eval do this when it was not done."""
+    """Index shards, so that samples can be read by position; pretrain and eval do this if needed."""
     from selfvil.data.index import index_shards
 
     with _progress("indexing") as progress:
@@ -118,7 +115,7 @@ def pretrain(
     """
     from selfvil.recipe import load
 
-    settings = load(recipe, overrides or ())  # before the slow import, so that a mistake is answered at once
+    settings = load(recipe, overrides or ())  # before the slow import, so that errors are reported at once
     from selfvil.pretrain import pretrain
     from selfvil.stop import STOPPED
 
@@ -127,6 +124,38 @@ def pretrain(
         raise typer.Exit(3)
     if not summary.finished:
         raise typer.Exit(STOPPED)
+
+
+@app.command()
+def plan(
+    recipe: Annotated[str, typer.Argument(help="Recipe file, or the name of a packaged one.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value ...")] = None,
+    processes: Annotated[int, typer.Option(min=1, help="Processes of the launch: its world size.")] = 1,
+    trial: Annotated[bool, typer.Option("--trial/--no-trial", help="Take 3 steps on real images for the time.")] = True,
+    picture: Annotated[
+        Path | None, typer.Option(help="Draw the first images' crops to this PNG; in a folder, to RECIPE.png.")
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write everything to this file.")] = None,
+) -> None:
+    """Print what a recipe will do on this machine: steps, rates, memory, disk, time. Refuse recipes that cannot run."""
+    from selfvil.files import require_writable, write_text
+    from selfvil.recipe import load
+
+    settings, name = load(recipe, overrides or ()), Path(recipe).stem
+    target = picture / f"{name}.png" if picture is not None and picture.is_dir() else picture
+    for file in (target, json_file):
+        if file is not None:
+            require_writable(file)
+    from selfvil import terminal
+    from selfvil.plan_report import report
+    from selfvil.plan_table import print_report
+
+    found = report(settings, name, processes, trial, target)
+    print_report(found, terminal.console())
+    if target is not None:
+        print(f"crops of the first images: {target}")
+    if json_file is not None:
+        write_text(json_file, json.dumps(found.as_json(), indent=1) + "\n")
 
 
 @app.command()
@@ -161,7 +190,7 @@ def schema() -> None:
 def export(
     run: Annotated[Path, typer.Argument(help="Folder of a run, or of one of its checkpoints.")],
     out: Annotated[Path, typer.Argument(help="New folder.")],
-    network: Annotated[str | None, typer.Option(help="Which network, where an objective has several.")] = None,
+    network: Annotated[str | None, typer.Option(help="Which network, if the objective has several.")] = None,
     heads: Annotated[bool, typer.Option("--heads", help="Also write the rest of the objective, to continue.")] = False,
 ) -> None:
     """Export the pretrained backbone: a folder that selfvil.load_backbone and timm load."""
@@ -175,7 +204,7 @@ def export(
 def verify(
     folder: Annotated[Path, typer.Argument(help="Folder of an export, of a run, or of one of its checkpoints.")],
 ) -> None:
-    """Compare every file with the digest that was written with it; exit with status 2 if one was damaged."""
+    """Compare every file with its digest; exit with status 2 if one is damaged."""
     from selfvil.verification import verify
 
     for sentence in verify(folder):
@@ -189,11 +218,11 @@ def doctor(
 ) -> None:
     """Examine a run for signs of collapse: what was measured, what is healthy, and what to change."""
     from selfvil import terminal
-    from selfvil.monitor import checkup
+    from selfvil.diagnostics import checkup
 
     record = checkup.open_run(run)
     if record.cut:
-        print(f"{run / 'metrics.jsonl'} ends in the middle of a line, as a killed run leaves it: that line is left out")
+        print(f"{run / 'metrics.jsonl'} ends with an incomplete line, as after a kill: it is left out")
     examined = checkup.examine(record)
     console = terminal.console()
     if checkup.rows(examined):
@@ -211,11 +240,11 @@ def doctor(
 def report(
     run: Annotated[Path, typer.Argument(help="Folder of a run.")],
     out: Annotated[Path | None, typer.Option("--out", help="Where to write the page; RUN/report.html.")] = None,
-    curve: Annotated[Path | None, typer.Option(help="Also draw the loss curve alone, to this PNG file.")] = None,
+    curve: Annotated[Path | None, typer.Option(help="Also draw only the loss curve, to this PNG file.")] = None,
 ) -> None:
-    """Write how a run went on one HTML page: curves, doctor, scores, pictures, features, memory, recipe."""
+    """Write a report of a run as one HTML page: curves, doctor, scores, pictures, features, memory, recipe."""
     from selfvil.build import build_objective
-    from selfvil.monitor.checkup import open_run
+    from selfvil.diagnostics.checkup import open_run
     from selfvil.monitor.pictures import loss_curve
     from selfvil.monitor.report import write_report
     from selfvil.monitor.summary import print_summary
@@ -228,128 +257,68 @@ def report(
     print(f"report: {write_report(record, out or run / 'report.html', build_objective)}")
 
 
-Source = Annotated[Path, typer.Argument(help="Export folder, run folder or checkpoint folder.")]
-Train = Annotated[str, typer.Option(help="Labelled shards to fit on.")]
-Test = Annotated[str, typer.Option(help="Labelled shards to score.")]
-Baselines = Annotated[bool, typer.Option("--baselines", help="Also score the untrained network and raw pixels.")]
-Readout = Annotated[str | None, typer.Option(help="How tokens become features; the architecture's usual way.")]
-NetworkName = Annotated[str | None, typer.Option("--network", help="Which network of a run that has several.")]
-ImageName = Annotated[
-    str | None, typer.Option("--image", help="Extension of the image to use where samples have several.")
-]
-Workers = Annotated[int, typer.Option(min=0, help="Processes that decode images.")]
-Seed = Annotated[int, typer.Option(help="Seed of the untrained network, the held-out part and the draws.")]
-Json = Annotated[Path | None, typer.Option("--json", help="Also write the rows to this file.")]
-LabelsPerClass = Annotated[int | None, typer.Option(min=1, help="Fit on so few labels of each class; all otherwise.")]
-ProbeSeeds = Annotated[int, typer.Option(min=1, help="Linear probes on all labels, for their mean and deviation.")]
-PrecisionName = Annotated[Literal["fp32", "bf16"], typer.Option("--precision", help="Arithmetic of the backbone.")]
-
-
-@eval_app.command("knn")
-def eval_knn(
-    source: Source, train: Train, test: Test, baselines: Baselines = False, readout: Readout = None,
-    network: NetworkName = None, image: ImageName = None, workers: Workers = 2, seed: Seed = 0, json_file: Json = None,
-    precision: PrecisionName = "fp32",
+@app.command("eval", context_settings={"ignore_unknown_options": True, "help_option_names": []})
+def evaluate(
+    context: typer.Context,
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="NAME... SOURCE [key=value ...]", help="Evaluations (all: knn and linear); an export, "
+                       "run or checkpoint folder; settings: key=value, or NAME.key=value for one of several."),
+    ] = None,
+    train: Annotated[str | None, typer.Option(help="Labelled shards to fit on.")] = None,
+    test: Annotated[str | None, typer.Option(help="Labelled shards to score.")] = None,
+    baselines: Annotated[bool, typer.Option("--baselines", help="Also the untrained network and raw pixels.")] = False,
+    network: Annotated[str | None, typer.Option(help="Which network of a run that has several.")] = None,
+    image: Annotated[str | None, typer.Option(help="Extension of the image if samples have several.")] = None,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that decode images.")] = 2,
+    seed: Annotated[int, typer.Option(help="Seed of the untrained network, held-out images, draws, training.")] = 0,
+    precision: Annotated[Literal["fp32", "bf16"], typer.Option(help="Arithmetic of the backbone.")] = "fp32",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the rows to this file.")] = None,
+    show_help: Annotated[bool, typer.Option("--help", help="Show this message, and the settings of NAME.")] = False,
 ) -> None:  # fmt: skip
-    """Weighted k-nearest-neighbour accuracy, k = 10, 20, 100 and 200."""
-    _eval(["knn"], source, train, test, json_file,
-          baselines=baselines, readout=readout, network=network, image=image, workers=workers, seed=seed,
-          precision=precision)  # fmt: skip
+    """Score a pretrained backbone on labelled shards; features are computed once for all evaluations.
 
+    On several devices: torchrun --nproc_per_node N eval/knn.py SOURCE ..., or another script of eval/.
+    """
+    from selfvil.evaluate import EVALUATIONS, arguments
 
-@eval_app.command("linear")
-def eval_linear(
-    source: Source, train: Train, test: Test, baselines: Baselines = False, readout: Readout = None,
-    network: NetworkName = None, image: ImageName = None, workers: Workers = 2, seed: Seed = 0, json_file: Json = None,
-    labels_per_class: LabelsPerClass = None,
-    draws: Annotated[int, typer.Option(min=1, help="Draws of the few labels.")] = 20,
-    probe_seeds: ProbeSeeds = 1, precision: PrecisionName = "fp32",
-) -> None:  # fmt: skip
-    """Accuracy of a logistic regression on frozen features, its strength chosen on a held-out part of train."""
-    _eval(["linear"], source, train, test, json_file, labels_per_class=labels_per_class, draws=draws,
-          probe_seeds=probe_seeds, baselines=baselines, readout=readout, network=network, image=image,
-          workers=workers, seed=seed, precision=precision)  # fmt: skip
+    words = words or []
+    if show_help or not words:
+        from selfvil.evaluate import settings_model
+        from selfvil.explain import settings_help
 
+        print(context.get_help())
+        for name in arguments.names(words) or EVALUATIONS:
+            print(settings_help(name, settings_model(name)))
+        return
+    evaluations, source = arguments.parse(words)
+    if missing := [option for option, value in (("--train", train), ("--test", test)) if value is None]:
+        raise UserError(f"{' and '.join(missing)} missing: {arguments.FORM}")
+    from selfvil.evaluate.processes import launched
 
-@eval_app.command("finetune")
-def eval_finetune(
-    source: Source, train: Train, test: Test, baselines: Baselines = False,
-    readout: Annotated[str | None, typer.Option(help="The only head wanted; the architecture's and mean else.")] = None,
-    network: NetworkName = None, image: ImageName = None, workers: Workers = 2, seed: Seed = 0, json_file: Json = None,
-    labels_per_class: LabelsPerClass = None,
-    epochs: Annotated[int, typer.Option(help="Passes over the training images.")] = 100,
-    batch_size: Annotated[int, typer.Option(help="Images in a step.")] = 1024,
-    base_lr: Annotated[float, typer.Option(help="Peak learning rate for 256 images a step.")] = 5e-4,
-    layer_decay: Annotated[float, typer.Option(help="Learning rate of a layer over that of the one above.")] = 0.65,
-    weight_decay: Annotated[float, typer.Option(help="Of matrices.")] = 0.05,
-    warmup: Annotated[float, typer.Option(help="Share of the steps in which the learning rate rises.")] = 0.05,
-    drop_path: Annotated[float, typer.Option(help="Probability of leaving a block out.")] = 0.1,
-    label_smoothing: Annotated[float, typer.Option(help="Share of a target spread over all classes.")] = 0.1,
-    min_crop: Annotated[float, typer.Option(help="Smallest share of an image that a crop shows.")] = 0.08,
-    out: Annotated[Path | None, typer.Option(help="New folder for the fine-tuned network, which timm loads.")] = None,
-    img_size: Annotated[str | None, typer.Option(help="Side in pixels, or HEIGHTxWIDTH; pretraining's else.")] = None,
-    precision: PrecisionName = "fp32",
-) -> None:  # fmt: skip
-    """Accuracy after fine-tuning everything, beside a linear probe of the same tokens; Bilateral Concat and mean."""
-    size = _size(img_size)
-    with _results(json_file) as keep:
-        from selfvil.evaluate.finetune import Settings, finetune
-
-        settings = Settings(
-            epochs=epochs, batch_size=batch_size, base_lr=base_lr, layer_decay=layer_decay, weight_decay=weight_decay,
-            warmup=warmup, drop_path=drop_path, label_smoothing=label_smoothing, min_crop=min_crop,
-        )  # fmt: skip
-        finetune(
-            source, train, test, settings=settings, labels_per_class=labels_per_class, baselines=baselines,
-            readout=readout, network=network, image=image, img_size=size, workers=workers, precision=precision,
-            seed=seed, keep=keep, out=out,
-        )  # fmt: skip
-    if out is not None:
-        print(f"fine-tuned network in {out}; in Python: import selfvil; model = selfvil.load_backbone({str(out)!r})")
-
-
-def _size(text: str | None) -> tuple[int, int] | None:
-    """Height and width of `224` or `224x320`. Raises UserError."""
-    if text is None:
-        return None
-    sides = text.lower().split("x")
-    if len(sides) > 2 or not all(side.isascii() and side.isdigit() and 0 < int(side) < 100_000 for side in sides):
-        raise UserError(f"--img-size {text} is no size: give pixels, such as 224, or HEIGHTxWIDTH, such as 224x320")
-    return int(sides[0]), int(sides[-1])
-
-
-@eval_app.command("all")
-def eval_all(
-    source: Source, train: Train, test: Test, baselines: Baselines = False, readout: Readout = None,
-    network: NetworkName = None, image: ImageName = None, workers: Workers = 2, seed: Seed = 0, json_file: Json = None,
-    probe_seeds: ProbeSeeds = 1, precision: PrecisionName = "fp32",
-) -> None:  # fmt: skip
-    """Every protocol, on features computed once."""
-    _eval(["knn", "linear"], source, train, test, json_file,
-          baselines=baselines, readout=readout, network=network, image=image, workers=workers, seed=seed,
-          probe_seeds=probe_seeds, precision=precision)  # fmt: skip
-
-
-def _eval(
-    protocols: list[str], source: Path, train: str, test: str, json_file: Path | None, **options: Any
-) -> None:  # fmt: skip
-    with _results(json_file) as keep:
+    with launched() as processes, _results(json_file if processes.is_main else None) as keep:
         from selfvil.evaluate.score import score
 
-        score(source, train, test, protocols=protocols, keep=keep, **options)
+        score(
+            source, str(train), str(test), evaluations, baselines=baselines, network=network, image=image,
+            workers=workers, precision=precision, seed=seed, keep=keep, processes=processes,
+        )  # fmt: skip
+    out = getattr(evaluations.get("finetune"), "out", None)
+    if out is not None and processes.is_main:
+        print(f"fine-tuned network in {out}; in Python: import selfvil; model = selfvil.load_backbone({out!r})")
 
 
 @contextmanager
 def _results(json_file: Path | None) -> Iterator[Callable[[list[Any]], None]]:
-    """A function that keeps all rows so far, in `json_file` if given; they are printed at the end, after an error too.
+    """A function that stores all rows so far, in `json_file` if given; they are printed at the end, after an error too.
 
     Raises UserError at once if the file cannot be written.
     """
-    from selfvil.files import need_writable, write_text
+    from selfvil.files import require_writable, write_text
 
     file = None if json_file is None else json_file.expanduser()
     if file is not None:
-        need_writable(file)
+        require_writable(file)
     rows: list[Any] = []
 
     def write() -> None:

@@ -1,8 +1,8 @@
 """Losses, gradients and weights that become NaN or infinite, and losses that jump.
 
-A step with a non-finite loss or gradient on any process is skipped on all: weights, optimizer state, teacher and
-running statistics stay as they were. What is saved is checked too, since a step with a finite gradient can still make
-weights infinite.
+A step with a non-finite loss or gradient on any process is skipped on all processes: weights, optimizer state, teacher
+and running statistics do not change. Tensors are also checked before they are saved, since a step with a finite
+gradient can make weights infinite.
 """
 
 import json
@@ -16,13 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from selfvil.errors import UserError
+from selfvil.records import CHECKPOINTS, SKIPPED
 
 MOST_SKIPPED = 10
 """Steps that may be skipped in a row; with more, the run stops."""
 
+WINDOW, FEWEST, BOUND = 32, 8, 8.0
+"""Logged losses that a new one is compared with, at most and at least, and deviations above them that are a spike."""
+
 
 class BuffersBefore:
-    """The buffers of a module as they were after the last whole step, such as the running statistics of batch norm.
+    """Copies of the buffers of a module after its last complete step, such as the running statistics of batch norm.
 
     values: by the buffers' names.
     """
@@ -33,20 +37,20 @@ class BuffersBefore:
 
     @torch.no_grad()
     def remember(self) -> None:
-        """A step is complete."""
+        """Copy the buffers: a step is complete."""
         if self._buffers:
             torch._foreach_copy_(list(self.values.values()), list(self._buffers.values()))
 
     @torch.no_grad()
     def restore(self) -> None:
-        """What was computed since then is discarded."""
+        """Set the buffers back to the last complete step."""
         if self._buffers:
             torch._foreach_copy_(list(self._buffers.values()), list(self.values.values()))
 
 
 class Broken(NamedTuple):
-    """What is not finite in one process's part of a step: `names` of values, and `ids` of the samples of its
-    micro-batches with a non-finite loss."""
+    """Non-finite values in one process's part of a step: their `names`, and the `ids` of the samples of micro-batches
+    with a non-finite loss."""
 
     names: list[str]
     ids: list[int]
@@ -60,10 +64,10 @@ class NonFinite:
         self.in_a_row = 0
 
     def find(self, outputs: Sequence[Mapping[str, Tensor]], grad_norm: Tensor, ids: Sequence[Tensor]) -> Broken | None:
-        """What is not finite in a step; waits for the device.
+        """Find non-finite values in a step; None where all are finite. Synchronises with the device.
 
-        outputs: of each micro-batch, with its "loss". grad_norm: of the whole gradient. ids: of each micro-batch's
-        samples.
+        outputs: of each micro-batch, with its "loss". grad_norm: norm of all gradients together. ids: sample ids of
+        each micro-batch.
         """
         losses = torch.stack([*(output["loss"].float() for output in outputs), grad_norm.float()])
         *losses_finite, norm_finite = losses.isfinite().tolist()
@@ -74,9 +78,9 @@ class NonFinite:
         return Broken(names + ([] if norm_finite else ["grad_norm"]), broken)
 
     def skip(self, step: int, found: Sequence[Broken], record: bool) -> str:
-        """A sentence about step number `step`, counted from 1, which is skipped; with `record`, also a line in a file.
+        """A message about step number `step`, counted from 1, which is skipped.
 
-        found: by all processes.
+        found: of all processes. record: append a line to skipped.jsonl.
 
         Raises:
             UserError: the policy is to stop, or too many steps in a row were skipped.
@@ -85,63 +89,62 @@ class NonFinite:
         names = " and ".join(dict.fromkeys(name for each in found for name in each.names))
         ids = [id for each in found for id in each.ids]
         if record:
-            with open(self.run / "skipped.jsonl", "a") as file:
+            with open(self.run / SKIPPED, "a") as file:
                 file.write(json.dumps({"step": step, "not_finite": names, "ids": ids}) + "\n")
         if self.policy == "stop":
             raise UserError(
-                f"{names} became NaN or infinite by step {step:,} (optim.on_nonfinite = stop). {self._sound()}"
+                f"{names} became NaN or infinite by step {step:,} (optim.on_nonfinite = stop). {self._advice()}"
             )
         if self.in_a_row > MOST_SKIPPED:
             raise UserError(
                 f"{names} became NaN or infinite by step {step - self.in_a_row + 1:,} and stayed so for "
-                f"{self.in_a_row} steps, which were all skipped: the run has diverged, and stops without saving, so "
-                f"that it is back at its last checkpoint. {self._sound()}"
+                f"{self.in_a_row} steps, which were all skipped: the run has diverged. It stops without saving, and "
+                f"its last checkpoint is the newest. {self._advice()}"
             )
-        return f"step {step:,} was skipped: {names} NaN or infinite (its samples are in {self.run / 'skipped.jsonl'})"
+        return f"step {step:,} was skipped: {names} NaN or infinite (its samples are in {self.run / SKIPPED})"
 
     def refuse(self, step: int, names: Sequence[str]) -> None:
-        """Raises UserError if there are `names`: of values or tensors after `step` steps that are not finite."""
+        """Raise UserError if there are `names`: of values or tensors that are not finite after `step` steps."""
         if names:
             more = f" and {len(names) - 1} more" if names[1:] else ""
             raise UserError(
-                f"{names[0]}{more} became NaN or infinite by step {step:,}: the run has diverged. {self._sound()}"
+                f"{names[0]}{more} became NaN or infinite by step {step:,}: the run has diverged. {self._advice()}"
             )
 
-    def _sound(self) -> str:
+    def _advice(self) -> str:
         return (
-            f"Nothing broken was saved, and the checkpoints in {self.run / 'checkpoints'} are sound: lower "
+            f"No non-finite value was saved; the checkpoints in {self.run / CHECKPOINTS} are valid. Lower "
             f"optim.base_lr, raise optim.warmup or lower optim.clip_norm, with a new run.out"
         )
 
 
 def non_finite(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Names of the floating-point tensors that hold NaN or an infinite value. Waits for the device."""
+    """Names of the floating-point tensors that contain NaN or infinite values. Synchronises with the device."""
     floats = {name: x.detach() for name, x in tensors.items() if x.is_floating_point() and x.numel()}
     if not floats:
         return []
-    largest = torch._foreach_norm(list(floats.values()), ord=torch.inf)  # cannot overflow, and is NaN if one value is
-    sound = torch.stack([x.float().cpu() for x in largest]).isfinite().tolist()
-    return [name for name, finite in zip(floats, sound) if not finite]
+    largest = torch._foreach_norm(list(floats.values()), ord=torch.inf)  # does not overflow; NaN if any value is NaN
+    all_finite = torch.stack([x.float().cpu() for x in largest]).isfinite().tolist()
+    return [name for name, finite in zip(floats, all_finite) if not finite]
 
 
 class LossSpikes:
     """Finds logged losses far above the recent ones, measured by robust statistics: median and MAD.
 
-    The median absolute deviation (MAD) times 1.4826 estimates the standard deviation of a normal distribution, and few
-    outliers do not change it. A loss is a spike where it is more than `bound` such deviations above the median.
+    The median absolute deviation (MAD) times 1.4826 estimates the standard deviation of a normal distribution; a few
+    outliers do not change it. A loss is a spike if it is more than `BOUND` such deviations above the median.
     """
 
-    def __init__(self, window: int = 32, least: int = 8, bound: float = 8.0) -> None:
-        self.least, self.bound = least, bound
-        self._recent: deque[float] = deque(maxlen=window)
+    def __init__(self) -> None:
+        self._recent: deque[float] = deque(maxlen=WINDOW)
 
     def add(self, loss: float) -> float | None:
-        """How many deviations the loss is above the median of those before it, if it is a spike; None otherwise."""
+        """By how many deviations a spike is above the median of the losses before it; None if `loss` is no spike."""
         recent = list(self._recent)
         self._recent.append(loss)
-        if len(recent) < self.least:
+        if len(recent) < FEWEST:
             return None
         middle = median(recent)
         deviation = 1.4826 * median(abs(value - middle) for value in recent)
         height = (loss - middle) / max(deviation, 1e-3 * abs(middle), 1e-12)
-        return height if height > self.bound else None
+        return height if height > BOUND else None

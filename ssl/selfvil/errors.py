@@ -1,15 +1,15 @@
-"""The one exception that means: the user can mend this."""
+"""The exception for problems that the user can solve."""
 
 MAX_MESSAGE = 1500
-"""Characters of a message: about a screen."""
+"""Longest message in characters: about a screen."""
 
 
 class UserError(Exception):
     """A mistake in a recipe, a path, a shard or a command line.
 
     The message is one or two plain sentences: which file or key, what was wrong, what was expected, what to do.
-    The command line prints it without a traceback and exits with status 2; nothing has been overwritten by then.
-    A message longer than MAX_MESSAGE, as long names may cause, loses its middle.
+    The command line prints it without a traceback and exits with status 2; nothing has been overwritten then.
+    The middle of a message longer than MAX_MESSAGE is left out.
     """
 
     def __init__(self, message: str) -> None:
@@ -17,7 +17,7 @@ class UserError(Exception):
 
 
 def shorten(text: str, limit: int = MAX_MESSAGE) -> str:
-    """`text` with at most `limit` characters: a longer one loses its middle, and says how much of it."""
+    """`text` with at most `limit` characters; the middle of a longer text is replaced by a note of its length."""
     if len(text) <= limit:
         return text
     mark = f" ... [{len(text) - limit} characters left out] ... "

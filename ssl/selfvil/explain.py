@@ -7,26 +7,37 @@ from pydantic import BaseModel
 
 from selfvil.advice import near, nearest_section, suggestion
 from selfvil.errors import UserError
+from selfvil.evaluate import EVALUATIONS
+from selfvil.evaluate.entries import Entry, entry_model
 from selfvil.objectives import OBJECTIVES, settings_model
 from selfvil.recipe import Recipe
 
 
 def explain(name: str) -> str:
-    """What a section or a key is for. Of `objective` and its keys, for each objective that has them.
+    """The documentation of a section or a key; for `objective` and `eval`, of each that has the key.
+
+    eval.knn is the section of an evaluation, and eval.knn.k one of its keys.
 
     Raises:
-        UserError: there is no such section or key; the message has the near ones.
+        UserError: there is no such section or key; the message names similar ones.
     """
     section, dot, key = name.strip().partition(".")
     if section not in Recipe.model_fields:
         raise UserError(f"there is no section {section[:60]}{nearest_section(section, key, list(Recipe.model_fields))}")
     models = _models(section)
+    if section == "eval" and (evaluation := key.partition(".")[0]) in EVALUATIONS:
+        _, dot, key = key.partition(".")
+        section, models = f"eval.{evaluation}", {f"eval.{evaluation}": models[evaluation]}
     if not dot:
         return "\n\n".join(_section(title, model) for title, model in models.items())
     found = {title: model for title, model in models.items() if key in model.model_fields}
     if not found:
         fields = {each: [key for model in _models(each).values() for key in model.model_fields] for each in _sections()}
         fields = {each: list(dict.fromkeys(keys)) for each, keys in fields.items()}
+        if section != "eval":
+            fields["eval"] = list(Entry.model_fields)
+        if section not in fields:  # eval.knn
+            fields = {section: list(models[section].model_fields)}
         if section == "objective" and not near(key, fields[section]):
             fields[section] = [*fields[section][:12], "..."]
         raise UserError(f"there is no key {name[:80]}{suggestion(section, key, fields)}")
@@ -43,11 +54,22 @@ def _sections() -> list[str]:
 def _models(section: str) -> dict[str, type[BaseModel]]:
     if section == "objective":
         return {name: settings_model(name) for name in OBJECTIVES}
+    if section == "eval":
+        return {name: entry_model(name) for name in EVALUATIONS}
     return {section: Recipe.model_fields[section].annotation}  # type: ignore[dict-item]
 
 
 def _of(titles: list[str], models: dict[str, type[BaseModel]]) -> str:
     return f" ({', '.join(titles)})" if len(models) > 1 else ""
+
+
+def settings_help(name: str, model: type[BaseModel]) -> str:
+    """The settings of an evaluation, one line each, with their defaults."""
+    lines = [f"{name}: {_sentence(model.__doc__)}"]
+    for key, field in model.model_fields.items():
+        default = _value(field.get_default(call_default_factory=True))
+        lines.append(f"  {f'{key}={default}':26} {_sentence(field.description)}")
+    return "\n".join(lines)
 
 
 def _section(title: str, model: type[BaseModel]) -> str:

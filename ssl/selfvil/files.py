@@ -1,4 +1,4 @@
-"""Small text files that are never half there, flushing to the disk, and outputs that may fail."""
+"""Atomic writes of small text files, flushing to the disk, and outputs that may fail."""
 
 import errno
 import os
@@ -11,10 +11,10 @@ from selfvil.errors import UserError
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace the file `path` by `text` (UTF-8): after a crash or a power cut it holds the old text or the new one.
+    """Replace the file `path` by `text` (UTF-8). After a crash or a power failure it has the old text or the new one.
 
-    The text goes into `NAME.aside`, is flushed to the disk, and is then renamed. Raises OSError; `path` is then
-    unchanged.
+    The text is written to `NAME.aside`, flushed to the disk, and renamed. Raises OSError and leaves `path` unchanged
+    if it cannot be written.
     """
     aside = path.with_name(path.name + ".aside")
     try:
@@ -29,8 +29,8 @@ def write_text(path: Path, text: str) -> None:
     flush_folder(path.parent)
 
 
-def need_writable(path: Path) -> None:
-    """Make the folder of `path` and make sure that the file can be written, before anything is computed for it.
+def require_writable(path: Path) -> None:
+    """Make the folder of `path` and check that the file can be written, before its content is computed.
 
     Raises UserError if `path` is a folder, or if it or its folder cannot be written.
     """
@@ -51,7 +51,7 @@ def need_writable(path: Path) -> None:
 
 
 def flush_file(path: Path) -> None:
-    """Write a file's pages to the disk and drop them from the page cache, so that reading it again reads the disk."""
+    """Write a file's pages to the disk and drop them from the page cache, so that a later read reads the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -62,7 +62,7 @@ def flush_file(path: Path) -> None:
 
 
 def flush_folder(path: Path) -> None:
-    """Write a folder's entries to the disk: a rename within it survives a power cut from then on."""
+    """Write a folder's entries to the disk, so that renames in it survive a power failure."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -71,10 +71,10 @@ def flush_folder(path: Path) -> None:
 
 
 class Outputs:
-    """Collects the failures to write what a run puts out besides checkpoints and ledger: metrics, pictures, text.
+    """Records failed writes of a run's outputs other than checkpoints and ledger: metrics, pictures, text.
 
-    None of them may cost the weights. So the run does not end where a write fails: `failure` names the first one, and
-    the loop then saves and stops.
+    Such a failure must not lose the weights. The run therefore does not end at the failed write: `failure` describes
+    the first one, and the loop saves and stops.
     """
 
     def __init__(self) -> None:
@@ -82,7 +82,7 @@ class Outputs:
 
     @contextmanager
     def writing(self, what: object) -> Iterator[None]:
-        """Within, an OSError (a full disk, a closed pipe) is recorded in `failure`, with the name `what`."""
+        """In this context, an OSError (a full disk, a closed pipe) is recorded in `failure`, with the name `what`."""
         try:
             yield
         except OSError as error:

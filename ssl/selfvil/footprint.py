@@ -1,14 +1,24 @@
-"""What a training step keeps in memory, measured on a few samples, and how much memory is free."""
+"""What a computation costs, measured on a few samples: memory and multiply-adds; and how much memory is free."""
 
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile, record_function
+from torch.utils.flop_counter import FlopCounterMode
 
+from selfvil.ops.chunkwise import chunk_size
+
+_MARK = "selfvil mark: "
 _GRADIENT_AND_MOMENTS = 3  # tensors that AdamW's first step adds for each trained one
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
 
 
 def saved_bytes(module: nn.Module, forward: Callable[[], object]) -> int:
@@ -23,7 +33,7 @@ def saved_bytes(module: nn.Module, forward: Callable[[], object]) -> int:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
             kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # an operator that saved its own output with its graph would never be released
 
     training = module.training
     module.eval()
@@ -34,6 +44,37 @@ def saved_bytes(module: nn.Module, forward: Callable[[], object]) -> int:
         module.train(training)
     del output
     return sum(kept.values())
+
+
+def allocated(work: Callable[[], object], device: torch.device) -> tuple[list[int], list[tuple[str, int]]]:
+    """What torch allocates on `device` during `work`, and its peak, even inside an operator.
+
+    Torch's profiler records each allocation where it is made. Memory that a library allocates by itself (oneDNN, MKL,
+    cuBLAS) is not among it.
+
+    Returns:
+        Bytes held after each allocation and each release, above those held at the start; and the marks made by `mark`
+        meanwhile, each with the index of the level at that moment.
+    """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # silences what the profiler prints, such as that there is no GPU
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        work()
+    kind = torch.device(device).type.upper()
+    held, levels, marks = 0, [0], []
+    events = recorded.profiler.kineto_results.events()
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        if event.name() == "[memory]" and event.device_type().name == kind:
+            held += event.nbytes()
+            levels.append(held)
+        elif event.name().startswith(_MARK):
+            marks.append((event.name().removeprefix(_MARK), len(levels) - 1))
+    return levels, marks
+
+
+def mark(name: str) -> None:
+    """Mark this moment in what `allocated` records."""
+    with record_function(_MARK + name):
+        pass
 
 
 def trained_bytes(module: nn.Module) -> int:
@@ -52,9 +93,66 @@ def free_bytes(device: torch.device) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     free = psutil.virtual_memory().available
-    try:  # a container's limit does not show in the machine's figures
+    try:  # a container's limit is not part of the machine's figures
         group = Path("/sys/fs/cgroup")
         free = min(free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
     except (OSError, ValueError):
         pass
     return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+# --- multiply-adds ---------------------------------------------------------------------------------------------------
+
+
+def multiply_adds(work: Callable[[], object]) -> int:
+    """Multiply-adds of the matrix products, convolutions and mLSTM operators that `work` runs on the CPU.
+
+    A multiply-add is 2 FLOPs. Elementwise operations, norms and scans are not counted, as is usual. The operators of
+    `selfvil.ops` for GPUs have no formula here: count on the CPU, where the same products run.
+    """
+    with FlopCounterMode(display=False, custom_mapping=_FORMULAS) as counter:
+        work()
+    return counter.get_total_flops() // 2
+
+
+Shape = tuple[int, ...]
+
+
+def _mlstm_flops(q: Shape, k: Shape, v: Shape, i: Shape, f: Shape, reverse: bool, form: str, **_: Any) -> int:
+    """D + D' for each pair of tokens: scores, and sums of values; chunkwise, chunks also use a state."""
+    return _products(q, v, form, per_pair=q[3] + v[3], per_state=2)
+
+
+def _mlstm_backward_flops(dh: Shape, q: Shape, k: Shape, v: Shape, *rest: Any, **_: Any) -> int:
+    """Scores again, and the gradients of scores, q, k and v; chunkwise, six products with states of D x D'."""
+    return _products(q, v, rest[-1], per_pair=3 * q[3] + 2 * v[3], per_state=6)
+
+
+def _products(q: Shape, v: Shape, form: str, per_pair: int, per_state: int) -> int:
+    """FLOPs of an mLSTM on q (B, H, N, D) and v (B, H, N, D'): causal pairs, or whole squares of chunks and states."""
+    batch, heads, tokens, width = q
+    if form == "parallel":
+        return batch * heads * tokens * (tokens + 1) * per_pair
+    size = math.ceil(tokens / math.ceil(tokens / chunk_size(v[3])))
+    return 2 * batch * heads * tokens * (size * per_pair + per_state * width * v[3])
+
+
+def _linear_flops(x: Shape, weight: Shape, bias: Shape | None, **_: Any) -> int:
+    return 2 * x[0] * weight[0] * weight[1]
+
+
+def _convolution_backward_flops(dy: Shape, x: Shape, weight: Shape, *rest: Any, **_: Any) -> int:
+    """As many for each gradient, of x and of the weights, as for the convolution itself.
+
+    Torch's own formula takes grouped weights for full ones: for a depthwise convolution, far too many.
+    """
+    transposed, mask = rest[4], rest[7]
+    return 2 * math.prod(x if transposed else dy) * math.prod(weight[1:]) * (mask[0] + mask[1])
+
+
+_FORMULAS = {
+    torch.ops.aten.convolution_backward: _convolution_backward_flops,
+    torch.ops.selfvil.mlstm: _mlstm_flops,
+    torch.ops.selfvil.mlstm_backward: _mlstm_backward_flops,
+    torch.ops.selfvil.linear: _linear_flops,
+}

@@ -1,9 +1,9 @@
 """One writer for a folder: a file lock, and a file that names the process that holds it.
 
 The lock is a POSIX record lock (`fcntl.lockf`). The kernel releases it when its process ends in any way, kill -9
-included, and unlike `flock` it does not pass to forked data workers that outlive their parent by some seconds. It works
-between machines on NFS version 4, on version 3 with a lock daemon, and on Lustre or GPFS mounted with locks. On a file
-system without locks, `Lease.take` logs one line and only a live process on the same machine is noticed.
+included. Unlike `flock`, it is not inherited by forked data workers, which may live some seconds longer than their
+parent. It works between machines on NFS version 4, on version 3 with a lock daemon, and on Lustre or GPFS mounted with
+locks. On a file system without locks, `Lease.take` logs a warning, and detects only processes of the same machine.
 """
 
 import errno
@@ -20,13 +20,12 @@ from typing import Any
 import psutil
 
 from selfvil.errors import UserError, shorten
-
-NAME = "lease.json"
+from selfvil.records import LEASE
 
 log = logging.getLogger("selfvil")
 
-# A record lock belongs to the process: within one, it neither excludes a second holder nor survives the closing of
-# another descriptor of the same file.
+# A record lock belongs to a process: it does not exclude a second holder in the same process, and closing another
+# descriptor of the same file releases it.
 _held: dict[Path, "Lease"] = {}
 
 
@@ -39,13 +38,13 @@ class Lease:
 
     @classmethod
     def take(cls, folder: Path, name: str) -> "Lease":
-        """Take the lease of `folder`, which exists; `name` stands for it in messages, as in "run.out = runs/mine".
+        """Take the lease of an existing folder. name: of the folder in messages, such as "run.out = runs/mine".
 
         Raises:
             UserError: another process holds it; the message names host, process and time. Nothing was changed.
             OSError: the file of the lease cannot be made or opened.
         """
-        path = folder.resolve() / NAME
+        path = folder.resolve() / LEASE
         if path in _held:
             raise UserError(_taken(name, _read(path, None)))
         while True:
@@ -61,11 +60,11 @@ class Lease:
                 if _alive(owner):
                     raise UserError(_taken(name, owner)) from None
                 log.warning(
-                    "%s: its file system offers no locks (%s), so a second launch into it from another machine is not "
-                    "noticed", name, error.strerror,
+                    "%s: its file system has no locks (%s), so a second launch into it from another machine is not "
+                    "detected", name, error.strerror,
                 )  # fmt: skip
                 descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-            if _same_file(path, descriptor):  # else its owner removed it between opening and locking
+            if _same_file(path, descriptor):  # otherwise its owner removed it between opening and locking
                 break
             os.close(descriptor)
         lease = cls(path, descriptor, made)
@@ -74,7 +73,7 @@ class Lease:
         return lease
 
     def release(self, *, forget: bool = False) -> None:
-        """Give the lease up. forget: leave its file as it was before, or remove it if there was none."""
+        """Release the lease. forget: restore the previous content of its file, or remove the file if there was none."""
         if _held.pop(self.path, None) is None:
             return
         if forget and self._made:
@@ -84,11 +83,11 @@ class Lease:
         os.close(self._descriptor)
 
     def _write(self, content: bytes) -> None:
-        try:  # in place: a renamed file would leave the lock on the old one
+        try:  # in place: after a rename, the lock would be on the old file
             os.ftruncate(self._descriptor, 0)
             os.pwrite(self._descriptor, content, 0)
             os.fsync(self._descriptor)
-        except OSError as error:  # the lock is held all the same, and says less
+        except OSError as error:  # the lock is held nevertheless, without the name of its owner
             log.debug("%s: %s", self.path, error)
 
     @staticmethod
@@ -110,7 +109,7 @@ def _same_file(path: Path, descriptor: int) -> bool:
 
 
 def _read(path: Path, descriptor: int | None) -> dict[str, Any]:
-    """The owner that a lease names, {} where it is damaged. A held one of this process is read by its descriptor."""
+    """The owner in a lease file; {} if it is damaged. A lease of this process is read through its descriptor."""
     try:
         descriptor = _held[path]._descriptor if descriptor is None else descriptor
         owner = json.loads(os.pread(descriptor, 10_000, 0))
@@ -120,7 +119,7 @@ def _read(path: Path, descriptor: int | None) -> dict[str, Any]:
 
 
 def _alive(owner: dict[str, Any]) -> bool:
-    """Whether the owner is another process of this machine that runs, and ran when the lease was taken."""
+    """Whether the owner is another process of this machine that is running and has been since the lease was taken."""
     pid = owner.get("pid")
     if owner.get("host") != socket.gethostname() or not isinstance(pid, int) or pid == os.getpid():
         return False

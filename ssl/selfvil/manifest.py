@@ -1,6 +1,6 @@
-"""manifest.json: size and SHA-256 of every other file in a folder, so that damage is found before anything is loaded.
+"""manifest.json: size and SHA-256 of every other file in a folder, to detect damage before anything is loaded.
 
-Hashes are needed because a flipped bit is invisible otherwise: safetensors loads almost every file with one.
+Hashes are needed because safetensors loads almost every file with a flipped bit without an error.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ def write_manifest(folder: Path, **facts: Any) -> None:
 
 
 def renew_entry(folder: Path, name: str) -> None:
-    """Enter the present size and SHA-256 of one file, which was changed on purpose, into a manifest without facts."""
+    """Update size and SHA-256 of one file, after an intended change, in a manifest without facts."""
     _, files = read_manifest(folder)
     write_text(folder / MANIFEST, _text({}, files | {name: _entry(folder / name)}))
 
@@ -44,8 +44,8 @@ def read_manifest(
 ) -> tuple[dict[str, Any], Files]:
     """The facts with the given names, and the entries of all files.
 
-    Strict down to the bytes, since nothing else protects the manifest itself. Raises UserError if it is missing,
-    damaged, or does not list the files that are `required`.
+    The bytes must be exactly as written, since nothing else protects the manifest itself. Raises UserError if it is
+    missing or damaged, or does not list the `required` files.
     """
     path = folder / MANIFEST
     if not path.is_file():
@@ -58,7 +58,7 @@ def read_manifest(
         if written_by != FORMAT:
             raise UserError(f"{path} has format {written_by!r}, expected {FORMAT}; another selfvil wrote it.")
         if text != _text(found, files):
-            raise ValueError("it is not as it was written")
+            raise ValueError("its bytes are not as they were written")
         if missing := sorted(set(required) - files.keys()):
             raise ValueError(f"it does not list {missing[0]}")
         for name, entry in files.items():
@@ -73,7 +73,7 @@ def read_manifest(
 
 
 def check_files(folder: Path, files: Files) -> None:
-    """Compare files with their entries. Raises UserError at the first one that is missing or different."""
+    """Compare files with their entries. Raises UserError for the first one that is missing or different."""
     for name, expected in files.items():
         path = folder / name
         try:

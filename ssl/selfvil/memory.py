@@ -1,13 +1,21 @@
-"""Whether a step fits into memory, before the first one is tried.
+"""The memory of a training step: predicted by part, and refused where it cannot fit.
 
-What training keeps for the backward pass grows with the images of a micro-batch and the crops of each. It is measured,
-not modelled: the objective runs on one image and on two, and what autograd saves is counted. The rest of a step
-(temporary tensors, fragmentation) is left out, so a refusal is certain and a pass is not; where an objective masks each
-image in its own way, up to what the masks of two images tell of the others'.
+Two functions, for two questions:
+
+- `require_memory` refuses a run before its first step. It counts only what a step certainly holds: what autograd saves,
+  measured on one and two images, and gradients and moments. So a refusal is certain, and a pass is not.
+- `step_memory` predicts the peak, temporary tensors included, by running forward and backward on a few images and
+  recording every allocation. Every tensor's size is linear in the number of images, so the memory held at each moment
+  is extrapolated on its own, and the peak is the largest of these. It is right where the peak of many images falls at
+  another moment than the peak of few.
+
+Where an objective masks each image differently, both are as exact as the masks of a few images are typical.
 """
 
+import itertools
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 
 import torch
 from PIL import Image
@@ -15,14 +23,44 @@ from PIL import Image
 from selfvil import footprint
 from selfvil.data.loader import Batch
 from selfvil.data.views import preserved_randomness
+from selfvil.divergence import BuffersBefore
 from selfvil.errors import UserError
 from selfvil.footprint import free_bytes, trained_bytes, update_bytes
 from selfvil.objectives.base import Objective, Progress, View
 
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+_FEW = (4, 6)
+"""Images of the two passes from which larger micro-batches are extrapolated. Torch splits some sums into more parts at
+each power of 2, so that passes over 2 and 4 images differ in a few allocations, and those over 4 and 6 do not."""
 
 
-def need_memory(
+@dataclass(frozen=True)
+class StepMemory:
+    """Bytes of one process at the peak of a training step, by what holds them."""
+
+    weights: int
+    """Trained parameters; all buffers, and the copies of them that are kept for skipped steps."""
+    teacher: int
+    """Parameters that are not trained: a teacher's, and those of other frozen networks."""
+    moments: int
+    """AdamW's two moments of each trained parameter."""
+    buckets: int
+    """Copies of the gradients in which several processes of DDP exchange them."""
+    batch: int
+    """Crops of two micro-batches: the current one, and the next one while it arrives."""
+    activations: int
+    """What is held from the forward pass for the backward pass."""
+    gradients: int
+    """Gradients that exist at the moment of the peak."""
+    temporary: int
+    """Other tensors at the moment of the peak."""
+
+    @property
+    def total(self) -> int:
+        return sum(vars(self).values())
+
+
+def require_memory(
     objective: Objective,
     batch_size: int,
     channels: int,
@@ -66,7 +104,125 @@ def saved_bytes(objective: Objective, count: int, channels: int, device: torch.d
         return footprint.saved_bytes(objective, lambda: objective(batch, progress))
 
 
+def step_memory(
+    objective: Objective,
+    micro_batch: int,
+    channels: int,
+    device: torch.device,
+    autocast: AbstractContextManager,
+    *,
+    processes: int = 1,
+    accumulate: int = 1,
+) -> StepMemory:
+    """Predict the peak of a training step on `micro_batch` images, in one of several processes of DDP.
+
+    Forward and backward run on 4 and on 6 images, or on `micro_batch` where that is fewer. Pictures, the doctor and
+    evaluations are not part of a step.
+
+    Args:
+        objective: on `device` already; its weights, buffers and gradients are left as they were.
+        autocast: a context of the run's precision that can be entered several times.
+        accumulate: micro-batches of a step; the gradients of the first exist while the next is computed.
+    """
+    counts = _FEW if micro_batch > _FEW[1] else (micro_batch,)
+    passes = [_measure(objective, count, channels, device, autocast) for count in counts]
+    if len(passes) == 2 and len(passes[0].held) != len(passes[1].held):
+        # The first pass of a process also allocates what later ones reuse, such as constants: measure it again.
+        passes[0] = _measure(objective, counts[0], channels, device, autocast)
+    trained = trained_bytes(objective)
+    held, gradients, forward_end = _extrapolate(passes, counts, micro_batch)
+    if accumulate > 1:  # those of the first micro-batch exist all the time, and others are added to them
+        held = [level - own + trained for level, own in zip(held, gradients)]
+        gradients = [trained] * len(held)
+    peak = max(range(len(held)), key=held.__getitem__)
+    activations = min(forward_end, held[peak] - gradients[peak])
+    frozen = sum(p.nbytes for p in objective.parameters() if not p.requires_grad)
+    buffers = sum(buffer.nbytes for buffer in objective.buffers())
+    crops = sum(view.nbytes for view in blank_batch(objective.views(), 1, channels).views)
+    return StepMemory(
+        weights=trained + 2 * buffers,
+        teacher=frozen,
+        moments=2 * trained,
+        buckets=trained if processes > 1 else 0,
+        batch=2 * micro_batch * crops,
+        activations=activations,
+        gradients=gradients[peak],
+        temporary=held[peak] - gradients[peak] - activations,
+    )
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """Bytes during one forward and backward pass, after each allocation and release."""
+
+    held: list[int]
+    """All that the pass has allocated and not yet released."""
+    gradients: list[int]
+    """Of these, the gradients of parameters."""
+    forward_end: int
+    """Index of the end of the forward pass."""
+
+
+def _measure(
+    objective: Objective, count: int, channels: int, device: torch.device, autocast: AbstractContextManager
+) -> _Pass:
+    batch = blank_batch(objective.views(), count, channels).to(device)
+    progress = Progress(step=0, total_steps=1, steps_per_epoch=1.0, seed=0)
+    parameters = [parameter for parameter in objective.parameters() if parameter.requires_grad]
+    before = [parameter.grad for parameter in parameters]
+    buffers = BuffersBefore(objective)
+
+    def step() -> None:
+        with autocast:
+            loss = objective(batch, progress).loss
+        footprint.mark("forward ends")
+        loss.backward()
+
+    hooks = [p.register_post_accumulate_grad_hook(lambda p: footprint.mark(str(p.nbytes))) for p in parameters]
+    try:
+        for parameter in parameters:
+            parameter.grad = None
+        with preserved_randomness():
+            held, marks = footprint.allocated(step, device)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for parameter, gradient in zip(parameters, before):
+            parameter.grad = gradient
+        objective.discard_step()
+        buffers.restore()
+    gradients = [0] * len(held)
+    for name, index in marks:
+        if name.isdigit():
+            gradients[index] += int(name)
+    ends = [index for name, index in marks if name == "forward ends"]
+    return _Pass(held, list(itertools.accumulate(gradients)), ends[0])
+
+
+def _extrapolate(passes: Sequence[_Pass], counts: Sequence[int], images: int) -> tuple[list[int], list[int], int]:
+    """Bytes held and bytes of gradients at each moment of a pass over `images` images; and bytes when forward ends.
+
+    passes: over `counts` images. Moments are paired by their order. Where that is impossible, since an operator works
+    in slices and more images have more of them, only the peaks and the ends of forward are paired.
+    """
+    few, more = passes[0], passes[-1]
+    if len(passes) == 1:
+        return more.held, more.gradients, more.held[more.forward_end]
+    share = (images - counts[0]) / (counts[1] - counts[0])
+
+    def at_images(a: int, b: int) -> int:
+        return round(a + (b - a) * share)
+
+    end = at_images(few.held[few.forward_end], more.held[more.forward_end])
+    if len(few.held) == len(more.held):
+        return [at_images(a, b) for a, b in zip(few.held, more.held)], more.gradients, end
+    peak = max(more.held)
+    grown = at_images(max(few.held), peak) / max(1, peak)
+    return [round(level * grown) for level in more.held], more.gradients, end
+
+
 def blank_batch(views: Sequence[View], count: int, channels: int) -> Batch:
+    """A batch of `count` identical black images after `views`."""
     with preserved_randomness():
         crops = [view(Image.new(_MODES[channels], (64, 64))) for view in views]
     numbers = torch.arange(count)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 from timm.optim import param_groups_layer_decay
@@ -13,7 +14,10 @@ NAME_SEPARATOR = "|"  # between a parameter's name and its optimizer state in a 
 
 
 BACKBONE = "backbone"
-"""The tag of an objective's backbone, where the objective gives a parameter no tag of its own."""
+"""The tag of the parameters of an objective's backbone to which the objective gives no tag."""
+
+
+# --- parameter groups ------------------------------------------------------------------------------------------------
 
 
 def parameter_groups(
@@ -24,10 +28,10 @@ def parameter_groups(
 ) -> list[dict]:
     """AdamW groups of the trainable parameters: decayed or not, by tag and by rate; each group lists its `names`.
 
-    Not decayed are all tensors of fewer than two dimensions (norms, biases, LayerScale, skips, gate biases) and those
-    named (positions, tokens): decay pulls towards 0, which is no neutral value for any of them. `tags` gives some
-    parameters, by name, a tag by which `set_rates` scales their learning rate; `lr_scales` gives some a factor on it
-    that never changes.
+    Tensors of fewer than two dimensions (norms, biases, LayerScale, skips, gate biases) and those in `no_weight_decay`
+    (positions, tokens) are not decayed: weight decay pulls towards 0, which is not a neutral value for them. `tags`
+    gives parameters, by name, a tag by which `set_rates` scales their learning rate; `lr_scales` gives them a constant
+    factor on it.
     """
     exempt, tags, lr_scales = set(no_weight_decay), tags or {}, lr_scales or {}
     groups: dict[tuple[bool, str, float], dict] = {}
@@ -44,9 +48,9 @@ def parameter_groups(
 def layer_lr_scales(model: nn.Module, layer_decay: float = 1.0, patch_embed: float = 1.0) -> dict[str, float]:
     """Factor on the learning rate of each trainable parameter of a timm model, by name.
 
-    A layer learns at `layer_decay` times the rate of the one above it (Bao et al., "BEiT", 2021), layers being timm's:
-    a pair of blocks of a Vision-LSTM is one, and the classifier is the last if there is one. The patch embedding learns
-    at `patch_embed` times what follows from that (0.2 in Oquab et al., "DINOv2", 2023).
+    A layer's learning rate is `layer_decay` times that of the layer above it (Bao et al., "BEiT", 2021). Layers are
+    timm's: a pair of blocks of a Vision-LSTM is one layer, and the classifier is the last, where there is one. The rate
+    of the patch embedding is multiplied by `patch_embed` as well (0.2 in Oquab et al., "DINOv2", 2023).
     """
     layers = param_groups_layer_decay(model, layer_decay=layer_decay)
     scales = {id(parameter): layer["lr_scale"] for layer in layers for parameter in layer["params"]}
@@ -71,11 +75,34 @@ def set_rates(
         group["weight_decay"] = weight_decay if group["decay"] else 0.0
 
 
+# --- schedules -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where the run stands. `step` counts optimizer steps from 0; `steps_per_epoch` may be fractional."""
+
+    step: int
+    total_steps: int
+    steps_per_epoch: float
+    seed: int
+
+    @property
+    def fraction(self) -> float:
+        """Share of the run that is done, 0 to 1."""
+        return self.step / self.total_steps
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the training images so far."""
+        return self.step / self.steps_per_epoch
+
+
 def cosine(step: int, total: int, start: float, end: float, warmup: int = 0) -> float:
     """Value at `step` of a half cosine from `start` to `end` after a linear rise from 0 over `warmup` steps.
 
-    The published DINO schedule: the rise is `linspace(0, start, warmup)`, so its last step already has `start`, and
-    the cosine comes one step short of `end`.
+    The published DINO schedule: the rise is `linspace(0, start, warmup)`, so the last step of the warm-up already has
+    `start`, and the last step of the run is one step before `end`.
     """
     if step < warmup:
         return start * step / max(1, warmup - 1)
@@ -86,9 +113,9 @@ def cosine(step: int, total: int, start: float, end: float, warmup: int = 0) -> 
 def warmup_stable_decay(step: int, total: int, start: float, end: float, warmup: int, decay: int) -> float:
     """Value at `step` of a rise over `warmup` steps as in `cosine`, `start`, and a fall to `end` over the last `decay`.
 
-    The fall is 1 - sqrt of the share of it that is done (Hägele et al., "Scaling Laws and Compute-Optimal Training
-    Beyond Fixed Training Durations", 2024), which leaves a run to be prolonged from before it. A `decay` of 0 makes
-    this a constant.
+    The fall is 1 - sqrt(share of the fall that is done) (Hägele et al., "Scaling Laws and Compute-Optimal Training
+    Beyond Fixed Training Durations", 2024). A run can be prolonged from any checkpoint before it. With a `decay` of 0
+    the value stays at `start`.
     """
     if step < warmup:
         return start * step / max(1, warmup - 1)
@@ -96,22 +123,26 @@ def warmup_stable_decay(step: int, total: int, start: float, end: float, warmup:
     return end + (start - end) * (1 - math.sqrt(done))
 
 
-def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None, per_tensor: bool = False) -> Tensor:
-    """Clip gradients in place and return the norm of all of them together, before clipping (a 0-dim tensor).
+# --- gradients and state ---------------------------------------------------------------------------------------------
 
-    With `per_tensor`, each parameter's gradient is clipped to `max_norm` by itself, as the published DINO does.
+
+def clip_gradients(
+    parameters: Iterable[nn.Parameter], max_norm: float | None, per_tensor: bool = False
+) -> tuple[Tensor, list[Tensor]]:
+    """Clip gradients in place; return the norm of all of them together, and each one's, both before clipping.
+
+    Parameters without a gradient are left out. Norms are 0-dim tensors. With `per_tensor`, each parameter's gradient
+    is clipped to `max_norm` by itself, as the published DINO does.
     """
     parameters = [parameter for parameter in parameters if parameter.grad is not None]
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norms = torch._foreach_norm(grads)
+    norms = list(torch._foreach_norm(grads))
     total = torch.linalg.vector_norm(torch.stack(norms))
-    if max_norm is None:
-        return total
-    if per_tensor:
+    if max_norm is not None and per_tensor:
         torch._foreach_mul_(grads, [(max_norm / (norm + 1e-6)).clamp(max=1.0) for norm in norms])
-    else:
+    elif max_norm is not None:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, total, foreach=True)
-    return total
+    return total, norms
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -141,10 +172,10 @@ def by_parameter(tensors: dict[str, Tensor], names: Iterable[str]) -> dict[str, 
     for full_name, tensor in tensors.items():
         name, _, key = full_name.rpartition(NAME_SEPARATOR)
         states.setdefault(name, {})[key] = tensor
-    if strangers := set(states) - set(names):
+    if unknown := set(states) - set(names):
         raise UserError(
-            f"the checkpoint's optimizer knows {len(strangers)} parameters that this model lacks, "
-            f"such as {min(strangers)}: it belongs to another architecture"
+            f"the optimizer state of the checkpoint has {len(unknown)} parameters that this model lacks, "
+            f"such as {min(unknown)}: it belongs to another architecture"
         )
     return states
 

@@ -1,7 +1,9 @@
 """`section.key=value` on the command line, applied to the tree of a recipe before it is checked.
 
-An override replaces what it excludes: another length of the run replaces the recipe's, and another objective takes its
-own defaults in place of the old one's keys.
+The entries of `eval` are named, as in eval.knn.k=20 (`selfvil.evaluate.entries`).
+
+An override also removes the keys that exclude it: a new length of the run removes the recipe's length, and a new
+objective removes the keys of the old objective, so that its own defaults apply.
 """
 
 import logging
@@ -12,14 +14,17 @@ from typing import Any
 from selfvil import safe_yaml
 from selfvil.advice import nearest_section
 from selfvil.errors import UserError
-from selfvil.objectives import OBJECTIVES  # names only: it imports no objective
 
 log = logging.getLogger("selfvil")
 
 LENGTHS = "epochs", "samples", "steps"
 """Keys of `budget` of which a run has exactly one."""
 
-Tree = dict[str, dict[str, Any]]
+EVAL_TEXTS = "train", "test", "out"
+"""Keys of the entries of `eval` whose values are text."""
+
+Tree = dict[str, Any]
+"""Section -> its keys and values; `eval` is a list of them."""
 
 
 def apply(tree: Tree, overrides: Sequence[str], sections: Sequence[str], texts: frozenset[str]) -> dict[str, str]:
@@ -43,7 +48,14 @@ def apply(tree: Tree, overrides: Sequence[str], sections: Sequence[str], texts: 
     _replace_objective(tree, values)
     for key, value in values.items():
         section, _, name = key.partition(".")
-        tree.setdefault(section, {})[name] = value
+        if section != "eval":
+            tree.setdefault(section, {})[name] = value
+    if evaluations := {key: value for key, value in values.items() if key.startswith("eval.")}:
+        from selfvil.evaluate import entries
+
+        tree["eval"], changed = entries.override(tree.get("eval"), evaluations)
+        for key, names in changed.items():
+            given |= dict.fromkeys(names, given.pop(key))
     return given
 
 
@@ -52,34 +64,25 @@ def _split(override: str, sections: Sequence[str], texts: frozenset[str]) -> tup
     name, equals, text = override.partition("=")
     name = name.strip()
     section, dot, key = name.partition(".")
-    if not (equals and dot and section and key) or "." in key:
+    if not (equals and dot and section and all(key.split("."))) or key.count(".") > (section == "eval"):
         raise UserError(f"override {shown!r} is not of the form section.key=value, such as optim.batch_size=256")
     if section not in sections:
         raise UserError(f"override {shown!r}: there is no section {section}{nearest_section(section, key, sections)}")
     if len(text) > safe_yaml.MAX_BYTES:
         raise UserError(f"override {shown!r} is longer than {safe_yaml.MAX_BYTES >> 20} MiB")
-    return name, _value(text.strip(), name in texts)
-
-
-def _value(text: str, is_text: bool) -> Any:
-    """What YAML reads; the text itself where that is no YAML, or where only text makes sense."""
-    try:
-        value = safe_yaml.parse(text)
-    except ValueError:
-        return text
-    # A brace pattern at the start of a path reads as a YAML mapping, and no field takes a mapping: it is meant as text.
-    # So is a run.out that looks like a number or a date.
-    return text if isinstance(value, dict) or (is_text and not isinstance(value, str | list | None)) else value
+    return name, safe_yaml.parse_value(text.strip(), name in texts or (section == "eval" and key.endswith(EVAL_TEXTS)))
 
 
 def _replace_objective(tree: Tree, values: dict[str, Any]) -> None:
-    """With another objective.name, drop the recipe's keys of the old objective."""
+    """With another objective.name, remove the recipe's keys of the old objective."""
+    from selfvil.objectives import OBJECTIVES  # here, so that importing a recipe imports no other room
+
     old, new = tree.get("objective", {}).get("name"), values.get("objective.name")
     if new == old or not isinstance(new, str) or new not in OBJECTIVES:
         return
     dropped = [key for key in tree.get("objective", {}) if key != "name"]
     tree["objective"] = {}
-    if dropped and os.environ.get("RANK", "0") == "0":  # one line, not one from each process
+    if dropped and os.environ.get("RANK", "0") == "0":  # one line for all processes
         log.warning(
             "objective.name=%s takes the defaults of %s: the recipe's settings of %s are left out (%s)",
             new, new, old, ", ".join(map(str, dropped)),

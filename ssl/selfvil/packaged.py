@@ -1,4 +1,4 @@
-"""The recipes installed with the package, and how one is found by its name."""
+"""The recipes that are installed with the package, found by name."""
 
 import importlib.resources
 import os
@@ -11,7 +11,7 @@ from selfvil.errors import UserError
 def find(source: str | Path) -> Path:
     """Path of a recipe given as a file or as the bare name of a packaged one. Raises UserError."""
     path = Path(source).expanduser()
-    if os.path.isfile(path):  # unlike path.is_file(), also for names that no file can have
+    if os.path.isfile(path):  # unlike path.is_file(), accepts names that no file can have
         return path
     packaged = packaged_recipes()
     if str(source) in packaged:

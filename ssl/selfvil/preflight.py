@@ -1,31 +1,48 @@
-"""Checks before a run begins that need the data set, the machine or an account, beside those of the recipe itself."""
+"""Checks before a run begins that need its networks, the machine or an account; a recipe checks its own values.
+
+The loop and `selfvil plan` call the same functions here, and those of `selfvil.plan` for steps and images.
+"""
 
 import os
 import re
 from typing import Any
 
 import psutil
+import torch
 
+from selfvil.data.render import require_renderable
 from selfvil.errors import UserError
+from selfvil.memory import require_memory
+from selfvil.objectives.base import Objective
+from selfvil.plan import Plan
 from selfvil.recipe import Recipe
+from selfvil.runtime import autocast
 
 WORKER_BYTES = 0.7e9
 """Memory of a process that decodes and augments, about."""
 
 
-def check_batch(batch_size: int, num_images: int) -> None:
-    """Raises UserError if a step would need images more than once."""
-    if batch_size > num_images:
-        raise UserError(
-            f"optim.batch_size = {batch_size:,} is more than the {num_images:,} images of data.train, so that a step "
-            f"would hold images more than once: lower it to at most {num_images:,}, or give more images"
-        )
+def check_objective(objective: Objective, recipe: Recipe, plan: Plan, device: torch.device, parts: int = 1) -> None:
+    """Check that a micro-batch is large enough for the objective, can be augmented as the recipe has it, and fits.
+
+    Args:
+        objective: on `device`; it is left as it was.
+        parts: processes among which gradients and optimizer state are divided, as by ZeRO.
+
+    Raises:
+        UserError: with the keys to change.
+    """
+    objective.check_batch(plan.micro_batch * plan.processes)
+    if recipe.data.augment == "device":
+        require_renderable(objective.views())
+    context = autocast(device, recipe.run.precision)
+    require_memory(objective, plan.micro_batch, recipe.model.in_chans, device, context, parts)
 
 
 def workers_warning(workers: int, processes: int, cores: int | None = None, free: int | None = None) -> str | None:
-    """A sentence where the data workers of all `processes` of this machine exceed its cores or its free memory.
+    """A warning if the data workers of all `processes` of this machine exceed its cores or its free memory; or None.
 
-    cores, free: for tests; those of this machine otherwise, free in bytes.
+    cores, free: for tests; by default those of this machine, `free` in bytes.
     """
     cores = cores or len(os.sched_getaffinity(0))
     free = psutil.virtual_memory().available if free is None else free
@@ -50,8 +67,8 @@ def check_wandb(recipe: Recipe) -> None:
         return
     if not project or len(project) > 128 or re.search(r"[/\\#?%:]", project):
         raise UserError(
-            f"monitor.wandb = {project[:80]!r} is no name of a Weights & Biases project: expected 1 to 128 characters "
-            r"without / \ # ? % :"
+            f"monitor.wandb = {project[:80]!r} cannot be the name of a Weights & Biases project: expected 1 to 128 "
+            r"characters without / \ # ? % :"
         )
     try:
         import wandb
@@ -60,10 +77,10 @@ def check_wandb(recipe: Recipe) -> None:
             "monitor.wandb is set, but wandb is not installed: pip install 'selfvil[wandb]', or monitor.wandb=null"
         ) from None
     if os.environ.get("WANDB_MODE", "online") in ("offline", "disabled", "dryrun"):
-        return  # needs no account
+        return  # these modes need no account
     module: Any = wandb
     if not (os.environ.get("WANDB_API_KEY") or module.api.api_key):
         raise UserError(
-            "monitor.wandb is set, but nobody is logged in to Weights & Biases here: run `wandb login`, or set "
-            "WANDB_MODE=offline, or monitor.wandb=null"
+            "monitor.wandb is set, but no account is logged in to Weights & Biases on this machine: run `wandb login`, "
+            "or set WANDB_MODE=offline, or monitor.wandb=null"
         )

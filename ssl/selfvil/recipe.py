@@ -1,12 +1,14 @@
-"""What a run is: a YAML file of flat sections, checked whole before any work begins.
+"""The recipe of a run: a YAML file of flat sections, checked completely before any work begins.
 
     recipe = load("recipes/mae_vil_t.yaml", ["optim.batch_size=512", "run.out=runs/mine"])
 
-Every field is documented here, with its unit; `selfvil schema` turns this file into the JSON schema that editors
-complete from. A recipe holds values only: no import paths, no interpolation, no inheritance.
+Every field is documented here, with its unit; `selfvil schema` prints the JSON schema of this file, for completion in
+editors. A recipe contains only values: no import paths, no interpolation, no inheritance.
 """
 
+import logging
 import math
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -21,6 +23,8 @@ from selfvil.packaged import find as find
 from selfvil.packaged import packaged_recipes as packaged_recipes
 from selfvil.safe_yaml import read_mapping
 from selfvil.settings import PathText, Section, Size
+
+log = logging.getLogger("selfvil")
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -38,11 +42,11 @@ class ModelSection(Section):
     in_chans: Literal[1, 3, 4] = 3
     """Channels of an image: 1 (grey), 3 (RGB) or 4 (RGBA)."""
     embed_dim: int | None = Field(None, ge=16)
-    """Width of a token; null keeps the named model's own."""
+    """Width of a token; null keeps the model's default."""
     depth: int | None = Field(None, ge=1)
-    """Layers (for ViL: pairs of blocks); null keeps the named model's own."""
+    """Layers (for ViL: pairs of blocks); null keeps the model's default."""
     num_heads: int | None = Field(None, ge=1)
-    """Heads of a transformer, or of a vil_mlp_* model, which divide embed_dim; null keeps the named model's own."""
+    """Heads of a transformer, or of a vil_mlp_* model, which divide embed_dim; null keeps the model's default."""
     drop_path_rate: float = Field(0.0, ge=0, lt=1)
     """Probability of skipping a block for a sample during training (stochastic depth)."""
     drop_path_uniform: bool | None = None
@@ -61,25 +65,25 @@ class ModelSection(Section):
         ]
         | None
     ) = None
-    """ViL: in which orders the blocks read the image; null keeps the named model's own (alternating)."""
+    """ViL: scan directions of the blocks; null keeps the model's default (alternating)."""
     conv: Literal["2d", "causal1d", "none"] | None = None
-    """ViL: convolution before q and k; null keeps the named model's own (2d; version 1: causal1d)."""
+    """ViL: convolution before q and k; null keeps the model's default (2d; version 1: causal1d)."""
     global_pool: (
         Literal[
             "bilateral_concat", "bilateral_avg", "bilateral_patch", "avg", "middle_patch", "middle_cls", "registers"
         ]
         | None
     ) = None
-    """ViL: tokens that stand for the image; middle_cls brings a class token, registers needs num_registers."""
+    """ViL: readout of the image; middle_cls adds a class token, registers needs num_registers."""
     num_registers: int | None = Field(None, ge=1)
     """ViL: learnable tokens spread evenly through the sequence; null has none."""
     pos_embed: Literal["learn", "sincos"] | None = None
-    """ViL: learned or fixed sine-cosine positions; null keeps the named model's own (learn)."""
+    """ViL: learned or fixed sine-cosine positions; null keeps the model's default (learn)."""
     start_from: PathText | None = None
-    """Weights to begin a new run with, of the same architecture: an export, a run, a checkpoint; or a published file of
-    Vision-LSTM (.th), or a safetensors file of the timm model, which need start_heads: new. null draws them."""
+    """Initial weights, of the same architecture: an export, a run or a checkpoint; or a published file of Vision-LSTM
+    (.th) or a safetensors file of the timm model, which need start_heads: new. null initialises them randomly."""
     start_heads: Literal["load", "new"] = "load"
-    """With start_from: take heads and teacher from it too, or the backbone alone and new heads."""
+    """With start_from: load heads and teacher too, or load only the backbone and create new heads."""
 
     @model_validator(mode="after")
     def _image_is_whole_patches(self) -> "ModelSection":
@@ -126,8 +130,8 @@ class DataSection(Section):
     train: PathText | list[PathText]
     """WebDataset shards: a path, a glob, a folder or a brace pattern such as shards/train-{000000..000009}.tar."""
     image: str | None = None
-    """Extension of the image to train on where samples have several, such as KEY.png with a mask KEY.jpg; null takes
-    the first of jpg, png, webp, tif ... and warns."""
+    """Extension of the image if samples have several, such as KEY.jpg with a mask KEY.png; null takes the first of jpg,
+    png, webp, tif ... and warns."""
     mean: list[Annotated[float, Field(ge=0, le=1)]] = list(IMAGENET_MEAN)  # noqa: RUF012 - pydantic copies it
     """Mean of each channel, on a scale of 0 to 1."""
     std: list[Annotated[float, Field(gt=0, le=1)]] = list(IMAGENET_STD)  # noqa: RUF012
@@ -135,11 +139,11 @@ class DataSection(Section):
     workers: int = Field(8, ge=0, le=128)
     """Processes that decode and augment, for each training process; 0 does it in the training process."""
     augment: Literal["workers", "device"] = "workers"
-    """Who crops images and disturbs their colours: workers; or device, a batch at a time, for small images (32 pixels,
-    not 500) on a GPU too fast for workers. The same draws, and the same views to the rounding of 8 bits."""
+    """Where augmentation runs: in the workers, or on the device for a whole batch; the latter is for small images (32
+    pixels, not 500) and a GPU that is faster than the workers. Both give the same views to the rounding of 8 bits."""
     max_bad: float = Field(0.001, ge=0, le=1)
-    """Share of samples that may be damaged (replaced, and entered in ledger*.jsonl) before the run saves and stops; at
-    least 10 samples, counted over all processes and launches. 0 allows none."""
+    """Share of samples that may be damaged before the run saves and stops, but at least 10 samples, counted over all
+    processes and launches. They are replaced and listed in ledger*.jsonl. 0 allows none."""
 
 
 class OptimSection(Section):
@@ -150,9 +154,9 @@ class OptimSection(Section):
     accumulate: int = Field(1, ge=1)
     """Micro-batches a step is split into, to save memory."""
     base_lr: float = Field(gt=0)
-    """Learning rate for 256 images a step; lr_scaling says what it is for others."""
+    """Learning rate for 256 images per step; lr_scaling determines it for other batch sizes."""
     lr_scaling: Literal["linear", "sqrt", "none"] = "linear"
-    """How the peak rate follows the batch: base_lr * batch_size / 256, base_lr * sqrt(batch_size / 256), or base_lr."""
+    """Peak learning rate for a batch: base_lr * batch_size / 256, base_lr * sqrt(batch_size / 256), or base_lr."""
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     """Learning rate after the warm-up: a half cosine; wsd, stable until the last cooldown; or constant."""
     min_lr: float = Field(0.0, ge=0)
@@ -162,9 +166,9 @@ class OptimSection(Section):
     cooldown: float = Field(0.2, gt=0, le=1)
     """With schedule wsd: share of the budget, its last, over which the learning rate falls to min_lr."""
     heads_first: float = Field(0.0, ge=0, lt=1)
-    """Share of the budget, its first, in which the backbone waits for its heads: for new ones on trained weights."""
+    """The backbone is frozen for this first fraction of the run: for new heads on a trained backbone."""
     layer_decay: float = Field(1.0, gt=0, le=1)
-    """Learning rate of a layer of the backbone over that of the one above it (for ViL, of a pair of blocks)."""
+    """Ratio of the learning rate of a backbone's layer to that of the next layer (for ViL, of pairs of blocks)."""
     patch_embed_lr: float = Field(1.0, ge=0)
     """Factor on the learning rate of the patch embedding; 0 freezes it."""
     weight_decay: float = Field(0.05, ge=0)
@@ -174,9 +178,9 @@ class OptimSection(Section):
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
     """AdamW's decay rates of the two moments."""
     clip_norm: float | None = Field(1.0, gt=0)
-    """Largest norm of the gradient; null never clips."""
+    """Maximum norm of the gradient; null does not clip."""
     clip_per_tensor: bool = False
-    """Clip each parameter tensor's gradient by itself (as DINO does) instead of all of them together."""
+    """Clip the gradient of each parameter tensor separately (as DINO does) instead of the whole gradient."""
     on_nonfinite: Literal["skip", "stop"] = "skip"
     """A step whose loss or gradient is NaN or infinite on any process: skip leaves weights, optimizer and teacher as
     they were, records the step in skipped.jsonl, and stops after more than 10 in a row; stop ends the run at once."""
@@ -222,7 +226,7 @@ class BudgetSection(Section):
     steps: int | None = Field(None, gt=0)
     """Optimizer steps."""
     pause_minutes: float | None = Field(None, gt=0)
-    """Save and stop after this many minutes of this launch; the next launch goes on. Schedules do not change."""
+    """Save and stop after this many minutes of this launch; the next launch continues. Schedules do not change."""
 
     @model_validator(mode="after")
     def _one_length(self) -> "BudgetSection":
@@ -240,7 +244,7 @@ class BudgetSection(Section):
 
 
 class RunSection(Section):
-    """Where and how the run takes place."""
+    """Folder, seed, precision, checkpoints and limits of the run."""
 
     out: PathText
     """Folder of the run: recipe, checkpoints, metrics, ledger."""
@@ -249,57 +253,48 @@ class RunSection(Section):
     precision: Literal["fp32", "bf16"] = "bf16"
     """Arithmetic of the matrix products: bf16 autocast, or float32. Weights and optimizer are always float32."""
     threads: int | None = Field(None, ge=1)
-    """CPU threads of each process; null leaves them to the launcher (accelerate launch counts physical cores, which on
-    a virtual machine may be half of those that help)."""
+    """CPU threads of each process; null keeps the launcher's setting (accelerate launch counts physical cores, which on
+    a virtual machine may be half of the useful number)."""
+    compile: Literal["none", "default", "max-autotune"] = "none"
+    """Compile the blocks of all networks by torch.compile, in this mode; needs a C++ compiler on CPUs, Triton on GPUs;
+    not under ZeRO-3. Checkpoints are the same: a run may continue with another choice."""
+    profile: int | None = Field(None, ge=1)
+    """Trace this many steps of the launch, after 3 warm-up steps, into profile/*.json.gz, which ui.perfetto.dev opens,
+    and print the ten operations that take the most time; null traces none."""
     resume: Literal["auto", "never"] = "auto"
-    """auto: go on from the newest valid checkpoint in `out`, if there is one; never: `out` must be new."""
+    """auto: continue from the newest valid checkpoint in `out`, if there is one; never: `out` must be new."""
     stall_minutes: float | None = Field(10, gt=0)
     """A process that makes no progress for this many minutes (six times as many while one process saves or scores)
-    prints where it hangs, saves the state where it can, and ends with exit status 4; null waits for ever."""
+    prints where it hangs, saves the state where it can, and ends with exit status 4; null sets no limit."""
     checkpoint_every: int = Field(500, ge=1)
     """Optimizer steps between checkpoints; one is always written at the end and on Ctrl-C."""
     keep_checkpoints: int = Field(2, ge=2)
-    """Verified checkpoints that remain."""
+    """Number of verified checkpoints to keep."""
+    milestone_every: int | None = Field(None, ge=1)
+    """Optimizer steps between checkpoints that are also saved, and never removed; null has none."""
 
 
 class MonitorSection(Section):
-    """What is written down while the run goes on."""
+    """Metrics, pictures and diagnosis during the run."""
 
     log_every: int = Field(20, ge=1)
     """Optimizer steps between two lines of metrics.jsonl (means over those steps)."""
     tensorboard: bool = True
     """Write TensorBoard event files into the run's folder."""
     wandb: str | None = None
-    """Project of Weights & Biases to log to (needs the extra `wandb`); null does not."""
+    """Project of Weights & Biases to log to (needs the extra `wandb`); null disables it."""
     pictures_every: int | None = Field(None, ge=1)
-    """Optimizer steps between two pictures of what the objective sees (MAE: reconstructions); null draws none."""
+    """Optimizer steps between two pictures of the objective (MAE: reconstructions); null draws none."""
     doctor_every: int | None = Field(50, ge=1)
-    """Optimizer steps between two looks at features, gates, gradients and teacher for signs of collapse; null never."""
+    """Optimizer steps between two measurements of features, gates, gradients and teacher for signs of collapse; null
+    never measures."""
     on_collapse: Literal["warn", "stop"] = "warn"
-    """When a sign of collapse is found: say so, or say so, save the state and end with exit status 3."""
-
-
-class EvalSection(Section):
-    """Scores on labelled shards during the run, by the same code as `selfvil eval`."""
-
-    train: PathText | list[PathText] | None = None
-    """Labelled shards whose features are the neighbours."""
-    test: PathText | list[PathText] | None = None
-    """Labelled shards that are scored."""
-    every: int | None = Field(None, ge=1)
-    """Optimizer steps between two scores; null scores only at the end."""
-    linear: bool = True
-    """Fit a linear probe too, beside k-NN."""
-
-    @model_validator(mode="after")
-    def _both_or_none(self) -> "EvalSection":
-        if (self.train is None) != (self.test is None):
-            raise ValueError("give both train and test, or neither")
-        return self
+    """At a sign of collapse: print a warning; or print it, save the state and end with exit status 3."""
 
 
 class Recipe(Section):
-    """A whole run. `objective` is the settings model that the named objective declares in its own file."""
+    """All settings of a run. `objective` is the settings model of the named objective, and each entry of `eval` that of
+    the named evaluation; both are declared in the file of the objective or evaluation."""
 
     model: ModelSection
     data: DataSection
@@ -308,7 +303,8 @@ class Recipe(Section):
     budget: BudgetSection
     run: RunSection
     monitor: MonitorSection = MonitorSection()
-    eval: EvalSection = EvalSection()
+    eval: tuple[Any, ...] = ()
+    """Evaluations during the run, each an entry of `selfvil.evaluate.entries`: name, train, test, every, settings."""
 
     @model_validator(mode="after")
     def _statistics_fit_channels(self) -> "Recipe":
@@ -325,7 +321,7 @@ class Recipe(Section):
             half = [max(side // 2 // (patch := self.model.patch_size or 1), 1) * patch for side in self.model.img_size]
             raise ValueError(
                 f"objective.local_crop_size {list(size)} is larger than model.img_size {list(self.model.img_size)}: "
-                f"small crops are meant to be smaller, such as {half}"
+                f"small crops must not be larger than the image, such as {half}"
             )
         return self
 
@@ -334,10 +330,10 @@ class Recipe(Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=120)
 
     def identity(self) -> dict[str, Any]:
-        """The settings that decide what is computed: two runs with equal identities may continue each other.
+        """The settings that determine the result: a run may continue another one with an equal identity.
 
-        The budget is compared apart (`selfvil.plan`), and the images by their fingerprint, wherever they lie.
-        optim.accumulate changes rounding, and for some objectives what a loss is taken over.
+        The budget is compared separately (`selfvil.plan`), and the images by their fingerprint, not by their path.
+        optim.accumulate changes only rounding, except for objectives that compare the images of a micro-batch.
         """
         whole = self.model_dump(mode="json")
         whole["run"] = {key: whole["run"][key] for key in ("seed", "precision")}
@@ -360,20 +356,23 @@ def load(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     path = find(source)
     tree = _sections(read_mapping(path), str(path))
     given = command_line.apply(tree, overrides, list(Recipe.model_fields), TEXTS)
-    return parse(tree, str(path), given)
+    recipe = parse(tree, str(path), given)
+    _warn_of_old_eval(tree.get("eval"), str(path))
+    return recipe
 
 
 def read(path: Path) -> Recipe:
-    """The recipe that a file holds, as written into a run's folder. Raises UserError."""
+    """The recipe in a file such as recipe.yaml of a run. Raises UserError."""
     return parse(read_mapping(path), str(path))
 
 
 def parse(tree: dict[str, Any], where: str, given: dict[str, str] | None = None) -> Recipe:
     """Check a mapping of sections. Raises UserError.
 
-    where: origin of the tree, for messages. given: the override that set a key, to be named instead.
+    where: origin of the tree, for messages. given: key -> the override that set it, named instead of `where`.
     """
-    from selfvil.objectives import settings_model  # looked up only when a recipe is read: it imports torch
+    from selfvil.evaluate import entries  # imported only when a recipe is read: the tables import torch
+    from selfvil.objectives import settings_model
 
     given = given or {}
     problems: list[tuple[str, str]] = []
@@ -393,8 +392,11 @@ def parse(tree: dict[str, Any], where: str, given: dict[str, str] | None = None)
             except ValidationError as error:
                 problems += advice.explain_errors(error, model, fields, prefix="objective")
         tree = tree | {"objective": objective}
+    fields["eval"] = [key for key in entries.Entry.model_fields if key != "name"]
+    evaluations, wrong = entries.parse(tree.get("eval"))
+    problems += wrong
     try:
-        recipe = Recipe.model_validate(tree)
+        recipe = Recipe.model_validate(tree | {"eval": evaluations})
     except ValidationError as error:
         problems += advice.explain_errors(error, Recipe, fields)
     if problems:
@@ -402,25 +404,47 @@ def parse(tree: dict[str, Any], where: str, given: dict[str, str] | None = None)
     return recipe
 
 
-def _sections(tree: dict[str, Any], where: str) -> dict[str, dict[str, Any]]:
-    """A copy in which each section is a mapping of its own; a section without keys is an empty one."""
-    sections = {}
-    for section, value in tree.items():
-        sections[str(section)] = {str(key): each for key, each in value.items()} if isinstance(value, dict) else {}
+def _sections(tree: dict[str, Any], where: str) -> dict[str, Any]:
+    """A copy with a new mapping for each section, which is empty for a section without keys.
+
+    `eval` may also be a list of mappings.
+    """
+
+    def section(name: str, value: Any) -> dict[str, Any]:
         if value is not None and not isinstance(value, dict):
             raise UserError(
-                f"{where} is not a recipe: {str(section)[:60]} is not a section of `key: value` lines "
+                f"{where} is not a recipe: {name[:60]} is not a section of `key: value` lines "
                 f"(sections: {', '.join(Recipe.model_fields)})"
             )
+        return {str(key): each for key, each in (value or {}).items()}
+
+    sections: dict[str, Any] = {}
+    for name, value in tree.items():
+        if name == "eval" and isinstance(value, list | tuple):
+            sections["eval"] = [section(f"eval, entry {index},", each) for index, each in enumerate(value)]
+        else:
+            sections[str(name)] = section(str(name), value)
     return sections
 
 
+def _warn_of_old_eval(section: Any, where: str) -> None:
+    if isinstance(section, dict) and os.environ.get("RANK", "0") == "0":
+        from selfvil.evaluate.entries import old_form_warning
+
+        if warning := old_form_warning(section, where):
+            log.warning("%s", warning)
+
+
 def schema() -> dict[str, Any]:
-    """JSON schema of a recipe, with one alternative for each objective."""
+    """JSON schema of a recipe, with one alternative for each objective and each evaluation."""
+    from selfvil.evaluate import EVALUATIONS
+    from selfvil.evaluate.entries import entry_model
     from selfvil.objectives import OBJECTIVES, settings_model
 
     whole = Recipe.model_json_schema()
     whole["properties"]["objective"] = {"anyOf": [settings_model(name).model_json_schema() for name in OBJECTIVES]}
+    entries = [entry_model(name).model_json_schema() for name in EVALUATIONS]
+    whole["properties"]["eval"] |= {"items": {"anyOf": entries}}
     return whole
 
 
@@ -439,7 +463,5 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
             yield f"{prefix}{key}", value
 
 
-TEXTS = frozenset(
-    {"model.name", "model.start_from", "data.train", "run.out", "monitor.wandb", "eval.train", "eval.test"}
-)
+TEXTS = frozenset({"model.name", "model.start_from", "data.train", "run.out", "monitor.wandb"})
 """Keys whose values are text, so that run.out=2026 is a folder of that name."""

@@ -1,9 +1,7 @@
-"""The folder of a run: who may write into it, what it goes on from, and what is recorded in it.
+"""The folder of a run: the lease, what a launch continues from, and the record of each launch.
 
-    lease.json  recipe.yaml  run.json  metrics.jsonl  ledger.jsonl  checkpoints/  pictures/  tensorboard/
-
-The checkpoints alone are verified, and they hold what a run needs to continue: weights, optimizer, recipe, plan. Every
-other file only informs, may be damaged or missing, and costs nothing but what it told.
+`selfvil.records` has the names and formats of its files. A checkpoint holds all that a run needs to continue: weights,
+optimizer, recipe and plan.
 """
 
 import json
@@ -16,63 +14,48 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
-
 from selfvil import checkpoint, lease
 from selfvil.checkpoint import Checkpoint
 from selfvil.data.index import Shards
 from selfvil.errors import UserError, shorten
 from selfvil.files import write_text
-from selfvil.plan import Plan, read_plan
+from selfvil.plan import Plan
 from selfvil.recipe import Recipe, differences, parse, read
+from selfvil.records import (
+    CHECKPOINTS,
+    LEASE,
+    METRICS,
+    RECIPE,
+    RECORD,
+    RunRecord,
+    Summary,
+    is_unstarted,
+    picture_file,
+    read_record,
+)
 
 log = logging.getLogger("selfvil")
 
 _MOST_DIGESTS = 10_000  # of shards in a checkpoint: 200 KB of text
 
-# What a launch that died early may have left: with nothing else in it, a folder is as good as new.
-_EARLY = {"lease.json", "metrics.jsonl", "metrics.aside", "ledger.jsonl", "tensorboard", "wandb", "pictures"}
-
-
-@dataclass(frozen=True)
-class Summary:
-    """How a launch ended. `seconds` and `samples` count the whole run, earlier launches included."""
-
-    run: str
-    finished: bool
-    step: int
-    total_steps: int
-    samples: int
-    seconds: float
-    images_per_second: float
-    """Of this launch, from its first step to its last."""
-    loss: float | None
-    """Mean over the last logged steps."""
-    checkpoint: str | None
-    alarms: tuple[str, ...] = ()
-    """What the doctor said in this launch, by the names of its rules."""
-
 
 @dataclass(frozen=True)
 class Start:
-    """What a launch begins with: the plan of its steps, and the folder of the checkpoint it goes on from, if any."""
+    """State of a run at the beginning of a launch, which the main process sends to the others.
 
-    plan: Plan
-    checkpoint: str | None
+    steps: the numbers of steps of its plan, for `Plan.read`. checkpoint: folder of the checkpoint to continue from.
+    finished: summary of a finished run.
+    """
 
-
-class RunRecord(BaseModel):
-    """What run.json holds: an id that no other run has, an entry for each launch, and how the last one ended."""
-
-    id: str | None = None
-    launches: list[dict[str, Any]] = []
-    summary: Summary | None = None
+    steps: dict[str, int]
+    checkpoint: Path | None = None
+    finished: Summary | None = None
 
 
 class RunFolder:
-    """The folder `run.out` of a run. Only the main process of a launch takes it and writes through it.
+    """The folder `run.out` of a run, used by the main process of a launch only.
 
-    A context manager: at its end the lease is released, and a launch that recorded nothing leaves no trace.
+    A context manager: at its end the lease is released, and the folder of a launch that recorded nothing is restored.
     """
 
     def __init__(self, path: Path) -> None:
@@ -80,6 +63,17 @@ class RunFolder:
         self._lease: lease.Lease | None = None
         self._made: list[Path] = []
         self._recorded = False
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / CHECKPOINTS
+
+    @property
+    def record(self) -> Path:
+        return self.path / RECORD
+
+    def picture(self, step: int) -> Path:
+        return picture_file(self.path, step)
 
     def __enter__(self) -> "RunFolder":
         return self
@@ -92,11 +86,11 @@ class RunFolder:
                 self._remove_made()
 
     def take(self) -> None:
-        """Make the folder if it is not there, and take its lease.
+        """Create the folder if it does not exist, and take its lease.
 
         Raises:
-            UserError: it cannot be made or written, belongs to something else, or another launch uses it. Nothing was
-                changed then.
+            UserError: it cannot be created or written, holds other files, or another launch uses it. Nothing is changed
+                then.
         """
         name = f"run.out = {self.path}"
         try:
@@ -116,110 +110,92 @@ class RunFolder:
             ) from None
 
     def start(self, recipe: Recipe, shards: Shards) -> Start:
-        """What this launch begins with. Nothing is changed.
+        """Decide how this launch begins, without changing anything.
 
         Raises:
             UserError: the folder holds a run that this recipe or these images cannot continue.
         """
         out, plan = self.path, Plan.of(recipe, len(shards))
-        newest = checkpoint.newest(out / "checkpoints")
-        if newest is None and any((out / "checkpoints").glob("step-*")):
-            raise UserError(
-                f"{out / 'checkpoints'} holds checkpoints, all damaged: restore one, or choose a new run.out"
-            )
-        begun = newest is not None or _size(out / "metrics.jsonl") > 0
+        newest = checkpoint.newest(self.checkpoints)
+        if newest is None and any(self.checkpoints.glob("step-*")):
+            raise UserError(f"{self.checkpoints} holds checkpoints, all damaged: restore one, or choose a new run.out")
+        begun = newest is not None or _size(out / METRICS) > 0
         if begun and recipe.run.resume == "never":
             raise UserError(f"run.out = {out} already holds a run, and run.resume is never: choose a new folder")
         if newest is None:
             if begun:
-                log.warning("%s holds a run without a checkpoint: it begins again from its first step", out)
-            return Start(plan, None)
+                log.warning("%s holds a run without a checkpoint: it starts again at the first step", out)
+            return Start(plan.as_json())
         old = _recipe_of(newest) or _recipe_file(out)
         _check_continues(out, newest, old, recipe, shards)
-        before = read_plan(newest.meta.get("plan")) or Plan.of(old or recipe, newest.meta["data"]["num_samples"])
-        plan = before.prolonged(plan, recipe, newest.step, f"run.out = {out}")
+        before = Plan.read(newest.meta.get("plan"), old or recipe, newest.meta["data"]["num_samples"])
+        plan = before.prolonged(plan, newest.step, f"run.out = {out}")
         for note in _changes(newest, before, plan, recipe):
             log.warning("run.out = %s: %s", out, note)
-        return Start(plan, str(newest.folder))
+        ended = read_record(out).summary if newest.step == plan.total_steps else None
+        finished = ended if ended and ended.finished and ended.step == plan.total_steps else None
+        return Start(plan.as_json(), newest.folder, finished)
 
-    def record_launch(self, recipe: Recipe, first_step: int, description: dict[str, Any], id: str | None) -> str:
-        """Save the resolved recipe, and one entry of versions, device and command (`description`) for each launch.
+    def record_launch(self, recipe: Recipe, description: dict[str, Any], saved: Checkpoint | None) -> str:
+        """Save the resolved recipe, and an entry for this launch; return the run's id.
 
-        id: the run's, as the checkpoint it goes on from has it. Returns the run's id. Raises UserError where the
-        folder cannot be written; the same command then works once it can be.
+        description: versions, device and command. saved: the checkpoint that the launch continues from. Raises
+        UserError if the folder cannot be written.
         """
+        id, first_step = (saved.meta.get("run"), saved.step) if saved else (None, 0)
         record = read_record(self.path)
         record.id = id or record.id or uuid.uuid4().hex
         record.launches.append({"started": _now(), "first_step": first_step} | description)
         self._recorded = True
         try:
-            write_text(self.path / "recipe.yaml", recipe.to_yaml())
+            write_text(self.path / RECIPE, recipe.to_yaml())
             self._write_record(record)
         except OSError as error:
             raise UserError(
-                f"run.out = {self.path} cannot be written ({error.strerror or error}): nothing is lost; the same "
-                f"command works once it can be"
+                f"run.out = {self.path} cannot be written ({error.strerror or error}): nothing is lost; run "
+                f"the same command again when it can be written"
             ) from error
         return record.id
 
     def record_end(self, summary: Summary) -> None:
-        """Record in run.json how this launch ended. Raises OSError."""
+        """Record the end of this launch in run.json. Raises OSError."""
         record = read_record(self.path)
         if record.launches:
             record.launches[-1]["ended"] = _now()
         record.summary = summary
         self._write_record(record)
 
-    def final_summary(self, total_steps: int) -> Summary | None:
-        """How a run that has taken all its steps ended; None if it was killed before it could record it."""
-        summary = read_record(self.path).summary
-        return summary if summary and summary.finished and summary.step == total_steps else None
-
     def _write_record(self, record: RunRecord) -> None:
-        write_text(self.path / "run.json", json.dumps(record.model_dump(mode="json"), indent=2) + "\n")
+        write_text(self.record, json.dumps(record.model_dump(mode="json"), indent=2) + "\n")
 
     def _is_ours(self) -> bool:
-        """Whether the folder is new, a run's, or holds only what a launch that died early has left."""
+        """Whether the folder is empty, belongs to a run, or holds only files of a launch that ended early."""
         names = {path.name for path in self.path.iterdir()}
-        if names & {"lease.json", "run.json", "recipe.yaml", "checkpoints"}:
-            return True
-        return all(name in _EARLY or name.endswith(".aside") or name.startswith("ledger-") for name in names)
+        return bool(names & {LEASE, RECORD, RECIPE, CHECKPOINTS}) or is_unstarted(names)
 
     def _remove_made(self) -> None:
         for folder in reversed(self._made):
             try:
                 folder.rmdir()
-            except OSError:  # something else is in it by now
+            except OSError:  # it is not empty
                 break
         self._made.clear()
 
 
-def read_record(folder: Path) -> RunRecord:
-    """run.json of a run's folder; an empty record, with a warning, where it is damaged."""
-    path = folder / "run.json"
-    try:
-        return RunRecord.model_validate_json(path.read_bytes())
-    except FileNotFoundError:
-        return RunRecord()
-    except (OSError, ValidationError, RecursionError) as error:
-        log.warning("%s is damaged and is left out: %s", path, _short(error))
-        return RunRecord()
-
-
 def read_recipe(folder: Path) -> Recipe:
-    """The recipe of a run: recipe.yaml, or where that is damaged, with a warning, what its newest checkpoint holds.
+    """The recipe of a run, from recipe.yaml; if that is damaged, from its newest checkpoint, with a warning.
 
     Raises:
         UserError: the folder is no run, or neither can be read.
     """
-    path = folder / "recipe.yaml"
+    path = folder / RECIPE
     try:
         return _parse(path)
     except FileNotFoundError:
         problem = f"{folder} is not the folder of a run: it holds no recipe.yaml"
     except (UserError, OSError) as error:
         problem = f"{path} is damaged: {_short(error)}"
-    newest = checkpoint.newest(folder / "checkpoints")
+    newest = checkpoint.newest(folder / CHECKPOINTS)
     recipe = _recipe_of(newest) if newest else None
     if newest is None or recipe is None:
         raise UserError(problem)
@@ -228,19 +204,19 @@ def read_recipe(folder: Path) -> Recipe:
 
 
 def _parse(path: Path) -> Recipe:
-    """Raises FileNotFoundError, OSError, and UserError for what is no recipe."""
+    """Raises OSError, FileNotFoundError included, and UserError if the file holds no recipe."""
     path.stat()
     return read(path)
 
 
 def _recipe_file(folder: Path) -> Recipe | None:
-    """The recipe of a run whose checkpoints are of before they held one."""
-    path = folder / "recipe.yaml"
+    """The recipe of a run whose checkpoints, of an earlier version, do not hold it."""
+    path = folder / RECIPE
     try:
         return _parse(path)
     except (UserError, OSError) as error:
         log.warning(
-            "%s cannot be read (%s): only architecture, objective, images and seed are compared with the run's",
+            "%s cannot be read (%s): only architecture, objective, images and seed are compared",
             path, _short(error),
         )  # fmt: skip
         return None
@@ -258,19 +234,19 @@ def _recipe_of(saved: Checkpoint) -> Recipe | None:
 
 
 def _check_continues(out: Path, newest: Checkpoint, old: Recipe | None, recipe: Recipe, shards: Shards) -> None:
-    """Raise UserError unless a run of `recipe` on `shards` may go on from `newest`. old: its recipe, if known."""
+    """Raise UserError unless a run of `recipe` on `shards` may continue from `newest`. old: its recipe, if known."""
     meta = newest.meta
     try:
         facts = {"model": meta["model"], "objective": meta["objective"], "run": {"seed": meta["seed"]}}
         fingerprint, num_samples, seconds = meta["data"]["fingerprint"], meta["data"]["num_samples"], meta["seconds"]
         if not isinstance(num_samples, int) or not isinstance(seconds, int | float):
-            raise TypeError("a number is none")
+            raise TypeError("num_samples and seconds must be numbers")
     except (KeyError, TypeError) as error:
         raise UserError(f"{newest.folder / checkpoint.META} does not describe a run ({error!r})") from None
     if old is not None and (changed := differences(old.identity(), recipe.identity())):
         raise UserError(
             f"run.out = {out} holds a run of another recipe ({'; '.join(changed[:3])}"
-            f"{'; ...' if len(changed) > 3 else ''}): choose a new run.out, or the old settings to go on"
+            f"{'; ...' if len(changed) > 3 else ''}): choose a new run.out, or the old settings to continue"
         )
     ours = {
         "model": {"name": recipe.model.name, "kwargs": recipe.model.create_kwargs()},
@@ -279,7 +255,7 @@ def _check_continues(out: Path, newest: Checkpoint, old: Recipe | None, recipe: 
     }
     keys = facts if old is None else ("model",)
     if changed := differences({key: facts[key] for key in keys}, {key: ours[key] for key in keys}):
-        raise UserError(f"{newest.folder} is of another run ({'; '.join(changed[:3])}): choose a new run.out")
+        raise UserError(f"{newest.folder} belongs to another run ({'; '.join(changed[:3])}): choose a new run.out")
     if fingerprint != shards.fingerprint:
         change = shards.describe_change(num_samples, meta["data"].get("shards"))
         raise UserError(
@@ -290,12 +266,12 @@ def _check_continues(out: Path, newest: Checkpoint, old: Recipe | None, recipe: 
 
 
 def _changes(newest: Checkpoint, before: Plan, plan: Plan, recipe: Recipe) -> list[str]:
-    """What is allowed to change in a run, and changes more than rounding from here on."""
+    """Warnings about settings that may change during a run, but change its result by more than rounding."""
     notes, objective = [], recipe.objective
     if plan.total_steps != before.total_steps and hasattr(objective, "teacher_momentum"):
         notes.append(
             f"prolonged from {before.total_steps:,} to {plan.total_steps:,} steps: the teacher's momentum and "
-            f"gram_start span the whole run, and follow the new length from here on"
+            f"gram_start are scheduled over the whole run, and use the new length from now on"
         )
     micro_batch, old = recipe.optim.batch_size // recipe.optim.accumulate, newest.meta.get("micro_batch")
     sinkhorn = getattr(objective, "centring", None) == "sinkhorn"
@@ -320,8 +296,7 @@ def checkpoint_meta(
     recipe: Recipe, shards: Shards, networks: Mapping[str, str], export: str, step: int, seconds: float, plan: Plan,
     run_id: str,
 ) -> dict[str, Any]:  # fmt: skip
-    """What a checkpoint says about itself: enough to export its networks, and to continue the run, without its side
-    files."""
+    """Facts in a checkpoint, sufficient to export its networks and to continue the run without any other file."""
     train = recipe.data.train
     return {
         "format": 1,

@@ -1,7 +1,7 @@
-"""YAML from a file that may be damaged or hostile: bounded before it is parsed, and plain values only.
+"""Read YAML from a file that may be damaged or hostile: its size is limited, and only plain values are accepted.
 
-Aliases are refused, because nine lines of them can stand for a thousand million values; so are tags, keys that occur
-twice (the parser would silently keep the last) and deep nesting, which would exhaust the interpreter's stack.
+Aliases are refused, because nine lines of them can represent a thousand million values. Tags, repeated keys (the parser
+would silently keep the last one) and deep nesting (which would exhaust the stack) are refused too.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ import yaml
 from selfvil.errors import UserError
 
 MAX_BYTES = 2**20
-"""Largest file that is parsed; a recipe has a few thousand bytes."""
+"""Largest file in bytes that is parsed; a recipe has a few thousand."""
 
 MAX_DEPTH = 16
 """Deepest nesting of lists and mappings; a recipe needs 3."""
@@ -22,7 +22,7 @@ _QUOTES = ", or put text that begins with * or & in quotes"
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
-    """The mapping that a YAML file holds. Raises UserError with the file, the line and what is wrong."""
+    """The mapping in a YAML file. Raises UserError with the file, the line and the problem."""
     try:
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
@@ -47,10 +47,10 @@ def parse(text: str) -> Any:
     """The value of one YAML document.
 
     Raises:
-        ValueError: in a sentence, with line and column: no YAML, or what this module refuses.
+        ValueError: a sentence with line and column, for invalid YAML and for what this module refuses.
     """
     try:
-        _refuse_the_unbounded(text)
+        _refuse_aliases_and_depth(text)
         loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
         if node is None:
@@ -65,15 +65,28 @@ def parse(text: str) -> Any:
         raise ValueError("it is nested too deeply") from None
 
 
+def parse_value(text: str, is_text: bool) -> Any:
+    """The value of `key=value` on a command line: what YAML reads, or the text itself where it is no YAML.
+
+    is_text: the key takes text, even where it looks like a number or a date, as run.out=2026 does.
+    """
+    try:
+        value = parse(text)
+    except ValueError:
+        return text
+    # A brace pattern at the start of a path reads as a YAML mapping, and no field takes a mapping: it is meant as text.
+    return text if isinstance(value, dict) or (is_text and not isinstance(value, str | list | None)) else value
+
+
 def _construct(loader: yaml.SafeLoader, node: yaml.Node) -> Any:
     try:
         return loader.construct_document(node)
     except ValueError as error:  # a number of 5,000 digits, the 45th of a month
-        raise ValueError(f"it holds a number or date that cannot be: {str(error)[:100]}") from None
+        raise ValueError(f"it has an impossible number or date: {str(error)[:100]}") from None
 
 
-def _refuse_the_unbounded(text: str) -> None:
-    """Walk the events, which costs neither stack nor memory, before anything is built from them."""
+def _refuse_aliases_and_depth(text: str) -> None:
+    """Check the parser's events, which need neither stack nor memory, before anything is built from them."""
     depth = 0
     for event in yaml.parse(text, yaml.SafeLoader):
         if isinstance(event, yaml.AliasEvent):
@@ -122,7 +135,7 @@ def _sentence(error: yaml.MarkedYAMLError, text: str) -> str:
     elif "an alias" in (error.context or "") or "an anchor" in (error.context or ""):
         hint = _QUOTES
     elif "constructor for the tag" in problem:
-        hint = " (recipes hold plain values, no tags)"
+        hint = " (recipes have plain values, no tags)"
     elif "unhashable" in problem:
         problem = "a list or a mapping cannot be a key"
     return f"{where}{problem}{hint}"

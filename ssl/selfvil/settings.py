@@ -20,4 +20,4 @@ Size = Annotated[tuple[int, int], BeforeValidator(_pair)]
 """Height and width in pixels; a single number means a square."""
 
 PathText = Annotated[str, AfterValidator(os.path.expanduser)]
-"""A path or a pattern of paths; `~` at its start is the home of the user."""
+"""A path or a pattern of paths; `~` at its start is the user's home folder."""

@@ -1,28 +1,29 @@
-"""`selfvil verify`: compare every file of an export, a run or a checkpoint with the digest that was written with it."""
+"""`selfvil verify`: compare every file of an export, a run or a checkpoint with its digest."""
 
 from pathlib import Path
 
 from selfvil import checkpoint
 from selfvil.errors import UserError
 from selfvil.manifest import MANIFEST, Files, check_files, read_manifest
+from selfvil.records import CHECKPOINTS
 from selfvil.weights import CONFIG, HEADS, WEIGHTS, check_digest, is_export, verified_config
 
 CARD = "README.md"
-"""The model card may be edited after the export: a change of it is reported, and no error."""
+"""The model card, which may be edited after the export: a change is reported, and is no error."""
 
 
 def verify(source: str | Path) -> list[str]:
-    """Sentences that tell what was compared and what has no digest.
+    """Compare files with their digests; return sentences about them, and about files without a digest.
 
     source: an export, a run (all its checkpoints) or one checkpoint. Raises UserError if it is none of these, or if a
-    file is missing or not as it was written.
+    file is missing or damaged.
     """
     folder = Path(source)
     if not folder.is_dir():
         raise UserError(f"There is no folder {folder}; expected an export, a run or a checkpoint.")
     if is_export(folder):
         return _verify_export(folder)
-    if (folder / "checkpoints").is_dir():
+    if (folder / CHECKPOINTS).is_dir():
         return _verify_run(folder)
     if (folder / MANIFEST).is_file():
         return [_verify_checkpoint(folder)]
@@ -37,17 +38,15 @@ def _verify_export(folder: Path) -> list[str]:
         if heads is not None:
             check_digest(folder / HEADS, heads)
         verified = f"{WEIGHTS} and {HEADS} are" if heads is not None else f"{WEIGHTS} is"
-        return [f"{folder}, an older export: {verified} as written. No other file of it has a digest."]
+        return [f"{folder}, an older export: {verified} undamaged. No other file of it has a digest."]
     _, files = read_manifest(folder, required=[CONFIG, WEIGHTS])
     card = {name: files.pop(name) for name in [CARD] if name in files}
     check_files(folder, files)
-    sentences = [f"{folder}, an export: {', '.join(files)} are as written ({_megabytes(files)})."]
+    sentences = [f"{folder}, an export: {', '.join(files)} are undamaged ({_megabytes(files)})."]
     try:
         check_files(folder, card)
     except UserError:
-        sentences.append(
-            f"{CARD} was edited, damaged or removed since the export; nothing that is loaded depends on it."
-        )
+        sentences.append(f"{CARD} was edited, damaged or removed since the export; loading does not depend on it.")
     present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     if added := sorted(present - files.keys() - {CARD, MANIFEST}):
         sentences.append(f"Not part of the export, and not verified: {_few(added)}.")
@@ -56,7 +55,7 @@ def _verify_export(folder: Path) -> list[str]:
 
 def _verify_run(folder: Path) -> list[str]:
     sentences, damage = [], []
-    for saved in sorted((folder / "checkpoints").glob("step-*")):
+    for saved in sorted((folder / CHECKPOINTS).glob("step-*")):
         try:
             sentences.append(_verify_checkpoint(saved))
         except UserError as error:
@@ -64,14 +63,14 @@ def _verify_run(folder: Path) -> list[str]:
     if damage:
         raise UserError(f"{' '.join(damage[:3])} Undamaged checkpoints in {folder}: {len(sentences)}.")
     if not sentences:
-        raise UserError(f"{folder / 'checkpoints'} holds no checkpoint: nothing was verified.")
-    others = sorted(path.name for path in folder.iterdir() if path.name != "checkpoints")
+        raise UserError(f"{folder / CHECKPOINTS} holds no checkpoint: nothing was verified.")
+    others = sorted(path.name for path in folder.iterdir() if path.name != CHECKPOINTS)
     return [*sentences, f"No digest protects the other files of the run: {_few(others)}."] if others else sentences
 
 
 def _verify_checkpoint(folder: Path) -> str:
     saved = checkpoint.load(folder)
-    return f"{folder}, a checkpoint of step {saved.step:,}: {', '.join(saved.files)} are as written."
+    return f"{folder}, a checkpoint of step {saved.step:,}: {', '.join(saved.files)} are undamaged."
 
 
 def _megabytes(files: Files) -> str:

@@ -1,8 +1,8 @@
-"""Ends a process that makes no progress, such as one that waits for a stopped data worker or a stopped process.
+"""Ends a process that makes no progress, for example because a data worker or another process has stopped.
 
-A thread of each process watches what the main thread does. When that stays in one stage for longer than its bound,
-the thread prints which process and which stage it is, with the stacks of all threads, saves the state after the last
-whole step if it can, and ends the process. It also notices when the launcher of a process was killed.
+A thread of each process observes the main thread. If the main thread stays in one stage for longer than the limit, the
+watchdog prints the process, the stage and the stacks of all threads, saves the state after the last complete step if
+possible, and ends the process. It also detects that the launcher of a process was killed.
 """
 
 import faulthandler
@@ -27,28 +27,28 @@ STALLED = 4
 """Exit status of a run that was ended because it made no progress."""
 
 LONG = 6
-"""The bound of stages in which one process works while the others wait, such as an evaluation, over `stall_minutes`."""
+"""Limit, in multiples of `stall_minutes`, for stages in which one process works alone, such as an evaluation."""
 
-_LAST_SAVE = 120.0  # seconds that the last save may take, for which the other processes wait
+_LAST_SAVE = 120.0  # seconds that the last save may take; the other processes wait for it
 _KILL = 10.0  # seconds that a killed data worker may take to end
 
 log = logging.getLogger("selfvil")
 
 
 def longest_wait(stall_minutes: float | None) -> timedelta | None:
-    """How long a collective may take before the backend ends it: longer than the watchdog, which explains more."""
+    """Timeout of collectives: longer than the limit of the watchdog, whose message is more useful."""
     return None if stall_minutes is None else timedelta(minutes=(LONG + 1) * stall_minutes) + timedelta(minutes=5)
 
 
 class Watchdog:
-    """Watches the thread that creates it, from entering the context to leaving it.
+    """Observes, inside its context, the thread that created it.
 
     Args:
-        minutes: bound on one stage; None watches only for the end of the launcher.
-        rank, processes: of this process in the run.
-        stop: told when the launcher ends, so that the run saves its state.
-        save: saves the state after the last whole step, from another thread, and returns where; None where one process
-            cannot (weights or optimizer state divided among processes).
+        minutes: limit of one stage; None only detects the end of the launcher.
+        rank, processes: rank of this process, and number of processes.
+        stop: gets a request when the launcher ends, so that the run saves its state.
+        save: saves the state after the last complete step, from another thread, and returns its path; None if one
+            process cannot save alone (weights or optimizer state are sharded over processes).
     """
 
     def __init__(
@@ -59,10 +59,10 @@ class Watchdog:
         stop: StopRequest,
         save: Callable[[], Path | None] | None = None,
     ) -> None:
-        self.bound = None if minutes is None else 60 * minutes
+        self.limit = None if minutes is None else 60 * minutes
         self.rank, self.processes, self.stop, self.save = rank, processes, stop, save
         self.updating = threading.Lock()
-        """Held by the main thread while it changes the state, and for good once the last save has begun."""
+        """Held by the main thread while it changes the state, and by the watchdog from its last save on."""
         self._stage, self._patience, self._waited, self._step = "starting", 1, 0.0, 0
         self._left = threading.Event()
         self._ends_process = threading.current_thread() is threading.main_thread()
@@ -78,13 +78,13 @@ class Watchdog:
         self._thread.join()
 
     def step(self, step: int) -> None:
-        """`step` optimizer steps are done, and the next one begins."""
+        """Report that `step` optimizer steps are done and the next one begins."""
         self._step = step
         self._begin("computing a step", 1)
 
     @contextmanager
     def stage(self, name: str, patience: int = LONG) -> Iterator[None]:
-        """The work within is called `name` and may take `patience` times the bound."""
+        """In this context, the stage is called `name` and may take `patience` times the limit."""
         before = self._stage, self._patience
         self._begin(name, patience)
         try:
@@ -96,11 +96,11 @@ class Watchdog:
         self._stage, self._patience, self._waited = stage, patience, 0.0
 
     def _watch(self) -> None:
-        pause = 1.0 if self.bound is None else min(1.0, self.bound / 10)
+        pause = 1.0 if self.limit is None else min(1.0, self.limit / 10)
         last, orphaned = time.monotonic(), 0.0
         while not self._left.wait(pause):
             now = time.monotonic()
-            # Time in which this process was itself stopped (SIGSTOP, Ctrl-Z) does not count.
+            # Time in which this process itself was stopped (SIGSTOP, Ctrl-Z) does not count.
             self._waited += min(now - last, 2 * pause)
             if self._launcher is not None and os.getppid() != self._launcher:
                 self.stop.request(ORPHANED)
@@ -108,7 +108,7 @@ class Watchdog:
             last = now
             if orphaned > _LAST_SAVE:
                 self._end("the launcher ended, and the run could not stop by itself")
-            elif self.bound is not None and self._waited > self.bound * self._patience:
+            elif self.limit is not None and self._waited > self.limit * self._patience:
                 self._report()
                 if not self._ends_process:
                     return
@@ -122,39 +122,39 @@ class Watchdog:
         )
         faulthandler.dump_traceback(file=sys.__stderr__ or 2, all_threads=True)
         if self.rank == 0:
-            _print(f"selfvil: {self._save_what_there_is()}")
+            _print(f"selfvil: {self._last_save()}")
         if not self._ends_process:
             _print("selfvil: the run is not in the main thread, so the process is not ended")
             return
         if self.rank != 0:
-            time.sleep(min(_LAST_SAVE, self.bound or 0))  # a launcher ends all processes when one has ended
+            time.sleep(min(_LAST_SAVE, self.limit or 0))  # a launcher ends all processes when one has ended
         self._end(f"{who} ends with exit status {STALLED}")
 
-    def _save_what_there_is(self) -> str:
+    def _last_save(self) -> str:
         if self.save is None:
-            return "nothing was saved, since optimizer state is divided among processes; the last checkpoint is sound"
+            return "nothing was saved, since optimizer state is sharded over processes; the last checkpoint is valid"
         if not self.updating.acquire(timeout=1):
-            return "nothing was saved, since the process hangs while it updates weights; the last checkpoint is sound"
+            return "nothing was saved, since the process hangs while it updates weights; the last checkpoint is valid"
         result: list[str] = []
 
         def save() -> None:
             try:
                 assert self.save is not None
-                result.append(f"the state after the last whole step is saved in {self.save()}")
+                result.append(f"the state after the last complete step is saved in {self.save()}")
             except Exception as error:
-                result.append(f"the state could not be saved ({error}); the last checkpoint is sound")
+                result.append(f"the state could not be saved ({error}); the last checkpoint is valid")
 
-        thread = threading.Thread(target=save, daemon=True)  # a GPU that hangs would hang this too
+        thread = threading.Thread(target=save, daemon=True)  # a GPU that hangs would block this too
         thread.start()
         thread.join(_LAST_SAVE)
-        return result[0] if result else "the state could not be saved in time; the last checkpoint is sound"
+        return result[0] if result else "the state could not be saved in time; the last checkpoint is valid"
 
     def _end(self, why: str) -> None:
         _print(f"selfvil: {why}")
-        workers = multiprocessing.active_children()  # data workers; a stopped one would outlive this process
+        workers = multiprocessing.active_children()  # data workers; a stopped one would not end with this process
         for worker in workers:
             worker.kill()
-        for worker in workers:  # so that nothing is left when this process has ended
+        for worker in workers:  # so that no worker is left after this process
             worker.join(_KILL)
         os._exit(STALLED)
 
@@ -164,7 +164,7 @@ def _print(line: str) -> None:
 
 
 def _launcher() -> int | None:
-    """Process id of the launcher that started this process, if one did; a shell is none, which may end before a run."""
+    """Process id of the launcher that started this process, or None. A shell is not one: it may end before the run."""
     parent = os.getppid()
     try:
         words = psutil.Process(parent).cmdline()

@@ -1,4 +1,4 @@
-"""Checking images for packing: what decoders complain about, what is noted, what is left out."""
+"""Checking images before packing: damage, notes, and images that are left out."""
 
 import io
 import os
@@ -22,7 +22,7 @@ def check(data: bytes, mask: bytes | None = None, **options) -> Checked:
 
 @pytest.fixture(scope="module")
 def photo() -> Image.Image:
-    """Smooth enough that a JPEG of it has long runs of codes, as photographs have."""
+    """A smooth image: its JPEG has long runs of codes, like that of a photograph."""
     y, x = np.mgrid[:160, :200]
     noise = np.random.default_rng(0).normal(0, 6, (160, 200, 3))
     pixels = np.stack([x, y, 120 + 80 * np.sin(x / 9) * np.cos(y / 7)], 2) + noise
@@ -36,14 +36,14 @@ def flipped(data: bytes, rng: np.random.Generator) -> bytes:
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "BMP", "PPM"])
-def test_sound_images_are_kept_without_a_word(photo, kind):
+def test_undamaged_images_are_kept_without_notes(photo, kind):
     data = encode(photo, kind)
     checked = check(data, strict=True)
     assert (checked.data, checked.reason, checked.damage, checked.notes) == (data, "", (), ())
     assert checked.size == photo.size
 
 
-def test_every_flipped_bit_of_a_png_is_found(photo):
+def test_every_flipped_bit_of_a_png_is_detected(photo):
     data, rng = encode(photo, "PNG"), np.random.default_rng(1)
     for _ in range(150):
         checked = check(flipped(data, rng))
@@ -51,7 +51,7 @@ def test_every_flipped_bit_of_a_png_is_found(photo):
 
 
 @pytest.mark.parametrize(("kind", "fewest"), [("JPEG", 0.08), ("PNG", 1.0)])
-def test_damage_that_decoders_patch_up_is_reported(photo, kind, fewest):
+def test_damage_that_decoders_tolerate_is_reported(photo, kind, fewest):
     """Pillow alone refused 6 of 200 such JPEGs of photographs, and decoded 193 to other pixels."""
     data, rng = encode(photo, kind), np.random.default_rng(2)
     before = np.asarray(decode_image(data))
@@ -69,7 +69,7 @@ def test_damage_that_decoders_patch_up_is_reported(photo, kind, fewest):
 def test_libjpegs_warning_is_reported_and_strict_leaves_the_image_out(photo, capfd):
     data = encode(photo, "JPEG")
     middle = data.index(b"\xff\xda") + (len(data) - data.index(b"\xff\xda")) // 2
-    broken = data[:middle] + data[middle + 40 :]  # a piece of the codes is missing, the end mark is there
+    broken = data[:middle] + data[middle + 40 :]  # some codes are missing, the end mark is present
     checked = check(broken)
     assert checked.data == broken
     assert "Corrupt JPEG data" in " ".join(checked.damage)
@@ -79,7 +79,7 @@ def test_libjpegs_warning_is_reported_and_strict_leaves_the_image_out(photo, cap
     assert capfd.readouterr().err == "still there", "the warnings went to the report, and later output where it belongs"
 
 
-def test_a_closed_standard_error_does_no_harm(photo):
+def test_works_with_a_closed_standard_error(photo):
     saved = os.dup(2)
     os.close(2)
     try:
@@ -122,7 +122,7 @@ def test_broken_metadata_is_noted_and_the_image_kept(photo):
 
 
 @pytest.mark.parametrize(("kind", "several"), [("TIFF", True), ("WEBP", True), ("PNG", True), ("MPO", False)])
-def test_only_the_first_of_several_pages_is_packed_and_this_is_noted(kind, several):
+def test_only_the_first_page_is_packed_with_a_note(kind, several):
     """The first picture of an MPO is the photograph by definition; phones add a preview or a gain map."""
     first, second = random_image(0), random_image(1)
     data = encode(first, kind, save_all=True, append_images=[second])
@@ -130,7 +130,7 @@ def test_only_the_first_of_several_pages_is_packed_and_this_is_noted(kind, sever
     assert SEVERAL_PAGES not in check(encode(first, kind)).notes
 
 
-def test_sixteen_bit_grey_is_scaled_by_the_value_that_is_told():
+def test_sixteen_bit_grey_is_scaled_by_max_value():
     values = np.array([[0, 1000, 2048, 4095]], np.uint16)
     for kind in ("PNG", "TIFF"):
         data = encode(Image.fromarray(values), kind)
@@ -168,7 +168,7 @@ def mask_of(height: int, width: int, mode: str = "L") -> Image.Image:
 
 
 @pytest.mark.parametrize("mode", ["L", "P"])
-def test_masks_are_kept_and_shrunk_by_nearest_neighbour(photo, mode):
+def test_masks_are_resized_by_nearest_neighbour(photo, mode):
     mask = mask_of(160, 200, mode)
     data = encode(mask, "PNG")
     assert check(encode(photo, "JPEG"), data).mask == data
@@ -210,7 +210,7 @@ def test_reading_errors_leave_the_image_out():
     assert "not an image" in read(0).reason
 
 
-def test_libtiffs_messages_stay_off_the_terminal(photo, capfd):
+def test_libtiffs_messages_are_not_printed(photo, capfd):
     data, rng = encode(photo, "TIFF", compression="tiff_adobe_deflate"), np.random.default_rng(3)
     checked = [check(flipped(data, rng)) for _ in range(20)]
     assert sum(bool(each.reason or each.damage) for each in checked) >= 10

@@ -1,4 +1,4 @@
-"""Names of classes beside shards: where they are looked for, and when two folders contradict each other."""
+"""Names of classes in the folders of shards: where they are read from, and conflicts between two folders."""
 
 import pytest
 from PIL import Image
@@ -11,7 +11,7 @@ from tars import labelled, write_tar
 
 
 def folder(path, names: str | None, first: int = 0) -> Shards:
-    """One shard of three classes, with their names beside it (one letter each) if given."""
+    """One shard of three classes, and a classes.txt with one-letter names if `names` is given."""
     path.mkdir()
     write_tar(path / "a.tar", labelled(6, first))
     if names is not None:
@@ -19,7 +19,7 @@ def folder(path, names: str | None, first: int = 0) -> Shards:
     return open_shards(path)
 
 
-def test_lists_that_begin_alike_agree(tmp_path):
+def test_a_list_agrees_with_a_longer_one(tmp_path):
     short, long, bare = folder(tmp_path / "a", "ab"), folder(tmp_path / "b", "abc"), folder(tmp_path / "c", None)
     for parts in ((short, long, bare), (bare, long, short)):
         classes = class_names(*parts)
@@ -29,7 +29,7 @@ def test_lists_that_begin_alike_agree(tmp_path):
     assert class_names(bare) is None
 
 
-def test_two_lists_that_differ_are_refused_with_both_files_and_the_first_difference(tmp_path):
+def test_different_lists_are_refused_with_both_files_and_the_first_difference(tmp_path):
     one, other = folder(tmp_path / "a", "abc"), folder(tmp_path / "b", "acd")
     message = (
         rf"label 1 is 'b' by {tmp_path}/a/classes.txt and 'c' by {tmp_path}/b/classes.txt.*"
@@ -61,7 +61,7 @@ def test_lists_written_by_other_programs(tmp_path):
         read_classes(tmp_path / "none.txt")
 
 
-def test_shards_of_contradicting_folders_are_not_packed_together(tmp_path):
+def test_shards_of_folders_with_different_classes_are_not_packed_together(tmp_path):
     for name, labels in {"a": "xyz", "b": "xz"}.items():
         for label in labels:
             (tmp_path / name / label).mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Every way in which a tar can be wrong, known before training starts."""
+"""Every kind of damage of a tar is detected before training starts."""
 
 import gzip
 import os
@@ -18,8 +18,8 @@ def shard(tmp_path) -> Path:
     return write_tar(tmp_path / "a.tar", labelled(5))
 
 
-def test_a_tar_cut_anywhere_is_an_error(tmp_path, shard):
-    """At a header's edge too, where tarfile and webdataset see nothing wrong."""
+def test_a_truncated_tar_is_an_error(tmp_path, shard):
+    """Also if it is truncated between two members, which tarfile and webdataset do not detect."""
     content = shard.read_bytes()
     end = content.rindex(png(4)) + -(-len(png(4)) // 512) * 512
     cut = tmp_path / "cut.tar"
@@ -38,26 +38,26 @@ def test_every_flipped_byte_of_a_header_is_an_error(tmp_path, shard):
     content = bytearray(shard.read_bytes())
     second = content.index(b"k1.png")
     broken = tmp_path / "broken.tar"
-    # Not of the 8 bytes of the checksum itself, whose padding may be of several kinds.
+    # Except for the 8 bytes of the checksum, whose padding may vary.
     for place in [*range(0, 148, 7), *range(156, 512, 17)]:
         changed = bytearray(content)
         changed[second + place] ^= 0x04
         broken.write_bytes(changed)
-        with pytest.raises(UserError, match=f"checksum does not hold at byte {second}"):
+        with pytest.raises(UserError, match=f"header with a wrong checksum at byte {second}"):
             open_shards(broken)
     for place in range(148, 154):
         changed = bytearray(content)
         changed[second + place] ^= 0x01
         broken.write_bytes(changed)
-        with pytest.raises(UserError, match=f"checksum does not hold at byte {second}"):
+        with pytest.raises(UserError, match=f"header with a wrong checksum at byte {second}"):
             open_shards(broken)
 
 
-def test_flipped_data_is_the_business_of_the_crc(tmp_path, shard):
+def test_flipped_data_is_detected_by_the_crc(tmp_path, shard):
     changed = bytearray(shard.read_bytes())
     changed[changed.index(png(2)) + 30] ^= 1
     shard.write_bytes(changed)
-    shards = open_shards(shard)  # indexed as it is: from now on these are its bytes
+    shards = open_shards(shard)  # indexed with the flipped byte, which is then the expected one
     assert zlib.crc32(shards.read(2)) != zlib.crc32(png(2))
 
 
@@ -67,7 +67,7 @@ def test_a_zeroed_header_and_joined_tars_are_errors(tmp_path, shard):
     content[second : second + 512] = bytes(512)
     (tmp_path / "zeroed.tar").write_bytes(content)
     with pytest.raises(
-        UserError, match=f"goes on at byte {second + 512}, after the end-of-archive mark at byte {second}"
+        UserError, match=f"continues at byte {second + 512}, after the end-of-archive mark at byte {second}"
     ):
         open_shards(tmp_path / "zeroed.tar")
     (tmp_path / "joined.tar").write_bytes(shard.read_bytes() * 2)
@@ -90,7 +90,7 @@ def test_a_zeroed_header_and_joined_tars_are_errors(tmp_path, shard):
         (bytes(10240), "no samples"),
     ],
 )
-def test_what_is_no_tar_is_named(tmp_path, content, words):
+def test_files_of_other_formats_are_named(tmp_path, content, words):
     path = tmp_path / "x.tar"
     path.write_bytes(content)
     with pytest.raises(UserError, match=words) as error:
@@ -129,7 +129,7 @@ def test_hostile_headers(tmp_path, content, words):
         open_shards(path)
 
 
-def test_a_name_with_a_nul_ends_there(tmp_path):
+def test_a_name_ends_at_its_first_nul(tmp_path):
     record = b"17 path=a\0b.png\n"
     pax = hostile_header(b"x", 16) + (b"16" + record[2:]).ljust(512, b"\0")
     (tmp_path / "a.tar").write_bytes(
@@ -161,7 +161,7 @@ def test_all_damaged_shards_are_named_at_once(tmp_path):
     assert "and 2 more" in str(error.value)
 
 
-def test_what_webdataset_writes_is_read(tmp_path):
+def test_shards_of_webdataset_are_read(tmp_path):
     with webdataset.ShardWriter(f"{tmp_path}/w-%06d.tar", maxcount=4, verbose=0) as writer:
         for i in range(10):
             writer.write({"__key__": f"sample{i:04d}", "png": png(i), "cls": i % 4, "json": {"caption": "x"}})

@@ -1,4 +1,4 @@
-"""Shards as one list: which files a pattern means, and what an index holds."""
+"""Shards as one list: patterns of files, and the content of an index."""
 
 import gzip
 import io
@@ -25,7 +25,7 @@ def shard(tmp_path) -> Path:
     return write_tar(tmp_path / "a.tar", labelled(5))
 
 
-# --- which files --------------------------------------------------------------------------------------------------
+# --- patterns -----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -99,7 +99,7 @@ def test_only_the_first_missing_shards_are_named(tmp_path):
         expand_shards(f"{tmp_path}/{{0000..0999}}.tar")
 
 
-# --- what an index holds ------------------------------------------------------------------------------------------
+# --- the content of an index --------------------------------------------------------------------------------------
 
 
 def test_samples_keys_labels(tmp_path):
@@ -148,8 +148,8 @@ def test_webdatasets_convention(tmp_path):
     assert theirs == ["d.1/x", "./y", "z", "x"]
 
 
-def test_a_choice_between_several_images_is_stated_and_can_be_made(tmp_path, caplog):
-    """A photograph KEY.png with its mask KEY.jpg: by default the JPEG is used, which must be said."""
+def test_the_image_can_be_chosen_and_a_default_choice_gives_a_warning(tmp_path, caplog):
+    """A photograph KEY.png with its mask KEY.jpg: by default the JPEG is used, with a warning."""
     files = [(f"k{i}.{name}", data) for i in range(5) for name, data in (("png", png(i)), ("jpg", b"mask"))]
     write_tar(
         tmp_path / "a.tar", [*files, ("one.png", png(9)), ("four.png.gz", gzip.compress(png(7))), ("four.bmp", b"")]
@@ -173,18 +173,18 @@ def test_a_choice_between_several_images_is_stated_and_can_be_made(tmp_path, cap
 
 
 @pytest.mark.parametrize("name", ["x.JFIF", "x.jpe", "x.apng", "x.mpo"])
-def test_other_endings_of_known_formats_are_images(tmp_path, name):
+def test_other_extensions_of_known_formats_are_images(tmp_path, name):
     write_tar(tmp_path / "a.tar", [(name, b"image"), ("x.txt", b"caption")])
     assert open_shards(tmp_path).read(0) == b"image"
 
 
-def test_names_with_dots_are_explained_in_short(tmp_path, caplog):
+def test_names_with_dots_are_explained_briefly(tmp_path, caplog):
     files = [(f"IMG.2020.{i:05d}.jpg", png(0)) for i in range(2000)]
-    with pytest.raises(UserError, match=r"up to the first dot.*selfvil pack") as error:
+    with pytest.raises(UserError, match=r"before its first dot.*selfvil pack") as error:
         open_shards(write_tar(tmp_path / "a.tar", files))
     assert len(str(error.value)) < 1000
     open_shards(write_tar(tmp_path / "b.tar", [*files, ("x.png", png(0))]))
-    assert "up to the first dot" in caplog.text
+    assert "before its first dot" in caplog.text
     assert len(caplog.text) < 1000
 
 
@@ -216,7 +216,7 @@ def test_long_and_foreign_names(tmp_path, format):
 
 
 def test_folders_links_and_gnu_tar(tmp_path, monkeypatch):
-    """Members that are no regular files are passed over, as tarfile does."""
+    """Members that are no regular files are skipped, as in tarfile."""
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for name, kind, target in [
             ("d", tarfile.DIRTYPE, ""),
@@ -247,7 +247,7 @@ def test_sizes_in_binary_and_in_pax_records(tmp_path):
     assert [shards.read(i) for i in range(len(shards))] == [png(0), png(0)]
 
 
-def test_names_that_point_elsewhere_are_only_names(tmp_path):
+def test_names_with_paths_are_only_names(tmp_path):
     write_tar(tmp_path / "a.tar", [("../../../etc/passwd.png", png(0)), ("/etc/shadow.png", png(1))])
     before = sorted(tmp_path.iterdir())
     shards = open_shards(tmp_path)
@@ -280,13 +280,13 @@ def test_real_shards(shared_data):
     assert (len(photos), photos.labels) == (600, None)
 
 
-def test_camvids_photographs_win_over_their_masks(shared_data):
+def test_camvids_photographs_are_preferred_to_their_masks(shared_data):
     shards = open_shards(f"{shared_data}/camvid/camvid-val-000000.tar")
     assert len(shards) == 101
     assert all(Image.open(io.BytesIO(shards.read(i))).format == "JPEG" for i in range(101))
 
 
-def test_fingerprint_is_of_content_alone(tmp_path, shard):
+def test_fingerprint_depends_only_on_content(tmp_path, shard):
     first = open_shards(shard).fingerprint
     copy = tmp_path / "elsewhere.tar"
     copy.write_bytes(shard.read_bytes())
@@ -304,7 +304,7 @@ def sidecar(shard: Path) -> Path:
 
 @pytest.fixture
 def builds(monkeypatch) -> list[Path]:
-    """The shards that were walked."""
+    """The shards that were indexed."""
     walked: list[Path] = []
     build = index._build
     monkeypatch.setattr(index, "_build", lambda path, image: walked.append(path) or build(path, image))
@@ -379,7 +379,7 @@ def test_a_read_only_folder_uses_the_cache(shard, builds, monkeypatch, tmp_path_
     assert len(list((cache / "selfvil" / "index").iterdir())) == 1
 
 
-def test_without_any_place_for_it_the_index_is_built_each_time(shard, builds, monkeypatch, caplog):
+def test_an_index_that_cannot_be_saved_is_built_each_time(shard, builds, monkeypatch, caplog):
     monkeypatch.setenv("XDG_CACHE_HOME", "relative/is/ignored")
     shard.parent.chmod(0o555)
     try:
@@ -394,7 +394,7 @@ def test_without_any_place_for_it_the_index_is_built_each_time(shard, builds, mo
 # --- reading ------------------------------------------------------------------------------------------------------
 
 
-def test_changed_bytes_are_seen(shard):
+def test_changed_bytes_are_detected(shard):
     shards = open_shards(shard)
     place = shard.read_bytes().index(png(3)) + 20
     with open(shard, "r+b") as file:
@@ -406,12 +406,12 @@ def test_changed_bytes_are_seen(shard):
     assert shards.read(2) == png(2)
 
 
-def test_a_shard_cut_or_deleted_while_open_damages_its_samples_only(shard):
+def test_a_shard_truncated_or_deleted_while_open_damages_only_its_samples(shard):
     shards = open_shards(shard)
     os.truncate(shard, shard.read_bytes().index(png(3)) + 5)
     assert shards.read(2) == png(2)
     for i in (3, 4):
-        with pytest.raises(DamagedSample, match="ends within"):
+        with pytest.raises(DamagedSample, match="ends inside"):
             shards.read(i)
     shards = pickle.loads(pickle.dumps(shards))  # a copy with no file open
     shard.unlink()
@@ -451,15 +451,15 @@ def test_few_descriptors_are_open_and_all_are_closed(tmp_path, monkeypatch):
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_memory_is_twelve_bytes_and_a_label_a_sample(tmp_path):
-    """Measured on the arrays: names stay on the disk."""
+def test_memory_is_twelve_bytes_and_a_label_per_sample(tmp_path):
+    """Measured on the arrays; names are not in memory."""
     write_tar(tmp_path / "a.tar", labelled(50))
     shards = open_shards(tmp_path)
     assert sum(value.nbytes for value in vars(shards).values() if isinstance(value, np.ndarray)) == 50 * (12 + 8)
     assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > index._OPEN_FILES
 
 
-def test_copies_for_other_processes_read_alike(shard):
+def test_copies_for_other_processes_read_the_same(shard):
     shards = open_shards(shard)
     shards.read(0)
     copy = pickle.loads(pickle.dumps(shards))

@@ -1,4 +1,4 @@
-"""The ledger of damaged samples: one limit for a run, whatever the number of its processes."""
+"""The ledger of damaged samples: one limit for a run with any number of processes."""
 
 import json
 from pathlib import Path
@@ -13,13 +13,13 @@ def bad_sample(id: int) -> BadSample:
 
 
 def exchange(ledgers: list[Ledger]) -> None:
-    """What the loop does at each log interval."""
+    """The exchange of the loop at each log interval."""
     ids = [id for ledger in ledgers for id in ledger.unshared()]
     for ledger in ledgers:
         ledger.merge(ids)
 
 
-def test_it_holds_each_sample_once(tmp_path):
+def test_each_sample_is_listed_once(tmp_path):
     path = tmp_path / "ledger.jsonl"
     ledger = Ledger(tmp_path, num_samples=1000, max_bad=0.02)
     assert not path.exists()
@@ -46,7 +46,7 @@ def test_it_limits_the_damage(tmp_path, max_bad, limit):
     assert len((tmp_path / "ledger.jsonl").read_text().splitlines()) == limit + 1, "the last one is entered too"
 
 
-def test_the_limit_is_of_all_processes_together(tmp_path):
+def test_the_limit_is_for_all_processes_together(tmp_path):
     ledgers = [Ledger(tmp_path, num_samples=1000, rank=rank) for rank in range(4)]
     for rank, ledger in enumerate(ledgers):
         ledger.record(map(bad_sample, [rank, 10 + rank, 500]))  # sample 500 is met by all
@@ -60,7 +60,7 @@ def test_the_limit_is_of_all_processes_together(tmp_path):
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3])
-def test_going_on_with_another_number_of_processes_forgets_none(tmp_path, processes):
+def test_a_resume_with_another_number_of_processes_keeps_all(tmp_path, processes):
     for rank, ids in enumerate([[1, 2, 3, 4, 5], [5, 6, 7, 8, 9, 10, 11]]):
         Ledger(tmp_path, num_samples=1000, rank=rank).record(map(bad_sample, ids))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ledger-1.jsonl", "ledger.jsonl"]
@@ -73,7 +73,7 @@ def test_going_on_with_another_number_of_processes_forgets_none(tmp_path, proces
 
 
 def test_files_of_other_machines_are_exchanged_too(tmp_path):
-    """Where machines share no storage, each reads only its own files."""
+    """Without shared storage, each machine reads only its own files."""
     Ledger(tmp_path / "a", 1000).path.parent.mkdir()
     Ledger(tmp_path / "b", 1000, rank=1).path.parent.mkdir()
     Ledger(tmp_path / "a", 1000).record(map(bad_sample, range(6)))
@@ -83,7 +83,7 @@ def test_files_of_other_machines_are_exchanged_too(tmp_path):
     assert all("12 of" in ledger.excess() for ledger in ledgers)
 
 
-def test_a_ledger_cut_by_a_crash_goes_on(tmp_path):
+def test_a_ledger_truncated_by_a_crash_is_continued(tmp_path):
     path = tmp_path / "ledger.jsonl"
     Ledger(tmp_path, 1000).record([bad_sample(1), bad_sample(2)])
     path.write_text(path.read_text()[:-10])
@@ -100,7 +100,7 @@ def test_a_ledger_cut_by_a_crash_goes_on(tmp_path):
         b"[" * 100_000, b"\0" * 4096, b'{"id": NaN}',
     ],
 )  # fmt: skip
-def test_damaged_lines_are_passed_over(tmp_path, line):
+def test_damaged_lines_are_skipped(tmp_path, line):
     path = tmp_path / "ledger-1.jsonl"
     Ledger(tmp_path, 1000, rank=1).record([bad_sample(1)])
     path.write_bytes(line + b"\n" + path.read_bytes())

@@ -73,7 +73,7 @@ def assert_same(one: list[torch.Tensor], other: list[torch.Tensor]) -> None:
 
 @pytest.fixture(scope="module")
 def alone(shards):
-    """What one process without workers sees in 10 steps of 8: two epochs of 37 and a part of the third."""
+    """The batches of one process without workers, 10 steps of 8: two epochs of 37 and a part of the third."""
     return joined(list(train_batches(shards, VIEWS, seed=5, batch_size=8, stop_step=10)))
 
 
@@ -86,7 +86,7 @@ def test_shapes_and_meaning(shards, alone):
     assert torch.equal(labels, ids), "sample i has the label i here"
 
 
-def test_every_epoch_sees_every_sample_once(alone):
+def test_every_epoch_has_every_sample_once(alone):
     ids = alone[3]
     for epoch in range(2):
         assert sorted(ids[epoch * 37 : (epoch + 1) * 37].tolist()) == list(range(37))
@@ -116,18 +116,18 @@ def test_batches_do_not_depend_on_topology(shards, alone, world_size, accumulate
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("start", [3, 5, 9])
-def test_resume_equals_going_on(shards, alone, start, workers):
+def test_resume_equals_an_uninterrupted_run(shards, alone, start, workers):
     later = train_batches(shards, VIEWS, seed=5, batch_size=8, start_step=start, stop_step=10, workers=workers)
     assert_same(joined(list(later)), [column[start * 8 :] for column in alone])
 
 
-def test_resume_far_ahead_costs_nothing(shards):
+def test_resume_at_a_late_step_is_immediate(shards):
     far = 10**12
     batch = next(train_batches(shards, VIEWS, seed=5, batch_size=8, start_step=far, stop_step=far + 10**12))
     assert batch.positions.tolist() == list(range(far * 8, far * 8 + 8))
 
 
-def test_seed_epoch_and_view_change_what_is_seen(shards, alone):
+def test_views_depend_on_seed_epoch_and_view(shards, alone):
     other = joined(list(train_batches(shards, VIEWS, seed=6, batch_size=8, stop_step=10)))
     assert not torch.equal(other[3], alone[3])
     twice = [RandomCropFlip(16, (0.2, 1), MEAN, STD)] * 2
@@ -140,7 +140,7 @@ def test_seed_epoch_and_view_change_what_is_seen(shards, alone):
         again[id] = row
 
 
-def test_the_runs_own_randomness_is_untouched(shards):
+def test_the_generators_of_the_run_are_unchanged(shards):
     torch.manual_seed(3), random.seed(3), np.random.seed(3)  # noqa: NPY002
     expected = torch.rand(1).item(), random.random(), np.random.rand()  # noqa: NPY002
     for workers in (0, 1):
@@ -150,7 +150,7 @@ def test_the_runs_own_randomness_is_untouched(shards):
 
 
 @pytest.mark.parametrize(("batch_size", "world_size", "accumulate"), [(8, 3, 1), (8, 2, 3), (7, 2, 1), (0, 1, 1)])
-def test_batches_that_do_not_divide_are_refused_at_once(shards, batch_size, world_size, accumulate):
+def test_batches_that_cannot_be_divided_are_refused(shards, batch_size, world_size, accumulate):
     with pytest.raises(UserError, match=f"batch size of {batch_size} is not divisible by {world_size * accumulate}"):
         train_batches(
             shards, VIEWS, seed=0, batch_size=batch_size, world_size=world_size, accumulate=accumulate, stop_step=1
@@ -224,7 +224,7 @@ def rendered(shards):
 
 
 def test_the_device_makes_the_views_of_the_workers(shards, rendered):
-    """From the same draws for the same images: what differs is rounding, as test_render.py has it."""
+    """The same draws for the same images; only rounding differs, see test_render.py."""
     expected = joined(list(train_batches(shards, COLOURS, seed=5, batch_size=8, stop_step=10)))
     assert_same(rendered[3:], expected[3:])
     for ours, theirs in zip(rendered[:3], expected[:3]):
@@ -267,7 +267,7 @@ def test_grey_and_alpha_are_rendered_too(shards, channels):
     assert (found.to("cpu").views[0] - expected.views[0]).abs().mean() * 255 / 4 < 0.3
 
 
-def test_a_view_that_only_workers_can_make_is_refused_at_once(shards):
+def test_a_view_that_cannot_be_rendered_is_refused(shards):
     with pytest.raises(UserError, match=r"data\.augment = device: CenterCrop .* set data\.augment to workers"):
         train_batches(shards, [CenterCrop(8, MEAN, STD)], seed=0, batch_size=8, stop_step=1, augment="device")
 
@@ -343,7 +343,7 @@ def test_bytes_that_changed_after_indexing_are_replaced(damaged):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_with_nothing_but_damage_it_gives_up(tmp_path, workers):
+def test_only_damaged_samples_are_an_error(tmp_path, workers):
     shards = make_shards(tmp_path, [5], dict.fromkeys(range(5), b"no image"))
     with pytest.raises(UserError, match="in a row could not be read") as error:
         list(train_batches(shards, VIEWS, seed=0, batch_size=8, stop_step=10, workers=workers))
@@ -368,7 +368,7 @@ def test_closing_early_ends_the_workers(shards):
     assert worker_processes() == []
 
 
-def test_workers_leave_ctrl_c_to_the_main_process(shards):
+def test_workers_ignore_ctrl_c(shards):
     batches = train_batches(shards, VIEWS, seed=0, batch_size=8, stop_step=50, workers=2)
     next(batches)
     for worker in worker_processes():
@@ -387,8 +387,8 @@ def kill_a_worker() -> None:
 
 
 @pytest.mark.parametrize("moment", ["idle", "awaited", "both workers"])
-def test_after_the_death_of_a_worker_batches_are_made_without_any(shards, moment):
-    """The same batches, and from then on with the reason: so every process can finish its step."""
+def test_after_the_death_of_a_worker_the_main_process_makes_the_batches(shards, moment):
+    """The same batches, with the reason in `problem`, so that every process can finish its step."""
     settings = {"seed": 5, "batch_size": 2, "stop_step": 9}
     expected = joined(list(train_batches(shards, [_Slow()], **settings)))
     batches = train_batches(shards, [_Slow()], **settings, workers=2)
@@ -398,7 +398,7 @@ def test_after_the_death_of_a_worker_batches_are_made_without_any(shards, moment
             threading.Timer(0.15, worker.kill).start()
         else:
             worker.kill()
-            time.sleep(0.2)  # in which the signal arrives: it must not raise here
+            time.sleep(0.2)  # the signal arrives in this time, and must not raise here
     found += batches
     assert_same(joined(found), expected)
     problems = [batch.problem for batch in found]
@@ -408,7 +408,7 @@ def test_after_the_death_of_a_worker_batches_are_made_without_any(shards, moment
 
 
 def test_the_death_of_a_worker_never_raises_outside_the_loader(shards):
-    """PyTorch's handler of SIGCHLD raises wherever the main thread is: in the model's forward pass, for one."""
+    """PyTorch's handler of SIGCHLD raises anywhere in the main thread, for example in the model's forward pass."""
     batches = train_batches(shards, [_Slow()], seed=0, batch_size=8, stop_step=50, workers=1)
     next(batches)
     kill_a_worker()

@@ -1,4 +1,4 @@
-"""The stateless order: a permutation for each epoch, well mixed, the same however it is asked for."""
+"""The stateless order: a random permutation for each epoch, independent of how it is queried."""
 
 import itertools
 
@@ -17,7 +17,7 @@ def test_every_epoch_is_a_permutation(length):
         np.testing.assert_array_equal(np.sort(ids), np.arange(length))
 
 
-def test_one_call_may_span_epochs_and_come_in_any_order():
+def test_one_call_may_span_epochs_in_any_order():
     order = Order(10, seed=1)
     positions = np.arange(7, 45)
     whole = order.ids(positions)
@@ -26,7 +26,7 @@ def test_one_call_may_span_epochs_and_come_in_any_order():
     assert order.ids(np.array([], np.int64)).shape == (0,)
 
 
-def test_far_positions_are_reached_at_once():
+def test_late_positions_are_immediate():
     order = Order(1_281_167, seed=0)
     far = np.arange(10**15, 10**15 + 4)
     ids = order.ids(far)
@@ -37,13 +37,13 @@ def test_far_positions_are_reached_at_once():
 def test_epochs_and_seeds_differ():
     orders = [Order(1000, seed).ids(np.arange(1000) + epoch * 1000) for seed in (0, 1, 2**31 - 1) for epoch in (0, 1)]
     for one, other in itertools.combinations(orders, 2):
-        # Two random permutations of 1,000 agree in one place on average, and in more than 8 once in a million pairs.
+        # Two random permutations of 1,000 agree at one position on average, and at more than 8 once in a million pairs.
         assert (one == other).sum() <= 8
         assert abs(np.corrcoef(one, other)[0, 1]) < 0.15
 
 
 def test_known_values():
-    """A checkpoint stores only the position, so the order itself is part of the format."""
+    """A checkpoint stores only the position, so the order is part of the format."""
     assert Order(10, 0).ids(np.arange(10)).tolist() == [1, 4, 0, 8, 2, 7, 9, 3, 5, 6]
     far = np.array([0, 1, 49_999, 50_000, 10**9])
     assert Order(50_000, 7).ids(far).tolist() == [26467, 38409, 9337, 25485, 12166]
@@ -60,8 +60,8 @@ def test_neighbours_are_unrelated(length):
 
 
 @pytest.mark.parametrize("length", [2, 3, 5, 17, 64, 65])
-def test_every_id_lands_everywhere_equally_often(length):
-    """Chi-square of id by place over many epochs; each row and column sum is fixed, hence (length - 1)² degrees."""
+def test_every_id_is_equally_often_at_every_position(length):
+    """Chi-square of id by position over many epochs; row and column sums are fixed, so (length - 1)² degrees."""
     epochs = 2000
     ids = Order(length, seed=1).ids(np.arange(length * epochs)).reshape(epochs, length)
     counts = np.stack([np.bincount(ids[:, place], minlength=length) for place in range(length)])

@@ -1,4 +1,4 @@
-"""Packing: what goes in comes out, the same bytes every time, whole or not at all."""
+"""Packing: the round trip, the same bytes for the same input, and no partial output."""
 
 import io
 import multiprocessing
@@ -126,7 +126,7 @@ def test_given_classes_keep_test_labels_as_in_training(tmp_path):
     assert not (tmp_path / "other").exists()
 
 
-def test_shards_close_by_size_too(classes_folder, tmp_path):
+def test_the_size_of_shards_is_limited(classes_folder, tmp_path):
     pack(classes_folder, tmp_path / "out", shard_bytes=6000, workers=1)
     with_many = sorted((tmp_path / "out").glob("*.tar"))
     assert len(with_many) > 3
@@ -137,7 +137,7 @@ def test_shards_close_by_size_too(classes_folder, tmp_path):
     assert len(open_shards(with_many)) == 90
 
 
-def test_members_are_named_by_what_they_are(tmp_path):
+def test_members_have_the_extension_of_their_format(tmp_path):
     (tmp_path / "in").mkdir()
     image(0).save(tmp_path / "in" / "wrong.jpg", "PNG")
     image(1).save(tmp_path / "in" / "right.JPEG", "JPEG")
@@ -179,7 +179,7 @@ def test_shrinking(tmp_path):
     np.testing.assert_array_equal(np.asarray(opened["a.png"]), np.asarray(expected))
 
 
-def test_shards_are_packed_anew(shared_data, tmp_path):
+def test_shards_are_packed_again(shared_data, tmp_path):
     report = pack(f"{shared_data}/cifar10/cifar10-test-000000.tar", tmp_path / "out", samples_per_shard=3000, workers=2)
     assert (report.samples, report.shards, report.classes) == (5000, 2, 10)
     assert (tmp_path / "out" / "classes.txt").read_text() == (shared_data / "cifar10" / "classes.txt").read_text()
@@ -189,7 +189,7 @@ def test_shards_are_packed_anew(shared_data, tmp_path):
     assert all(crcs[after._crcs[i]] == after.labels[i] for i in range(5000))
 
 
-def test_real_photographs_shrink_in_parallel(shared_data, tmp_path):
+def test_real_photographs_are_resized_in_parallel(shared_data, tmp_path):
     pack(f"{shared_data}/photos/photos-000000.tar", tmp_path / "out", size=48, workers=2)
     shards = open_shards(tmp_path / "out")
     assert len(shards) == 200
@@ -199,7 +199,7 @@ def test_real_photographs_shrink_in_parallel(shared_data, tmp_path):
 # --- mistakes -----------------------------------------------------------------------------------------------------
 
 
-def test_an_output_in_use_is_left_alone(classes_folder, tmp_path):
+def test_an_output_folder_with_files_is_refused(classes_folder, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "shard-000000.tar").write_bytes(b"precious")
@@ -263,7 +263,7 @@ def test_an_interrupted_pack_leaves_nothing(classes_folder, tmp_path, monkeypatc
     assert multiprocessing.active_children() == []
 
 
-def test_links_in_circles_end(tmp_path):
+def test_cyclic_links_are_followed_once(tmp_path):
     (tmp_path / "in" / "a").mkdir(parents=True)
     image(0).save(tmp_path / "in" / "a" / "x.png")
     (tmp_path / "in" / "a" / "back").symlink_to(tmp_path / "in")
@@ -275,7 +275,7 @@ def test_links_in_circles_end(tmp_path):
     assert "b/x.png" in sources
 
 
-def test_strange_file_names_are_harmless(tmp_path):
+def test_unusual_file_names_are_packed(tmp_path):
     (tmp_path / "in").mkdir()
     names = [b"tab\there.png", b"new\nline.png", b"\xff\xfe.png", "ü ж.png".encode(), b"-rf.png", b"{a,b}[0].png"]
     for name in names:

@@ -1,4 +1,4 @@
-"""Decoding: exact where it must be, and safe on hostile bytes."""
+"""Decoding: exact for lossless formats, and safe on hostile bytes."""
 
 import struct
 import zlib
@@ -33,7 +33,7 @@ def test_webp_is_read(rgb):
 
 @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB"), (4, "RGBA")])
 @pytest.mark.parametrize("source", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16"])
-def test_any_kind_becomes_the_channels_asked_for(rgb, source, channels, mode):
+def test_any_mode_becomes_the_requested_channels(rgb, source, channels, mode):
     image = Image.fromarray(np.full((4, 4), 40000, np.uint16)) if source == "I;16" else rgb.convert(source)
     decoded = decode_image(encode(image, "TIFF" if source == "CMYK" else "PNG"), channels)
     assert decoded.mode == mode
@@ -96,7 +96,7 @@ def png_claiming(width: int, height: int) -> bytes:
 
 @pytest.mark.parametrize("size", [(8193, 8192), (13000, 13000), (60000, 60000), (2**31 - 1, 2**31 - 1)])
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_a_bomb_is_refused_before_it_is_decoded(size, monkeypatch):
+def test_a_decompression_bomb_is_refused_before_it_is_decoded(size, monkeypatch):
     monkeypatch.setattr(Image.core, "new", lambda *_: pytest.fail("memory was taken for the pixels"))
     with pytest.raises(DamagedImage, match=r"limit|bomb|decoded"):
         decode_image(png_claiming(*size))
@@ -115,13 +115,13 @@ def test_the_limit_itself_is_allowed(monkeypatch, rgb):
         b"II*\0\x08\0\0\0\xff\xff", b"RIFF\x10\0\0\0WEBPVP8 ", bytes(1000), b"\x80\x04\x95cos\nsystem\n",
     ],
 )  # fmt: skip
-def test_what_is_no_image_is_refused(data):
+def test_bytes_that_are_no_image_are_refused(data):
     with pytest.raises(DamagedImage):
         decode_image(data)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "BMP", "PPM"])
-def test_a_cut_image_is_refused_at_any_length(rgb, kind):
+def test_a_truncated_image_is_refused_at_any_length(rgb, kind):
     data = encode(rgb, kind)
     for length in range(0, len(data) * 9 // 10, max(1, len(data) // 40)):
         with pytest.raises(DamagedImage):
@@ -131,7 +131,7 @@ def test_a_cut_image_is_refused_at_any_length(rgb, kind):
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "BMP", "PPM"])
 @pytest.mark.filterwarnings("ignore")
 def test_flipped_bytes_give_an_image_or_one_kind_of_error(rgb, kind):
-    """Most damage decodes without a complaint (hence the CRC in the index); the rest must never escape as is."""
+    """Most damage decodes without an error (so the index has a CRC); all other damage must raise DamagedImage."""
     data, rng = encode(rgb, kind), np.random.default_rng(1)
     for _ in range(300):
         broken = bytearray(data)
@@ -174,7 +174,7 @@ BROKEN_CHUNKS = {
 
 @pytest.mark.parametrize("name", BROKEN_CHUNKS)
 @pytest.mark.parametrize("place", ["before", "after"])
-def test_broken_or_large_metadata_of_a_png_costs_no_pixels(rgb, name, place):
+def test_broken_or_large_metadata_of_a_png_changes_no_pixels(rgb, name, place):
     exif = Image.Exif()
     exif[0x0112] = 3
     data = encode(rgb, "PNG", exif=exif)
@@ -186,7 +186,7 @@ def test_broken_or_large_metadata_of_a_png_costs_no_pixels(rgb, name, place):
     assert any(np.array_equal(decoded, each) for each in possible)
 
 
-def test_broken_metadata_does_not_excuse_broken_pixels(rgb):
+def test_broken_pixels_with_broken_metadata_are_refused(rgb):
     data = with_chunks(encode(rgb, "PNG"), BROKEN_CHUNKS["pHYs"])
     with pytest.raises(DamagedImage):
         decode_image(data[: len(data) // 2])
@@ -194,7 +194,7 @@ def test_broken_metadata_does_not_excuse_broken_pixels(rgb):
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.filterwarnings("ignore")
-def test_broken_exif_costs_no_pixels(rgb, kind):
+def test_broken_exif_changes_no_pixels(rgb, kind):
     exif = Image.Exif()
     exif[0x0112], exif[0x011A], exif[0x010E] = 6, (72, 1), "text"
     exif.get_ifd(0x8769)[0x9003] = "2020:01:01"

@@ -1,7 +1,7 @@
-"""Views rendered for a whole batch by torch, against the same draws applied by Pillow, in levels of 8 bits.
+"""Views rendered for a whole batch by torch, compared with the same draws applied by Pillow, in levels of 8 bits.
 
-Changes of colour, grey, solarisation, flips and parts that are not resized are equal. Resampled pixels may be a level
-off where the sum lies between two, which later changes magnify.
+Changes of colour, grey, solarisation, flips and crops without resizing are equal. Resampled pixels may differ by one
+level where the sum is between two levels, and later changes magnify the difference.
 """
 
 from contextlib import nullcontext
@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from selfvil.data import render, views
-from selfvil.data.render import Drawn, drawable
+from selfvil.data.render import Drawn, require_renderable
 from selfvil.data.views import CenterCrop, DINOCrop, Draw, RandomCropFlip, seed_randomness
 from selfvil.errors import UserError
 
@@ -21,12 +21,12 @@ WHOLE = (0, 0, 32, 24)
 
 
 def levels(channels: int) -> dict:
-    """Statistics that leave the levels 0 to 255 as they are."""
+    """Statistics that keep the levels 0 to 255."""
     return {"mean": (0.0,) * channels, "std": (1 / 255,) * channels}
 
 
 def picture(number: int, height: int, width: int, channels: int, soft: bool = True) -> Image.Image:
-    """Noise of single pixels or, with `soft`, of patches of 4; from 40 to 215: so bicubic stays within 0 to 255."""
+    """Noise of single pixels or, with `soft`, of patches of 4; from 40 to 215, so bicubic stays within 0 to 255."""
     rng, coarse = np.random.default_rng(number), 4 if soft else 1
     shape = (-(-height // coarse), -(-width // coarse), channels)
     pixels = rng.integers(40, 216, shape, dtype=np.uint8).repeat(coarse, 0).repeat(coarse, 1)[:height, :width]
@@ -40,7 +40,7 @@ def pictures(channels: int, count: int = 60, source: tuple[int, int] | None = No
 
 
 def difference(view: RandomCropFlip, images: list[Image.Image], draws: list[Draw] | None = None) -> torch.Tensor:
-    """Absolute differences (B, C, h, w) of both ways; of what the view draws for keys (1, row, 0), or of `draws`."""
+    """Absolute differences (B, C, h, w) between Pillow and torch, for `draws` or the draws of the keys (1, row, 0)."""
     if draws is None:
         draws, expected = [], []
         for row, image in enumerate(images):
@@ -57,7 +57,7 @@ def difference(view: RandomCropFlip, images: list[Image.Image], draws: list[Draw
 
 
 def colourful(channels: int) -> list[Image.Image]:
-    """All levels, pure colours, greys, black and white among them."""
+    """All levels, pure colours, greys, black and white."""
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (16, *SIZE, channels), dtype=np.uint8)
     pixels[8:] = pixels[8:] // 64 * 85
@@ -76,7 +76,7 @@ def test_a_change_of_colour_is_pillows(kind, amount, channels):
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
-def test_changes_come_in_their_order_and_to_their_rows(channels):
+def test_changes_are_applied_in_order_and_to_their_rows(channels):
     """Rows of one batch with none, some and all changes, in many orders, grey and solarised or not."""
     view, rng = DINOCrop(SIZE, (0.4, 1), **levels(channels), blur=0), np.random.default_rng(3)
     images, kinds = colourful(channels) * 4, 2 if channels == 1 else 4
@@ -106,8 +106,8 @@ def test_blur_is_pillows_gaussian(deviation, size):
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
-def test_parts_and_flips_are_exact(channels):
-    """Where nothing is resized no level may change, whatever the sizes of the other images."""
+def test_crops_without_resizing_and_flips_are_exact(channels):
+    """Without resizing no level may change, for any sizes of the other images."""
     view, images = RandomCropFlip((6, 8), (0.1, 1), **levels(channels)), pictures(channels)
     draws = [
         Draw((row % (image.width - 7), row % (image.height - 5), 8, 6), bool(row % 2))
@@ -122,7 +122,7 @@ SOURCES = {"smaller": (12, 14), "equal": (32, 32), "larger": (90, 70), "mixed": 
 @pytest.mark.parametrize("source", list(SOURCES))
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize(("size", "scale"), [(32, (0.2, 1.0)), ((16, 24), (0.05, 0.4))])
-def test_crops_are_pillows_to_a_level(size, scale, channels, source):
+def test_crops_equal_pillows_within_one_level(size, scale, channels, source):
     found = difference(RandomCropFlip(size, scale, **levels(channels)), pictures(channels, source=SOURCES[source]))
     assert found.max() <= 2
     shrinks = source in ("larger", "mixed") or size != 32  # and so may have been resized in the other order
@@ -130,8 +130,8 @@ def test_crops_are_pillows_to_a_level(size, scale, channels, source):
 
 
 @pytest.mark.parametrize("source", list(SOURCES))
-def test_crops_with_alpha_are_pillows(source):
-    """Pillow resizes colour times alpha: what a level there is in the colour grows as alpha falls."""
+def test_crops_with_alpha_equal_pillows(source):
+    """Pillow resizes colour times alpha, so an error of one level grows as alpha decreases."""
     images = pictures(4, source=SOURCES[source])
     found = difference(RandomCropFlip(32, (0.2, 1.0), **levels(4)), images)
     assert found[:, 3].max() <= 2
@@ -150,8 +150,8 @@ def test_crops_with_alpha_are_pillows(source):
     ],
     ids=["sharp", "blurred", "small"],
 )
-def test_disturbed_crops_are_pillows(size, scale, settings, channels, source):
-    """HSV of 8 bits, saturation and alpha magnify single levels, and solarisation turns 127 and 128 into one."""
+def test_crops_with_changes_of_colour_equal_pillows(size, scale, settings, channels, source):
+    """HSV of 8 bits, saturation and alpha magnify single levels, and solarisation maps 127 and 128 to one level."""
     view = DINOCrop(size, scale, **levels(channels), **settings)
     found = difference(view, pictures(channels, source=SOURCES[source]))
     assert found.mean() < 0.12
@@ -159,8 +159,8 @@ def test_disturbed_crops_are_pillows(size, scale, settings, channels, source):
     assert found.max() <= (16 if channels == 4 else 8)
 
 
-def test_what_is_cut_between_width_and_height():
-    """On noise from 0 to 255 bicubic goes beyond, and where the height shrinks, Pillow 13 begins with it: not here."""
+def test_clamping_between_width_and_height():
+    """Bicubic exceeds 0 to 255 on noise, and Pillow 13 resizes a decreasing height first, in contrast to `render`."""
     rng = np.random.default_rng(0)
     images = [Image.fromarray(rng.integers(0, 256, (60, 50, 3), dtype=np.uint8)) for _ in range(40)]
     wide = [Draw((5, 10, 40, 20), False)] * 40
@@ -207,7 +207,7 @@ def test_views_of_several_sizes_keep_their_order():
 
 @pytest.mark.parametrize("precision", ["highest", "high", "medium"])
 def test_a_view_does_not_depend_on_its_batch(precision):
-    """Bit for bit: rows alone, with neighbours of other sizes, and where the run's own products are rounded."""
+    """Bit for bit: rows alone, with images of other sizes, and with reduced precision of the run's products."""
     images = pictures(3, 12)
     together = drawn(images, CROPS).render("cpu")
     before = torch.get_float32_matmul_precision()
@@ -222,8 +222,8 @@ def test_a_view_does_not_depend_on_its_batch(precision):
         assert torch.equal(view, torch.cat([part[number] for part in parts]))
 
 
-def test_products_keep_all_digits(monkeypatch):
-    """Also on hardware that would round them, which this one may not be."""
+def test_products_have_full_precision(monkeypatch):
+    """By the settings of torch, since this hardware may not round."""
     seen = []
 
     def noted(pixels, weights):
@@ -243,7 +243,7 @@ def test_products_keep_all_digits(monkeypatch):
 
 @pytest.mark.parametrize("size", [2, 17, 32, 64, 500])
 def test_sums_are_exact_in_float32(size):
-    """Weights are whole numbers, and with pixels of 255 no sum of a part of their products reaches 2^24."""
+    """Weights are integers, and with pixels of 255 no partial sum of their products reaches 2^24."""
     first, length = torch.tensor([0.0, 1.0, size // 4]), torch.tensor([size, 1, size // 2])
     kinds = [render._bicubic(first, length, out, size, first * 0) for out in (1, 7, 16, 32, 96)]
     kinds += [render._box(torch.linspace(0, 3, 50).view(-1, 1, 1), size)]
@@ -253,8 +253,8 @@ def test_sums_are_exact_in_float32(size):
         assert ((weights.sum(-1) / 2**15 - 1).abs() < 2e-3).all()
 
 
-def test_the_host_asks_the_device_nothing(monkeypatch):
-    """A meta tensor has no values: whatever had to wait for one would fail."""
+def test_rendering_does_not_synchronise_with_the_device(monkeypatch):
+    """A meta tensor has no values, so a synchronisation fails."""
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # there is none for this device
     alpha = DINOCrop(16, (0.4, 1), **levels(4), blur=0.5)
     for batch in (drawn(pictures(3, 8), CROPS), drawn(pictures(4, 8), [alpha])):
@@ -271,7 +271,7 @@ def test_a_gpu_makes_the_same_views():
 
 
 def test_hues_of_all_colours():
-    """Against Pillow for every second level of red, green and blue; float32 may cut one in a million otherwise."""
+    """Against Pillow for every second level of red, green and blue; float32 may truncate a few differently."""
     wrong = 0
     for red in range(0, 256, 15):
         pixels = np.stack(np.broadcast_arrays(red, *np.ogrid[0:256:2, 0:256:2]), -1).astype(np.uint8)
@@ -287,15 +287,15 @@ def test_other_views_are_refused():
     class Own(RandomCropFlip):
         pass
 
-    assert drawable(CROPS) == CROPS
+    assert require_renderable(CROPS) == CROPS
     for view in (CenterCrop(32, **levels(3)), Own(32, (0.2, 1), **levels(3))):
         with pytest.raises(
             UserError, match=rf"data\.augment = device: {type(view).__name__} .* set data\.augment to workers"
         ):
-            drawable([*CROPS, view])
+            require_renderable([*CROPS, view])
 
 
-def test_thin_images_do_not_make_a_batch_of_their_longest_sides():
+def test_thin_images_do_not_increase_the_padding_without_limit():
     """A strip of 1 x 20,000 pixels beside one of 20,000 x 1 would pad every image of a batch to 400 million pixels."""
     images = [picture(0, 1, 20_000, 3), picture(1, 20_000, 1, 3), picture(2, 40, 30, 3)]
     view = RandomCropFlip(24, (0.2, 1), **levels(3))

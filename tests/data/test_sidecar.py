@@ -1,4 +1,4 @@
-"""The saved index of a shard: what it notices, and what a hostile one cannot do."""
+"""The saved index of a shard: detection of changes, and hostile index files."""
 
 import io
 import json
@@ -40,7 +40,7 @@ def test_images_that_changed_are_counted(shard, caplog):
     flip(shard, 3)
     shards = open_shards(shard)
     assert shards.changed == f"{shard} changed since it was last indexed: 2 of 5 samples have other bytes"
-    assert f"{shards.changed}. If nobody changed them on purpose, copy the shards again" in caplog.text
+    assert f"{shards.changed}. If this was not intended, copy the shards again" in caplog.text
     caplog.clear()
     assert open_shards(shard).changed == ""
     assert not caplog.text
@@ -67,7 +67,7 @@ def test_several_shards_and_another_number_of_samples(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("how", ["touched", "renamed members", "copied"])
-def test_the_same_images_are_no_change(shard, caplog, how):
+def test_equal_images_are_no_change(shard, caplog, how):
     open_shards(shard)
     if how == "touched":
         os.utime(shard, ns=(0, 12345))
@@ -80,7 +80,7 @@ def test_the_same_images_are_no_change(shard, caplog, how):
     assert not caplog.text
 
 
-def test_shards_say_how_they_differ_from_those_of_a_run(tmp_path):
+def test_differences_from_the_shards_of_a_run_are_described(tmp_path):
     for i in range(3):
         write_tar(tmp_path / f"{i}.tar", labelled(4, first=4 * i))
     before = open_shards(tmp_path)
@@ -99,8 +99,8 @@ def test_shards_say_how_they_differ_from_those_of_a_run(tmp_path):
 # --- labels -------------------------------------------------------------------------------------------------------
 
 
-def test_a_huge_label_is_no_class_number(tmp_path, caplog):
-    """A table of 10^8 classes, as pack would write, has 889 MB."""
+def test_a_huge_label_is_ignored(tmp_path, caplog):
+    """pack would write a table of 10^8 classes, which has 889 MB."""
     write_tar(tmp_path / "a.tar", [*labelled(5), ("z.png", png(9)), ("z.cls", b"99999999")])
     shards = open_shards(tmp_path)
     assert (shards.labels[5], shards.num_classes) == (-1, 3)
@@ -183,7 +183,7 @@ def test_a_hostile_sidecar_is_built_again(shard, what):
 @pytest.mark.parametrize("stale", [False, True])
 @pytest.mark.parametrize("member", ["labels", "keys", "stamp"])
 def test_a_sidecar_that_expands_is_refused_unread(shard, member, stale):
-    """As many zeros as fill the memory fit into a small file."""
+    """A small file can expand to more zeros than fit into memory."""
     expected = open_shards(shard).fingerprint
     rewrite(sidecar(shard), zipfile.ZIP_DEFLATED, **{member: array(np.zeros(5_000_000, np.int64))})
     if stale:
@@ -206,7 +206,7 @@ def test_a_sidecar_larger_than_its_shard_is_refused_unread(shard):
 
 
 def test_members_that_overlap_are_refused(shard):
-    """A list of members may name the same bytes many times."""
+    """A zip directory may list the same bytes several times."""
     expected = open_shards(shard).fingerprint
     content = bytearray(sidecar(shard).read_bytes())
     first = content.index(b"PK\1\2")

@@ -1,4 +1,4 @@
-"""What is packed from a folder or from shards: endings, classes, masks, and a report that leaves nothing out."""
+"""The images of a folder or of shards: extensions, classes, masks, and a complete report."""
 
 import io
 from pathlib import Path
@@ -30,10 +30,10 @@ def packed(source: Path | str, **options) -> tuple[PackReport, dict[str, str], s
     return report, {name: key for key, name in lines}, skipped.read_text() if skipped.exists() else ""
 
 
-# --- endings ------------------------------------------------------------------------------------------------------
+# --- extensions ---------------------------------------------------------------------------------------------------
 
 
-def test_other_endings_of_jpeg_are_packed(tmp_path):
+def test_other_extensions_of_jpeg_are_packed(tmp_path):
     names = ["a.jfif", "b.JPE", "c.mpo", "d.apng", "e.jpg"]
     for name in names:
         write(tmp_path / "in", name, kind="PNG" if name == "d.apng" else "JPEG")
@@ -42,7 +42,7 @@ def test_other_endings_of_jpeg_are_packed(tmp_path):
     assert (report.samples, skipped) == (5, "")
 
 
-def test_files_of_other_endings_are_counted_and_listed(tmp_path):
+def test_files_of_other_extensions_are_counted_and_listed(tmp_path):
     write(tmp_path / "in", "a.jpg", "b.jpg")
     for name in ("x.gif", "deep/y.GIF", "z.avif", "w.heic", "README", "notes.txt", ".hidden.gif"):
         (tmp_path / "in" / name).parent.mkdir(exist_ok=True)
@@ -63,7 +63,7 @@ def test_files_of_other_endings_are_counted_and_listed(tmp_path):
 
 @pytest.mark.parametrize("content", ["nothing", "other files", "unreadable images"])
 def test_a_class_without_images_keeps_its_label(tmp_path, content):
-    """Otherwise a test folder that lacks images of one class numbers all later classes differently."""
+    """Otherwise, a test folder without images of one class would number all later classes differently."""
     write(tmp_path / "in", "ant/a.png", "cat/c.png", "dog/d.png")
     (tmp_path / "in" / "bee").mkdir()
     (tmp_path / "in" / ".git").mkdir()
@@ -109,7 +109,7 @@ def test_a_list_of_classes_must_be_one_to_one(tmp_path, classes):
 
 
 def test_labels_of_shards_from_1_to_10_are_ten_classes(tmp_path):
-    """Nor does one large label write a long classes.txt."""
+    """A large label does not lengthen classes.txt."""
     files = [(f"k{i}.{name}", data) for i in range(1, 11) for name, data in (("png", png(i)), ("cls", b"%d" % i))]
     (tmp_path / "in").mkdir()
     write_tar(tmp_path / "in" / "a.tar", files)
@@ -143,7 +143,7 @@ def members(shards_folder: Path) -> dict[str, dict[str, bytes]]:
 
 
 @pytest.mark.parametrize(("suffix", "options"), [("mask.png", {}), ("png", {"mask": "png"})])
-def test_masks_of_a_folder_are_kept_and_kept_again(tmp_path, suffix, options):
+def test_masks_survive_packing_and_packing_again(tmp_path, suffix, options):
     masks = masks_and_images(tmp_path / "in", suffix)
     report, sources, _ = packed(tmp_path / "in", **options)
     assert report.samples == 4
@@ -162,12 +162,12 @@ def test_masks_of_a_folder_are_kept_and_kept_again(tmp_path, suffix, options):
 
 
 def _origin(tmp_path: Path, key: str) -> str:
-    """KEY in the shards that the sample `key` was packed from."""
+    """The key, in the source shards, of the packed sample `key`."""
     lines = (tmp_path / "in-packed-packed" / "sources.tsv").read_text().splitlines()
     return dict(line.split("\t") for line in lines)[key].rpartition(":")[2]
 
 
-def test_images_of_one_name_are_all_packed_unless_one_is_chosen(tmp_path):
+def test_images_with_one_name_are_all_packed_unless_one_is_chosen(tmp_path):
     masks_and_images(tmp_path / "in", "png")
     report, _, _ = packed(tmp_path / "in")
     assert report.samples == 8
@@ -181,7 +181,7 @@ def test_images_of_one_name_are_all_packed_unless_one_is_chosen(tmp_path):
         pack(tmp_path / "in", tmp_path / "x", image="png", mask="png")
 
 
-def test_a_mask_without_an_image_is_said(tmp_path):
+def test_a_mask_without_an_image_is_reported(tmp_path):
     write(tmp_path / "in", "a.jpg")
     write(tmp_path / "in", "b.mask.png")
     report, sources, skipped = packed(tmp_path / "in")
@@ -191,7 +191,7 @@ def test_a_mask_without_an_image_is_said(tmp_path):
 
 
 def test_second_images_of_shards_are_chosen_or_kept_as_masks(tmp_path):
-    """An image KEY.png with a mask KEY.jpg, as some data sets have it."""
+    """An image KEY.png with a mask KEY.jpg, as in some data sets."""
     photo, mask = random_image(0), Image.fromarray(np.full((9, 12), 3, np.uint8))
     files = [("k.png", encode(photo, "PNG")), ("k.jpg", encode(mask, "JPEG", quality=100)), ("none.txt", b"")]
     shard = write_tar(tmp_path / "a.tar", files)
@@ -228,7 +228,7 @@ def test_damage_pages_and_depth_are_reported(tmp_path):
     report, _, skipped = packed(folder)
     text = str(report)
     assert "1 files hold several pages or frames" in text
-    assert "have values up to 4095 only" in text
+    assert "have values up to only 4095" in text
     assert "--max-value 4095" in text
     listed = skipped + (folder.with_name("in-packed") / "warnings.txt").read_text()
     assert "damaged.png" in listed
@@ -263,7 +263,7 @@ def _pack_unknown_classes(tmp_path: Path) -> object:
     return pack(_folder(tmp_path, 60, "{i}" + LONG + "/a.png"), tmp_path / "out", classes=["x"])
 
 
-def _pack_many_endings(tmp_path: Path) -> object:
+def _pack_many_extensions(tmp_path: Path) -> object:
     folder = tmp_path / "in"
     folder.mkdir()
     for i in range(100):
@@ -291,7 +291,7 @@ def _pack_duplicate_classes(tmp_path: Path) -> object:
     return pack(_folder(tmp_path, 1, "a/x.png"), tmp_path / "out", classes=[LONG * 50] * 2)
 
 
-def _pack_image_ending(tmp_path: Path) -> object:
+def _pack_image_extension(tmp_path: Path) -> object:
     return pack(tmp_path, tmp_path / "out", image=LONG * 50)
 
 

@@ -37,7 +37,7 @@ def test_normalisation_equals_its_formula(channels):
 
 
 @pytest.mark.parametrize(("size", "source"), [((24, 16), (24, 16)), ((16, 24), (50, 40)), ((16, 16), (16, 40))])
-def test_center_crop_covers_and_cuts_the_centre(size, source):
+def test_center_crop_covers_the_size_and_crops_the_centre(size, source):
     image = picture(*source)
     factor = max(size[0] / source[0], size[1] / source[1])
     resized = image.resize((round(source[1] * factor), round(source[0] * factor)), Image.Resampling.BICUBIC)
@@ -47,14 +47,14 @@ def test_center_crop_covers_and_cuts_the_centre(size, source):
 
 
 def test_center_crop_of_the_usual_protocol():
-    """224 of 256: as torchvision's Resize(256, bicubic) and CenterCrop(224) give it."""
+    """224 of 256 equals torchvision's Resize(256, bicubic) and CenterCrop(224)."""
     image = picture(300, 400)
     reference = v2.Compose([v2.Resize(256, v2.InterpolationMode.BICUBIC), v2.CenterCrop(224)])
     view = CenterCrop(224, MEAN, STD, crop_pct=224 / 256)(image)
     torch.testing.assert_close(view.double(), normalised(reference(image)), rtol=0, atol=1e-5)
 
 
-def test_random_crop_is_a_resized_part_flipped_half_of_the_time():
+def test_random_crop_is_resized_and_flipped_half_of_the_time():
     image = picture(20, 20)
     whole = RandomCropFlip(20, (1, 1), MEAN, STD, ratio=(1, 1))
     seen = [whole(image).double() for _ in range(200)]
@@ -67,7 +67,7 @@ def test_random_crop_is_a_resized_part_flipped_half_of_the_time():
 
 
 @pytest.mark.parametrize("shape", [(32, 32), (200, 300), (500, 30), (3, 3)])
-def test_boxes_lie_within_and_follow_scale_and_ratio(shape):
+def test_boxes_are_inside_and_follow_scale_and_ratio(shape):
     height, width = shape
     view = RandomCropFlip(32, (0.2, 1), MEAN, STD)
     boxes = np.array([view._box(width, height) for _ in range(2000)])
@@ -87,14 +87,14 @@ def test_boxes_lie_within_and_follow_scale_and_ratio(shape):
         assert abs((left / np.maximum(width - w, 1)).mean() - 0.5) < 0.03
 
 
-def test_very_long_images_fall_back_to_the_centre():
+def test_very_long_images_use_the_centre():
     left, top, w, h = RandomCropFlip(32, (1, 1), MEAN, STD)._box(1000, 30)
     assert (w, h) == (40, 30)
     assert (left, top) == (480, 0)
 
 
 def whole_image_resized(image: Image.Image, height: int, width: int, crop_pct: float) -> np.ndarray:
-    """The crop as the definition states it: all of the image is resized, then the centre is cut."""
+    """The crop by its definition: the whole image is resized, then its centre is cropped."""
     factor = max(round(width / crop_pct) / image.width, round(height / crop_pct) / image.height)
     resized = max(width, round(image.width * factor)), max(height, round(image.height * factor))
     image = image.resize(resized, Image.Resampling.BICUBIC) if resized != image.size else image
@@ -110,7 +110,7 @@ PLAIN = {"mean": (0.0,) * 3, "std": (1 / 255,) * 3}
 @pytest.mark.parametrize(
     "source", [(32, 32), (24, 40), (50, 40), (333, 500), (500, 333), (100, 31), (31, 100), (9, 30), (3, 5), (201, 900)]
 )
-def test_the_centre_of_usual_images_is_that_of_the_definition_bit_for_bit(source, size, crop_pct):
+def test_the_centre_of_usual_images_equals_the_definition_bit_for_bit(source, size, crop_pct):
     image = picture(*source)
     found = CenterCrop(size, **PLAIN, crop_pct=crop_pct)(image).permute(1, 2, 0).numpy()
     np.testing.assert_array_equal(found.round(), whole_image_resized(image, *size, crop_pct))
@@ -118,19 +118,19 @@ def test_the_centre_of_usual_images_is_that_of_the_definition_bit_for_bit(source
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
 @pytest.mark.parametrize("source", [(3, 200), (200, 3), (1, 300), (300, 1), (40, 1000), (900, 33)])
-def test_the_centre_of_thin_images_is_that_of_the_definition_to_a_level(source, channels):
-    image = picture(*source, channels).point(lambda level: 64 + level // 2)  # without what is cut at 0 and 255
+def test_the_centre_of_thin_images_equals_the_definition_within_one_level(source, channels):
+    image = picture(*source, channels).point(lambda level: 64 + level // 2)  # no clamping at 0 and 255
     view = CenterCrop((32, 24), (0.0,) * channels, (1 / 255,) * channels, crop_pct=0.9)
     expected = whole_image_resized(image, 32, 24, 0.9).reshape(32, 24, channels).astype(np.float32)
     difference = np.abs(view(image).permute(1, 2, 0).numpy() - expected)
-    # Where Pillow takes the two sides in another order, a level is rounded otherwise in between.
-    assert channels == 4 or difference.max() <= 1.01  # colours are divided by alpha, which magnifies a level
+    # If Pillow resizes the two sides in another order, intermediate levels are rounded differently.
+    assert channels == 4 or difference.max() <= 1.01  # the division by alpha magnifies one level
     assert difference.mean() < 1
 
 
 @pytest.mark.parametrize("source", [(1, 20_000), (20_000, 1), (2, 60_000)])
 def test_no_view_of_a_thin_image_is_larger_than_its_output(source, monkeypatch):
-    """All of a strip of 1 x 20,000 pixels, resized until it is 224 high, has a thousand million pixels."""
+    """A whole strip of 1 x 20,000 pixels, resized to a height of 224, would have a thousand million pixels."""
     made = []
     resize = Image.Image.resize
 
@@ -154,7 +154,7 @@ def test_no_view_of_a_thin_image_is_larger_than_its_output(source, monkeypatch):
 
 
 @pytest.mark.parametrize("size", [32, (24, 40)])
-def test_output_has_the_size_asked_for(size):
+def test_output_has_the_requested_size(size):
     expected = (3, 32, 32) if size == 32 else (3, 24, 40)
     for source in [(8, 8), (32, 32), (100, 70)]:
         assert RandomCropFlip(size, (0.2, 1), MEAN, STD)(picture(*source)).shape == expected
@@ -201,7 +201,7 @@ def test_randomness_of_neighbouring_positions_is_uniform():
     assert abs(np.corrcoef(values[:-1].T, values[1:].T) - np.eye(6)).max() < 0.1
 
 
-def test_randomness_is_left_as_it_was():
+def test_generators_are_restored():
     before = drawn()
     torch.manual_seed(1), random.seed(1), np.random.seed(1)  # noqa: NPY002
     expected = drawn()

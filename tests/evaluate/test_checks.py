@@ -1,4 +1,4 @@
-"""Two parts of a data set that cannot be scored: labels of different classes, too few images, the same images."""
+"""Data sets that cannot be scored: labels of different classes, too few images, the same images in both parts."""
 
 import numpy as np
 import pytest
@@ -7,14 +7,13 @@ from PIL import Image
 from selfvil.data.index import open_shards
 from selfvil.data.pack import pack
 from selfvil.errors import UserError
+from selfvil.evaluate import EVALUATIONS, evaluation, settings
 from selfvil.evaluate.checks import check_parts
-from selfvil.evaluate.finetune import finetune
 from selfvil.evaluate.score import score
+from selfvil.evaluate.task import Task
 from selfvil.weights import Network, Normalisation
 from small import network
 from tars import png, write_tar
-
-BOTH = ["knn", "linear"]
 
 
 def shards(path, values: range, classes: int = 2):
@@ -43,14 +42,13 @@ def test_labels_of_another_order_of_classes_are_refused(colours, monkeypatch):
     """Colours separate these classes perfectly, and the score was 50 %: label 1 is green here and red there."""
     train, test = colours / "train-packed", colours / "test-packed"
     message = rf"label 1 is 'green' by {train}/classes.txt and 'red' by {test}/classes.txt.* --classes {train}/classes"
-    look = Normalisation((0.5,) * 3, (0.5,) * 3, (8, 8))
-    for module in ("score", "finetune"):
-        monkeypatch.setattr(f"selfvil.evaluate.{module}.load_backbone", lambda *_, **__: Network(network(), look, 0))
-    for evaluate in (score, finetune):
+    normalisation = Normalisation((0.5,) * 3, (0.5,) * 3, (8, 8))
+    monkeypatch.setattr("selfvil.evaluate.score.load_pretrained", lambda *_, **__: Network(network(), normalisation, 0))
+    for name in EVALUATIONS:
         with pytest.raises(UserError, match=message):
-            evaluate(colours, train, test, workers=0)
+            score(colours, train, test, {name: settings(name)}, workers=0)
     pack(colours / "test", colours / "again", classes=["blue", "green", "red"], workers=1)
-    assert check_parts(open_shards(train), open_shards(colours / "again"), protocols=BOTH) == []
+    assert check_parts(open_shards(train), open_shards(colours / "again")) == []
 
 
 def test_classes_that_cannot_be_compared_are_a_warning(colours):
@@ -58,12 +56,12 @@ def test_classes_that_cannot_be_compared_are_a_warning(colours):
     lists = [part.paths[0].with_name("classes.txt") for part in (train, test)]
     for part, file in zip((train, test), lists):
         file.rename(file.with_suffix(".away"))
-        (warning,) = check_parts(train, test, protocols=[])
+        (warning,) = check_parts(train, test)
         assert f"no classes.txt beside {part.paths[0]}, so whether its labels mean the same" in warning
         file.with_suffix(".away").rename(file)
     for file in lists:
         file.unlink()
-    assert check_parts(train, test, protocols=[]) == []
+    assert check_parts(train, test) == []
 
 
 def test_the_image_of_a_sample_is_chosen(tmp_path):
@@ -76,28 +74,28 @@ def test_the_image_of_a_sample_is_chosen(tmp_path):
             for file in ((f"k{i}.cls", b"%d" % (i % 2)), (f"k{i}.jpg", png(0)), (f"k{i}.png", png(i)))
         ]
         parts.append(write_tar(tmp_path / f"{part}.tar", files))
-    look = Normalisation((0.5,) * 3, (0.5,) * 3, (8, 8))
+    normalisation = Normalisation((0.5,) * 3, (0.5,) * 3, (8, 8))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("selfvil.evaluate.score.load_backbone", lambda *_, **__: Network(network(), look, 0))
+        patch.setattr("selfvil.evaluate.score.load_pretrained", lambda *_, **__: Network(network(), normalisation, 0))
         with pytest.raises(UserError, match="all 10 test images"):
-            score(tmp_path, *parts, protocols=["knn"], workers=0)
-        assert score(tmp_path, *parts, protocols=["knn"], image="png", workers=0)
+            score(tmp_path, *parts, {"knn": settings("knn")}, workers=0)
+        assert score(tmp_path, *parts, {"knn": settings("knn")}, image="png", workers=0)
 
 
 def test_the_same_images_in_another_order_are_refused(tmp_path):
     train = shards(tmp_path / "train.tar", range(20))
     with pytest.raises(UserError, match=r"all 20 test images in .*test.tar are also training images in .*train.tar"):
-        check_parts(train, shards(tmp_path / "test.tar", range(19, -1, -1)), protocols=BOTH)
+        check_parts(train, shards(tmp_path / "test.tar", range(19, -1, -1)))
     with pytest.raises(UserError, match="all 4 test images"):
-        check_parts(train, shards(tmp_path / "part.tar", range(4)), protocols=BOTH)
+        check_parts(train, shards(tmp_path / "part.tar", range(4)))
 
 
 def test_some_images_in_both_parts_are_counted(tmp_path):
     train = shards(tmp_path / "train.tar", range(20))
-    (warning,) = check_parts(train, shards(tmp_path / "test.tar", range(17, 37)), protocols=BOTH)
+    (warning,) = check_parts(train, shards(tmp_path / "test.tar", range(17, 37)))
     assert warning.startswith("3 of the 20 test images in ")
     assert warning.endswith("accuracies may be up to 15 points too high")
-    assert check_parts(train, shards(tmp_path / "new.tar", range(20, 40)), protocols=BOTH) == []
+    assert check_parts(train, shards(tmp_path / "new.tar", range(20, 40))) == []
 
 
 def test_contents_depend_on_bytes_alone(tmp_path):
@@ -108,15 +106,29 @@ def test_contents_depend_on_bytes_alone(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("train", "classes", "protocols", "labels_per_class", "message"),
+    ("train", "classes", "name", "values", "message"),
     [
-        (range(9), 2, ["knn"], None, r"k-NN with k in \[10, 20, 100, 200\] needs at least 10 training images, found 9"),
-        (range(9), 9, ["linear"], None, "No class has two training images"),
-        (range(20), 1, ["linear"], None, "at least two classes"),
-        (range(20), 2, ["linear"], 11, "Class 0 has 10 training images, fewer than the 11 labels"),
+        (range(9), 2, "knn", {}, r"k-NN with k in \[10, 20, 100, 200\] needs at least 10 training images, found 9"),
+        (range(9), 9, "linear", {}, "No class has two training images"),
+        (range(20), 1, "linear", {}, "at least two classes"),
+        (
+            range(20),
+            2,
+            "few_label",
+            {"labels_per_class": 11},
+            "Class 0 has 10 training images, fewer than the 11 labels",
+        ),
+        (
+            range(20),
+            2,
+            "finetune",
+            {"labels_per_class": 11},
+            "Class 0 has 10 training images, fewer than the 11 labels",
+        ),
     ],
 )
-def test_too_few_training_images(tmp_path, train, classes, protocols, labels_per_class, message):
+def test_too_few_training_images(tmp_path, train, classes, name, values, message):
     parts = shards(tmp_path / "a.tar", train, classes), shards(tmp_path / "b.tar", range(100, 110), classes)
+    task = Task("pretrained", None, Normalisation((0.5,) * 3, (0.5,) * 3, (8, 8)), *parts, create=lambda: None)
     with pytest.raises(UserError, match=message):
-        check_parts(*parts, protocols=protocols, labels_per_class=labels_per_class)
+        evaluation(name).check(task, settings(name, values))

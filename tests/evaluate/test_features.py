@@ -14,7 +14,7 @@ from torch import nn
 from selfvil.data.index import open_shards
 from selfvil.errors import UserError
 from selfvil.evaluate.features import choose_readout, extract, raw_pixels
-from selfvil.models.heads import read_out
+from selfvil.models.adapter import adapt
 
 LOOK = {"img_size": 16, "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4]}
 
@@ -63,14 +63,14 @@ def test_each_row_belongs_to_its_image(shards):
         assert len(features.to("cpu")) == 11
 
 
-def test_the_networks_mode_is_left_as_it_was(shards):
+def test_the_mode_of_the_network_is_restored(shards):
     backbone = timm.create_model(
         "vil_nano_patch4_32", img_size=16, depth=1, num_classes=0, drop_path_rate=0.9, pos_drop_rate=0.5
     )
     for mode in (True, False):
         backbone.train(mode)
         first, second = (extract(backbone, shards, **LOOK, workers=0, device="cpu") for _ in range(2))
-        assert torch.equal(first.x, second.x)  # nothing was dropped
+        assert torch.equal(first.x, second.x)  # stochastic depth and dropout are off
         assert backbone.training is mode
     with pytest.raises(UserError):
         extract(backbone.train(), shards, **LOOK, readout="cls", workers=0, device="cpu")
@@ -91,14 +91,14 @@ def test_readouts_of_each_architecture():
     vil, vit = tiny().eval(), tiny("vit_tiny_patch16_224").eval()
     assert (choose_readout(vil), choose_readout(vit)) == ("first_last_mean", "cls_mean")
     tokens, grid = vit.forward_features(images), vil.forward_features(images)
-    assert torch.equal(read_out(vit, images, "cls"), tokens[:, 0])
-    assert torch.equal(read_out(vit, images, "mean"), tokens[:, 1:].mean(1))
-    assert torch.equal(read_out(vit, images, "bilateral_concat"), torch.cat([tokens[:, 1], tokens[:, -1]], 1))
-    assert torch.equal(read_out(vit, images, "cls_mean"), torch.cat([tokens[:, 0], tokens[:, 1:].mean(1)], 1))
-    assert torch.equal(read_out(vil, images, "bilateral_concat"), torch.cat([grid[:, 0, 0], grid[:, -1, -1]], 1))
-    assert torch.allclose(read_out(vil, images, "mean"), grid.mean((1, 2)), atol=1e-6)
-    both = torch.cat([read_out(vil, images, "bilateral_concat"), read_out(vil, images, "mean")], 1)
-    assert torch.equal(read_out(vil, images, "first_last_mean"), both)
+    assert torch.equal(adapt(vit).read_out(images, "cls"), tokens[:, 0])
+    assert torch.equal(adapt(vit).read_out(images, "mean"), tokens[:, 1:].mean(1))
+    assert torch.equal(adapt(vit).read_out(images, "bilateral_concat"), torch.cat([tokens[:, 1], tokens[:, -1]], 1))
+    assert torch.equal(adapt(vit).read_out(images, "cls_mean"), torch.cat([tokens[:, 0], tokens[:, 1:].mean(1)], 1))
+    assert torch.equal(adapt(vil).read_out(images, "bilateral_concat"), torch.cat([grid[:, 0, 0], grid[:, -1, -1]], 1))
+    assert torch.allclose(adapt(vil).read_out(images, "mean"), grid.mean((1, 2)), atol=1e-6)
+    both = torch.cat([adapt(vil).read_out(images, "bilateral_concat"), adapt(vil).read_out(images, "mean")], 1)
+    assert torch.equal(adapt(vil).read_out(images, "first_last_mean"), both)
 
 
 def test_other_architectures():
@@ -106,7 +106,7 @@ def test_other_architectures():
     convolutional = timm.create_model("resnet18", num_classes=0).eval()
     assert choose_readout(convolutional) == "mean"
     expected = convolutional.forward_features(images).mean((2, 3))
-    assert torch.allclose(read_out(convolutional, images, "mean"), expected, atol=1e-6)
+    assert torch.allclose(adapt(convolutional).read_out(images, "mean"), expected, atol=1e-6)
     headless = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=1, class_token=False, global_pool="avg")
     assert choose_readout(headless) == "mean"
     with pytest.raises(UserError, match="needs a class token, which VisionTransformer does not have"):
@@ -119,7 +119,7 @@ def test_other_architectures():
             return x.mean((2, 3))
 
     with pytest.raises(UserError, match=r"features of shape \[2, 3\]; expected tokens"):
-        read_out(Pooled(), images, "mean")
+        adapt(Pooled()).read_out(images, "mean")
 
 
 def test_raw_pixels(shards):

@@ -1,4 +1,4 @@
-"""k-NN against a loop that does what the papers say, one test image at a time."""
+"""k-NN against a literal implementation of the papers, one test image at a time."""
 
 import logging
 import math
@@ -57,7 +57,7 @@ def test_the_order_of_rows_their_lengths_and_the_names_of_classes_do_not_matter(
 def test_no_temperature_and_no_precision_overflows():
     train, test = clusters(150, noise=0.3, seed=1), clusters(60, noise=0.3, seed=2)
     exact = knn(train, test, temperature=1e-6)
-    assert exact[100] == slow_knn(train, test, 1, 0.07)  # a cold enough vote is the nearest neighbour's alone
+    assert exact[100] == slow_knn(train, test, 1, 0.07)  # at a temperature near 0 only the nearest neighbour counts
     half = Features(train.x.half(), train.y), Features(test.x.half(), test.y)
     assert all(abs(value - knn(train, test)[k]) < 2 for k, value in knn(*half).items())
 

@@ -11,7 +11,8 @@ from sklearn.linear_model import LogisticRegression
 from selfvil.errors import UserError
 from selfvil.evaluate import linear
 from selfvil.evaluate.features import Features
-from selfvil.evaluate.linear import few_label_probe, linear_probe
+from selfvil.evaluate.few_label import few_label_probe
+from selfvil.evaluate.linear import linear_probe
 
 
 def mixture(n: int, classes: int = 4, dim: int = 12, seed: int = 0) -> Features:
@@ -47,10 +48,10 @@ def objective(x: torch.Tensor, y: torch.Tensor, weights: torch.Tensor, biases: t
 def test_the_solver_finds_the_optimum_of_scikit_learn(strength, n, dim, start):
     train = mixture(n, dim=dim)
     x = torch.from_numpy(standardised(train, train)[0]).float()
-    axes, spread = linear._principal_axes(x)
+    axes, spread = linear.principal_axes(x)
     assert torch.allclose(x @ axes @ axes.T, x, atol=1e-4)  # nothing is lost
     began = (torch.randn(axes.shape[1], 4), torch.randn(4)) if start == "elsewhere" else None
-    weights, biases = linear._fit(x @ axes, train.y, 4, strength, spread, began)
+    weights, biases = linear.solve(x @ axes, train.y, 4, strength, spread, began)
     weights = axes @ weights
     theirs = sklearn_model(x.double().numpy(), train.y, strength)
     expected = torch.from_numpy(theirs.coef_.T), torch.from_numpy(theirs.intercept_)
@@ -60,7 +61,9 @@ def test_the_solver_finds_the_optimum_of_scikit_learn(strength, n, dim, start):
     predicted = x.double() @ expected[0] + expected[1]
     difference = x @ weights + biases - predicted
     difference = difference - difference.mean(dim=1, keepdim=True)  # a shift of all scores changes nothing
-    assert difference.abs().max() < 0.05 * predicted.abs().max()  # flat where classes are told apart with certainty
+    assert (
+        difference.abs().max() < 0.05 * predicted.abs().max()
+    )  # the loss is flat where the probabilities are near 0 and 1
 
 
 def test_accuracy_and_choice_are_those_of_scikit_learn():
@@ -76,7 +79,7 @@ def test_accuracy_and_choice_are_those_of_scikit_learn():
     assert result.strength == max(expected, key=lambda strength: (round(expected[strength], 6), strength))
     model = sklearn_model(x, train.y, result.strength)
     assert result.accuracy == pytest.approx(100 * model.score(queries, test.y.numpy()), abs=0.3)
-    assert 50 < result.accuracy < 98  # there was something to get wrong
+    assert 50 < result.accuracy < 98  # the task is neither trivial nor impossible
 
 
 def test_the_held_out_part():
@@ -105,14 +108,14 @@ def test_the_order_of_training_rows_does_not_change_a_fit():
     order = torch.randperm(300)
     accuracies = []
     for part in (train, Features(train.x[order], train.y[order])):
-        x, queries = linear._standardised(part, test)
-        axes, spread = linear._principal_axes(x)
-        weights = linear._fit(x @ axes, part.y, 4, 1e-3, spread)
-        accuracies.append(linear._accuracy(weights, queries @ axes, test.y))
+        x, queries = linear.standardised(part, test)
+        axes, spread = linear.principal_axes(x)
+        weights = linear.solve(x @ axes, part.y, 4, 1e-3, spread)
+        accuracies.append(linear.accuracy(weights, queries @ axes, test.y))
     assert accuracies[0] == pytest.approx(accuracies[1], abs=0.5)
 
 
-def test_a_strength_at_the_weak_end_is_told(caplog):
+def test_the_weakest_strength_is_a_warning(caplog):
     y = (torch.arange(200) % 10 == 0).long()  # a strong penalty leaves the biases alone: always the common class
     features = Features(torch.stack([y + 0.1 * torch.randn(200), torch.randn(200)], dim=1), y)
     with caplog.at_level(logging.WARNING):

@@ -1,4 +1,4 @@
-"""From a run, a checkpoint or an export to a table of figures."""
+"""From a run, a checkpoint or an export to a table of scores."""
 
 import io
 import json
@@ -14,11 +14,13 @@ from selfvil import checkpoint
 from selfvil.data.index import open_shards
 from selfvil.data.pack import pack
 from selfvil.errors import UserError
-from selfvil.evaluate.features import extract, load_backbone
+from selfvil.evaluate import EVALUATIONS, evaluation, settings
+from selfvil.evaluate.features import extract
 from selfvil.evaluate.knn import knn
 from selfvil.evaluate.linear import linear_probe
 from selfvil.evaluate.score import as_json, as_table, score
 from selfvil.export import export
+from selfvil.weights import load_pretrained
 
 KWARGS = {"img_size": [8, 8], "patch_size": 2, "in_chans": 1, "num_classes": 0, "embed_dim": 32, "depth": 1}
 FAST = {"workers": 0, "device": "cpu"}
@@ -45,6 +47,19 @@ def parts(digit_shards):
     return str(digit_shards / "digits-000000.tar"), str(digit_shards / "digits-000001.tar")
 
 
+def chosen(name: str, **values) -> dict:
+    return {name: settings(name, values)}
+
+
+def test_every_evaluation_has_the_three_names():
+    for name in EVALUATIONS:
+        module = evaluation(name)
+        assert module.Settings().model_fields_set == set()  # every setting has a default
+        assert callable(module.check)
+        assert callable(module.evaluate)
+        assert all(field.description for field in module.Settings.model_fields.values())
+
+
 def test_all_protocols_and_baselines(run, parts):
     rows = score(run, *parts, baselines=True, seed=2, **FAST)
     protocols = ["k-NN, k = 10", "k-NN, k = 20", "k-NN, k = 100", "linear probe"]
@@ -61,9 +76,16 @@ def test_all_protocols_and_baselines(run, parts):
     assert values["raw pixels", "k-NN, k = 10"] > 60
 
     # The same as by hand.
-    backbone, look, _ = load_backbone(run)
+    backbone, normalisation, _ = load_pretrained(run)
     train, test = (
-        extract(backbone, open_shards(part), img_size=look.img_size, mean=look.mean, std=look.std, **FAST)
+        extract(
+            backbone,
+            open_shards(part),
+            img_size=normalisation.img_size,
+            mean=normalisation.mean,
+            std=normalisation.std,
+            **FAST,
+        )
         for part in parts
     )
     assert values["pretrained", "k-NN, k = 10"] == knn(train, test)[10]
@@ -78,18 +100,18 @@ def test_all_protocols_and_baselines(run, parts):
 
 
 def test_few_labels(run, parts):
-    (row,) = score(run, *parts, protocols=["linear"], labels_per_class=3, draws=4, readout="mean", **FAST)
+    (row,) = score(run, *parts, chosen("few_label", labels_per_class=3, draws=4, readout="mean"), **FAST)
     assert row.protocol == "linear probe, 3 labels per class, 4 draws"
     assert row.deviation is not None
     assert row.deviation > 0
     assert row.readout == "mean"
     with pytest.raises(UserError, match="fewer than the 100 labels for each class"):
-        score(run, *parts, protocols=["linear"], labels_per_class=100, **FAST)
+        score(run, *parts, chosen("few_label", labels_per_class=100), **FAST)
 
 
 def test_run_checkpoint_and_export_score_the_same(run, parts, tmp_path):
     sources = [run, run / "checkpoints" / "step-00000005", export(run, tmp_path / "out")]
-    values = [score(source, *parts, protocols=["knn"], **FAST)[0].value for source in sources]
+    values = [score(source, *parts, chosen("knn"), **FAST)[0].value for source in sources]
     assert values[0] == values[1] == values[2]
 
 
@@ -97,14 +119,14 @@ def test_untrained_is_a_function_of_its_seed_and_leaves_the_random_state(run, tm
     sources = run, export(run, tmp_path / "out")
     state = torch.get_rng_state()
     for source in sources:
-        first, again, other = (load_backbone(source, untrained=True, seed=seed).backbone for seed in (1, 1, 2))
+        first, again, other = (load_pretrained(source, untrained=True, seed=seed).backbone for seed in (1, 1, 2))
         assert torch.equal(first.pos_embed, again.pos_embed)
         assert not torch.equal(first.pos_embed, other.pos_embed)
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_mistakes_are_told_before_features_are_computed(run, parts, tmp_path, monkeypatch):
-    monkeypatch.setattr("selfvil.evaluate.score.extract", None)  # calling it would be a TypeError
+def test_mistakes_are_refused_before_features_are_computed(run, parts, tmp_path, monkeypatch):
+    monkeypatch.setattr("selfvil.evaluate.task.extract", None)  # calling it would be a TypeError
     train, test = parts
     (tmp_path / "flat").mkdir()
     Image.new("L", (8, 8)).save(tmp_path / "flat" / "a.png")
@@ -112,13 +134,14 @@ def test_mistakes_are_told_before_features_are_computed(run, parts, tmp_path, mo
     unlabelled = str(tmp_path / "unlabelled")
     exported = export(run, tmp_path / "out")
     for arguments, options, message in [
-        ((run, train, test), {"protocols": ["svm"]}, "no protocol 'svm'; choose of: knn, linear"),
+        ((run, train, test), {"evaluations": {"lineer": None}}, "no evaluation 'lineer' .did you mean linear"),
         ((tmp_path / "no", train, test), {}, "no folder"),
         ((run, train, str(tmp_path / "none-*.tar")), {}, "none-"),
         ((run, train, unlabelled), {}, "have no label"),
         ((run, unlabelled, test), {}, "have no label"),
         ((run, train, train), {}, "are also training images"),
-        ((run, train, test), {"readout": "middle"}, "no readout 'middle'"),
+        ((run, train, test), {"evaluations": chosen("knn", readout="cls")}, "needs a class token"),
+        ((run, train, test), {"evaluations": chosen("knn", k=[500])}, "at least 500 training images, found 120"),
         ((run, train, test), {"network": "teacher"}, "no network 'teacher'; choose one of: student"),
         ((exported, train, test), {"network": "teacher"}, "holds one network"),
     ]:
@@ -126,12 +149,13 @@ def test_mistakes_are_told_before_features_are_computed(run, parts, tmp_path, mo
             score(*arguments, **options, **FAST)
 
 
+@pytest.mark.slow
 def test_real_images(run, shared_data, caplog):
     """Colour photographs through a network for grey ones: decoded to its channels, and better than chance by pixels."""
     cifar = shared_data / "cifar10"
     with caplog.at_level(logging.WARNING):
         rows = score(
-            run, str(cifar / "cifar10-test-000000.tar"), str(cifar / "cifar10-test-000001.tar"), protocols=["knn"],
+            run, str(cifar / "cifar10-test-000000.tar"), str(cifar / "cifar10-test-000001.tar"), chosen("knn"),
             baselines=True, **FAST,
         )  # fmt: skip
     assert (rows[0].train_images, rows[0].test_images) == (5000, 5000)
@@ -140,12 +164,33 @@ def test_real_images(run, shared_data, caplog):
 
 def test_several_probes_are_averaged(run, parts):
     one, other, both = (
-        score(run, *parts, protocols=["linear"], seed=seed, probe_seeds=count, **FAST)[0]
+        score(run, *parts, chosen("linear", probe_seeds=count), seed=seed, **FAST)[0]
         for seed, count in ((4, 1), (5, 1), (4, 2))
     )
     assert one.deviation is None
     assert one.value != other.value
     assert both.value == pytest.approx((one.value + other.value) / 2)
     assert both.deviation == pytest.approx(abs(one.value - other.value) / 2**0.5)
-    with pytest.raises(UserError, match="at least one probe"):
-        score(run, *parts, probe_seeds=0, **FAST)
+    with pytest.raises(UserError, match=r"linear\.probe_seeds = 0: input should be greater than or equal to 1"):
+        settings("linear", {"probe_seeds": 0})
+
+
+def test_features_are_computed_once_for_each_readout(run, parts, monkeypatch):
+    calls = []
+    monkeypatch.setattr("selfvil.evaluate.task.extract", lambda *a, **o: calls.append(o["readout"]) or extract(*a, **o))
+    evaluations = chosen("knn") | chosen("linear", readout="mean") | chosen("few_label", labels_per_class=2, draws=2)
+    score(run, *parts, evaluations, **FAST)
+    assert calls == ["first_last_mean"] * 2 + ["mean"] * 2
+
+
+def test_wrong_settings_have_the_nearest_key():
+    for name, values, message in [
+        ("knn", {"temprature": 1}, r"unknown key knn\.temprature = 1 \(did you mean knn\.temperature\?\)"),
+        ("knn", {"k": []}, r"knn\.k = \[\]"),
+        ("knn", {"k": 0}, r"knn\.k"),
+        ("linear", {"readout": "middle"}, "there is no readout 'middle'; choose one of: bilateral_concat"),
+        ("svm", {}, r"there is no evaluation 'svm' \(choose one of: knn, linear"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            settings(name, values)
+    assert settings("knn", {"k": 20}).k == [20]

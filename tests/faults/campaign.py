@@ -1,4 +1,4 @@
-"""The whole campaign of faults, and its table: `make faults`, or `python tests/faults/campaign.py --scale 0.2`.
+"""The whole fault campaign and its table: `make faults`, or `python tests/faults/campaign.py --scale 0.2`.
 
 `--scale` multiplies the number of trials: 1 takes about half an hour on two cores. `--only WORDS` runs the kinds whose
 name holds one of the words. Exit status 1 if anything did not hold.

@@ -1,4 +1,4 @@
-"""Runs in forked children, so that one can be killed, stopped or starved of disk in a fraction of a second.
+"""Runs in forked children, so that one can be killed, stopped or run out of disk in a fraction of a second.
 
 Starting Python and importing torch takes longer than these runs. A child is a copy of this process, which has imported
 everything and has trained nothing.
@@ -97,7 +97,7 @@ def _be_child(work: Callable[[], object], log: Path) -> None:
 
 
 def count_writes(folder: Path) -> Callable[[], int]:
-    """From now on, count the operations of this process that change files below `folder`; call the result to read."""
+    """Count the operations of this process that change files below `folder`; the result returns the count so far."""
     seen = [0]
 
     def watch(_: str) -> None:
@@ -120,7 +120,7 @@ def die_at(folder: Path, operation: int) -> None:
 
 
 def fill_disk_at(folder: Path, operation: int) -> None:
-    """Let every operation on files below `folder` fail for want of space, from the n-th (from 0) on; removing works."""
+    """Let operations on files below `folder` fail as on a full disk, from the n-th (from 0) on; removing works."""
     left = [operation]
 
     def watch(event: str) -> None:

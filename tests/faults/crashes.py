@@ -1,4 +1,4 @@
-"""Kills, crashes and full disks: the same command given again must finish, with the weights of an undisturbed run."""
+"""Kills, crashes and full disks: the same command must then finish, with the weights of an uninterrupted run."""
 
 import contextlib
 import random
@@ -15,8 +15,8 @@ from runs import PACKAGED, assert_same_state, overrides
 from selfvil.cli import main
 from selfvil.data.index import open_shards
 from selfvil.data.pack import pack
-from selfvil.evaluate.features import load_backbone
 from selfvil.export import export
+from selfvil.weights import load_pretrained
 
 STEPS = 6
 
@@ -29,14 +29,14 @@ def command(shards: Path, out: Path, *more: str, objective: str = "mae") -> Call
 
 
 def undisturbed(shards: Path, folder: Path, objective: str = "mae") -> Path:
-    """The run that nothing disturbs."""
+    """An uninterrupted run."""
     ended = run(command(shards, folder / f"undisturbed-{objective}", objective=objective), folder / "log")
     assert ended.status == FINISHED, ended.text
     return folder / f"undisturbed-{objective}"
 
 
 def finishes(shards: Path, out: Path, whole: Path, objective: str = "mae") -> str | None:
-    """Give the command once more; what is wrong with how it ends, or None."""
+    """Run the command again, and return what is wrong with its end, or None."""
     ended = run(command(shards, out, objective=objective), out.with_suffix(".log"))
     if ended.status != FINISHED:
         return f"the same command is refused or fails: {last_line(ended)}"
@@ -48,7 +48,7 @@ def finishes(shards: Path, out: Path, whole: Path, objective: str = "mae") -> st
 
 
 def random_kills(shards: Path, folder: Path, count: int, seed: int = 0, objective: str = "mae") -> Row:
-    """SIGKILL at a random moment of a run, with data workers in every second one; then the same command again."""
+    """SIGKILL at a random moment of a run, with data workers in every second run; then the same command again."""
     draw, row = random.Random(seed), Row(f"kill -9 at a random moment ({objective})")
     whole = undisturbed(shards, folder, objective)
     began = time.monotonic()
@@ -66,7 +66,7 @@ def random_kills(shards: Path, folder: Path, count: int, seed: int = 0, objectiv
 
 
 def crash_points(shards: Path, folder: Path, every: int = 1, full_disk: bool = False) -> Row:
-    """End a run just before its n-th file operation, or let the disk be full from there on; then the command again."""
+    """End a run just before its n-th file operation, or let the disk be full from then on; then the command again."""
     row = Row("full disk from a file operation on" if full_disk else "crash before a file operation")
     whole = undisturbed(shards, folder)
     fault = fill_disk_at if full_disk else die_at
@@ -85,7 +85,7 @@ def crash_points(shards: Path, folder: Path, every: int = 1, full_disk: bool = F
 
 
 def crash_points_of_writers(shards: Path, folder: Path, every: int = 1, full_disk: bool = False) -> Row:
-    """The same for `pack`, `export` and an index: what they write is there whole, or not at all and can be redone."""
+    """The same for `pack`, `export` and an index: their output is complete, or absent and can be written again."""
     row = Row(f"{'full disk' if full_disk else 'crash'} in pack, export and index")
     whole = undisturbed(shards, folder)
 
@@ -95,7 +95,7 @@ def crash_points_of_writers(shards: Path, folder: Path, every: int = 1, full_dis
 
     for writer in (
         Writer("pack", lambda out: pack(str(shards / "digits-*.tar"), out / "packed", workers=1), _check_packed),
-        Writer("export", lambda out: export(whole, out / "exported"), lambda out: load_backbone(out / "exported")),
+        Writer("export", lambda out: export(whole, out / "exported"), lambda out: load_pretrained(out / "exported")),
         Writer("index", lambda out: open_shards(out / "*.tar"), lambda out: open_shards(out / "*.tar").read(0), copied),
     ):
         _crash_points_of(writer, row, folder, every, fill_disk_at if full_disk else die_at)
@@ -104,7 +104,7 @@ def crash_points_of_writers(shards: Path, folder: Path, every: int = 1, full_dis
 
 @dataclass(frozen=True)
 class Writer:
-    """Something that writes into a folder, checks what it wrote there, and prepares the folder before."""
+    """Work that prepares a folder, writes into it, and checks what was written."""
 
     name: str
     write: Callable[[Path], object]
@@ -134,7 +134,7 @@ def _crash_points_of(writer: Writer, row: Row, folder: Path, every: int, fault: 
 
 
 def _redone(writer: Writer, out: Path) -> str | None:
-    """Do again what is not there, and check the result."""
+    """Repeat the work if its output is absent, and check the result."""
     log = out.with_suffix(".log")
     if writer.name == "index" or not (out / f"{writer.name}ed").exists():
         again = run(lambda: writer.write(out), log)
@@ -152,7 +152,7 @@ def _check_packed(out: Path) -> None:
 
 
 def _operations(work: Callable[[], object], folder: Path) -> int:
-    """How many operations on files below `folder` the undisturbed work takes."""
+    """The number of operations on files below `folder` without a fault."""
     log = folder.with_suffix(".count")
 
     def counted() -> None:
@@ -167,6 +167,6 @@ def _operations(work: Callable[[], object], folder: Path) -> int:
 
 
 def last_line(ended: Ended) -> str:
-    """Exit status and last line of what it printed, for a report."""
+    """Exit status and last line of the output, for a report."""
     lines = ended.text.strip().splitlines()
     return f"status {ended.status}, {lines[-1] if lines else 'nothing printed'}"[:300]

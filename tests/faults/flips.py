@@ -1,4 +1,4 @@
-"""Flipped bits and cut files: what was written is read as it was, or the damage is told; never a wrong result."""
+"""Flipped bits and truncated files: the original content is read, or the damage is reported; no wrong result."""
 
 import hashlib
 import logging
@@ -18,7 +18,7 @@ from selfvil.export import export
 
 
 def damage(path: Path, draw: random.Random) -> str:
-    """Damage a file in one of four ways and say which: a flipped bit (most often), cut, emptied, or zeros in it."""
+    """Damage a file and return how: a flipped bit (most often), truncated, emptied, or a part set to zero."""
     original = path.read_bytes()
     content = bytearray(original)
     kind = draw.choice(["flip", "flip", "flip", "cut", "empty", "zeros"])
@@ -87,7 +87,7 @@ def damaged_exports(shards: Path, folder: Path, count: int, seed: int = 0) -> Ro
 
 
 def damaged_shards(shards: Path, folder: Path, count: int, seed: int = 0) -> Row:
-    """Damage in an indexed shard. An image is read as it was, or refused; new bytes are never taken silently."""
+    """Damage in an indexed shard. An image has its original bytes or is refused; never other bytes."""
     draw, row = random.Random(seed), Row("damage in an indexed shard")
     source = next(iter(sorted(shards.glob("*.tar"))))
     original = open_shards(source)
@@ -124,7 +124,7 @@ def _wrong_shard(shard: Path, digests: list[bytes], log: "_Messages") -> str | N
 
 
 class _Messages(logging.Handler):
-    """The warnings that selfvil logs, to see whether anything was said."""
+    """The warnings that selfvil logs."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -143,7 +143,7 @@ class _Messages(logging.Handler):
 
 
 def damaged_indexes(shards: Path, folder: Path, count: int, seed: int = 0) -> Row:
-    """A damaged index beside a shard: it is built again, or read as it was."""
+    """A damaged index of a shard: it is built again, or its original content is read."""
     draw, row = random.Random(seed), Row("a damaged index beside a shard")
     source = next(iter(sorted(shards.glob("*.tar"))))
     original = open_shards(source)
@@ -157,7 +157,7 @@ def damaged_indexes(shards: Path, folder: Path, count: int, seed: int = 0) -> Ro
             opened = open_shards(copy)
             same = opened.fingerprint == original.fingerprint and opened.read(3) == original.read(3)
             wrong = None if same else "it is read wrong"
-        except Exception as error:  # any exception at all is the failure that is looked for
+        except Exception as error:  # any exception is a failure of this test
             wrong = f"{type(error).__name__}: {error}"
         row.add(what, wrong)
         shutil.rmtree(out)

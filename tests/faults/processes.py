@@ -1,4 +1,4 @@
-"""Signals, two launches into one folder, stopped and killed processes: each run ends in bounded time, and continues."""
+"""Signals, two launches into one folder, stopped and killed processes: each run ends in bounded time, and resumes."""
 
 import contextlib
 import os
@@ -21,7 +21,7 @@ INTERRUPTED = 130
 
 
 def signals(shards: Path, folder: Path, each: int, seed: int = 0) -> Row:
-    """Every signal that asks for a stop, at random moments of a run; then the same command again."""
+    """Every signal that requests a stop, at random moments of a run; then the same command again."""
     draw, row, slowest = random.Random(seed), Row("a signal at a random moment"), 0.0
     whole = undisturbed(shards, folder)
     seconds = run(command(shards, folder / "timed"), folder / "log").seconds
@@ -34,7 +34,7 @@ def signals(shards: Path, folder: Path, each: int, seed: int = 0) -> Row:
             sent = time.monotonic()
             ended = child.wait()
             slowest = max(slowest, time.monotonic() - sent)
-            # Before the run has started, a signal has its usual effect: there is nothing to save yet.
+            # Before the run has started, a signal has its default effect: there is nothing to save yet.
             early = ended.status == (INTERRUPTED if number == signal.SIGINT else -number)
             saved = ended.status == STOPPED and checkpoint.newest(out / "checkpoints") is not None
             wrong = None if early or saved or ended.status == FINISHED else f"it ends with {last_line(ended)}"
@@ -54,7 +54,7 @@ def two_launches(shards: Path, folder: Path, count: int, seed: int = 0) -> Row:
         time.sleep(draw.uniform(0, 0.5))
         second = Child(command(shards, out), folder / f"second-{number}.log")
         ended = [first.wait(), second.wait()]
-        # Where the first had finished, the second finds a finished run, which is no fault.
+        # If the first has finished, the second finds a finished run, which is no fault.
         wrong = None
         if FINISHED not in (statuses := sorted(each.status for each in ended)) or statuses[1] not in (
             FINISHED,

@@ -1,4 +1,4 @@
-"""The result of one kind of fault: how often it was tried, how often what is promised held, and what went wrong."""
+"""The result of one kind of fault: number of trials, number of kept promises, and the failures."""
 
 from dataclasses import dataclass, field
 
@@ -13,7 +13,7 @@ class Row:
     notes: list[str] = field(default_factory=list)
 
     def add(self, name: str, wrong: str | None) -> None:
-        """Enter one trial; `wrong` says what did not hold."""
+        """Add one trial. wrong: the broken promise, or None."""
         self.tried += 1
         if wrong is not None:
             self.failures.append(f"{name}: {wrong}")

@@ -1,4 +1,4 @@
-"""A small part of the campaign of faults at every test run, a larger one marked slow; `make faults` runs it whole."""
+"""A small part of the fault campaign in every test run, a larger one marked slow; `make faults` runs all of it."""
 
 import pytest
 

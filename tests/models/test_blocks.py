@@ -1,4 +1,4 @@
-"""Reading orders: against the published training code, against each other, and with tokens left out."""
+"""Scan orders: against the published training code, against each other, and with dropped patches."""
 
 import os
 import re
@@ -11,11 +11,12 @@ import torch
 from selfvil.models import VisionLSTM
 from selfvil.models.blocks import TRAVERSALS, ViLBlockPair
 from selfvil.models.convolution import CONVS
-from selfvil.models.layers import Reader
-from selfvil.models.masking import gather_tokens, keep_from_noise
-from selfvil.models.order import Columns, all_patches, join, places_of, slots, split
+from selfvil.models.layers import GatedScan
+from selfvil.models.layout import TokenLayout, gather_tokens
+from selfvil.models.masking import keep_from_noise
 
 GRID = (3, 5)
+ALL, TRANSPOSED = TokenLayout(GRID), TokenLayout(GRID[::-1])
 
 
 def randomised(module):
@@ -104,47 +105,48 @@ def test_a_pair_of_columns_is_a_pair_of_rows_of_the_transposed_image(conv):
     columns = ViLBlockPair(16, index=1, traversal="quad_alternating", conv=conv).double()
     columns.load_state_dict(rows.state_dict())
     x = torch.randn(2, 15, 16, dtype=torch.float64)
-    torch.testing.assert_close(transposed(columns(x, GRID)), rows(transposed(x), GRID[::-1]))
-    assert not torch.allclose(columns(x, GRID), rows(x, GRID))
+    torch.testing.assert_close(transposed(columns(x, ALL)), rows(transposed(x), TRANSPOSED))
+    assert not torch.allclose(columns(x, ALL), rows(x, ALL))
 
-    keep = keep_from_noise(torch.rand(2, 15), 6)  # and with tokens left out: those kept, in the order of columns
-    places = torch.zeros(2, 15, dtype=torch.int64).scatter_(1, keep, 1)
-    keep_columns = transposed(places.unsqueeze(-1)).squeeze(-1).nonzero()[:, 1].view(2, 6)
+    keep = keep_from_noise(torch.rand(2, 15), 6)  # and with dropped patches: the kept ones in column order
+    is_kept = torch.zeros(2, 15, dtype=torch.int64).scatter_(1, keep, 1)
+    keep_columns = transposed(is_kept.unsqueeze(-1)).squeeze(-1).nonzero()[:, 1].view(2, 6)
     got = torch.zeros(2, 15, 16, dtype=torch.float64)
-    got.scatter_(1, keep.unsqueeze(-1).expand(-1, -1, 16), columns(gather_tokens(x, keep), GRID, keep))
-    expected = rows(gather_tokens(transposed(x), keep_columns), GRID[::-1], keep_columns)
+    kept = columns(gather_tokens(x, keep), TokenLayout.of(x, GRID, keep))
+    got.scatter_(1, keep.unsqueeze(-1).expand(-1, -1, 16), kept)
+    expected = rows(gather_tokens(transposed(x), keep_columns), TokenLayout.of(x, GRID[::-1], keep_columns))
     torch.testing.assert_close(gather_tokens(transposed(got), keep_columns), expected)
 
 
 @pytest.mark.parametrize("conv", CONVS)
-def test_shared_readings_are_equivariant(conv):
-    """What reads both ways alike does not know where the beginning is; what reads columns too, not which is which."""
+def test_shared_scans_are_equivariant(conv):
+    """Scans of both directions with one set of parameters commute with a flip; with columns too, with transposition."""
     x = torch.randn(2, 15, 16, dtype=torch.float64)
     both = randomised(ViLBlockPair(16, traversal="bidirectional_shared", conv=conv))
-    torch.testing.assert_close(both(x.flip(1), GRID).flip(1), both(x, GRID))
+    torch.testing.assert_close(both(x.flip(1), ALL).flip(1), both(x, ALL))
     quad = randomised(ViLBlockPair(16, traversal="quad_shared", conv=conv))
-    torch.testing.assert_close(quad(x.flip(1), GRID).flip(1), quad(x, GRID))
-    torch.testing.assert_close(transposed(quad(transposed(x), GRID[::-1]), GRID[::-1]), quad(x, GRID))
+    torch.testing.assert_close(quad(x.flip(1), ALL).flip(1), quad(x, ALL))
+    torch.testing.assert_close(transposed(quad(transposed(x), TRANSPOSED), GRID[::-1]), quad(x, ALL))
 
 
-def test_readings_that_share_cost_no_parameters():
+def test_shared_scans_add_no_parameters():
     sizes = {name: sum(p.numel() for p in ViLBlockPair(16, traversal=name).parameters()) for name in TRAVERSALS}
     alone = sizes["alternating"]
-    reading = 2 * sum(p.numel() for p in Reader(32).parameters())
+    scan = 2 * sum(p.numel() for p in GatedScan(32).parameters())
     assert sizes == {
         "alternating": alone, "unidirectional": alone, "quad_alternating": alone,
-        "bidirectional": alone + reading, "bidirectional_shared": alone,
-        "quad": alone + 3 * reading, "quad_shared": alone,
+        "bidirectional": alone + scan, "bidirectional_shared": alone,
+        "quad": alone + 3 * scan, "quad_shared": alone,
     }  # fmt: skip
 
 
 @pytest.mark.parametrize("conv", ["causal1d", None])
-def test_unidirectional_sees_nothing_that_comes_later(conv):
+def test_unidirectional_tokens_do_not_depend_on_later_ones(conv):
     pair = randomised(ViLBlockPair(16, traversal="unidirectional", conv=conv))
     x = torch.randn(1, 15, 16, dtype=torch.float64)
     changed = torch.cat([x[:, :9], torch.randn(1, 6, 16)], dim=1)
-    torch.testing.assert_close(pair(x, GRID)[:, :9], pair(changed, GRID)[:, :9])
-    assert not torch.allclose(pair(x, GRID)[:, 9:], pair(changed, GRID)[:, 9:])
+    torch.testing.assert_close(pair(x, ALL)[:, :9], pair(changed, ALL)[:, :9])
+    assert not torch.allclose(pair(x, ALL)[:, 9:], pair(changed, ALL)[:, 9:])
 
 
 @pytest.mark.parametrize("num_registers", [0, 1, 4])
@@ -157,70 +159,24 @@ def test_keeping_every_token_is_the_dense_pass(traversal, conv, num_registers):
     randomised(model)
     x = torch.randn(2, 15, 16, dtype=torch.float64)
     dense = model.forward_tokens(x, GRID)
-    torch.testing.assert_close(model.forward_tokens(x, GRID, all_patches(x, GRID)), dense)
+    torch.testing.assert_close(model.forward_tokens(x, GRID, torch.arange(15).expand(2, -1)), dense)
     keep = keep_from_noise(torch.rand(2, 15), 6)
     some = model.forward_tokens(x, GRID, keep)
     assert some.shape == (2, 6, 16)
-    # Each image is encoded as it would be alone, whatever the other one keeps.
+    # The encoding of an image does not depend on the other image.
     torch.testing.assert_close(model.forward_tokens(x[1:], GRID, keep[1:]), some[1:])
-
-
-def test_registers_bypass_the_grid_and_stand_evenly():
-    assert slots(196, 1, torch.device("cpu")).tolist() == [98]
-    assert slots(15, 4, torch.device("cpu")).tolist() == [1, 5, 9, 13]
-    assert slots(2, 4, torch.device("cpu")).tolist() == [0, 0, 1, 1]
-    keep = torch.tensor([[0, 1, 2, 3, 4], [5, 6, 12, 13, 14]])
-    places = places_of(keep, 15, 4)
-    # Registers of the first row stand before patches 1 and 5, 9 and 13: after token 0, and at the end.
-    assert places.tolist() == [[0, 2, 3, 4, 5, 1, 6, 7, 8], [2, 3, 5, 7, 8, 0, 1, 4, 6]]
-    patches, extra = torch.randn(2, 5, 8), torch.randn(2, 4, 8)
-    x = join(patches, extra, places)
-    assert torch.equal(x[0, 1], extra[0, 0])
-    assert torch.equal(x[1, 7], patches[1, 3])
-    assert [torch.equal(a, b) for a, b in zip(split(x, places, 5), (patches, extra))] == [True, True]
-
-    reader = randomised(Reader(16))
-    keep, places = keep_from_noise(torch.rand(2, 15), 6), None
-    patches, extra = torch.randn(2, 6, 16, dtype=torch.float64), torch.randn(2, 4, 16, dtype=torch.float64)
-    places = places_of(keep, 15, 4)
-    for reverse in (False, True):
-        y = reader.convolve(join(patches, extra, places), GRID, keep, places, reverse)
-        y_patches, y_extra = split(y, places, 6)
-        torch.testing.assert_close(y_patches, reader.convolve(patches, GRID, keep, None, reverse))
-        torch.testing.assert_close(y_extra, extra * reader.conv.weight[:, 0, 1, 1] + reader.conv.bias)
-
-
-@pytest.mark.parametrize("num_keep", [None, 1, 6])
-@pytest.mark.parametrize("num_extra", [0, 3])
-def test_columns_and_back(num_extra, num_keep):
-    x = torch.arange(2 * 15.0).view(2, 15, 1)
-    keep = None if num_keep is None else keep_from_noise(torch.rand(2, 15), num_keep)
-    kept = x if keep is None else gather_tokens(x, keep)
-    places = None
-    if num_extra:
-        places = places_of(all_patches(x, GRID) if keep is None else keep, 15, num_extra)
-        kept = join(kept, -1 - torch.arange(2 * 3.0).view(2, 3, 1), places)
-    columns = Columns(kept, GRID, keep, places)
-    read = columns.from_rows(kept)
-    assert torch.equal(columns.to_rows(read), kept)
-    if num_extra:
-        read, extra = split(read, columns.places, 15 if num_keep is None else num_keep)
-        assert torch.equal(extra, -1 - torch.arange(2 * 3.0).view(2, 3, 1))
-    by_columns = transposed(x)
-    expected = by_columns if keep is None else gather_tokens(by_columns, columns.keep)
-    assert torch.equal(read, expected)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("num_registers", [0, 2])
 @pytest.mark.parametrize("traversal", TRAVERSALS)
-def test_every_traversal_compiles_whole(traversal, num_registers):
+def test_every_traversal_compiles_to_one_graph(traversal, num_registers):
     model = VisionLSTM(
         16, 4, embed_dim=16, depth=2, num_classes=3, traversal=traversal, num_registers=num_registers
     ).eval()
     images = torch.randn(2, 3, 16, 16)
     inputs = list(model.parameters())
     expected = torch.autograd.grad(model(images).square().sum(), inputs)
-    torch.compiler.reset()  # there is a limit to how many networks one process compiles of a class
+    torch.compiler.reset()  # torch.compile limits how many networks of a class one process compiles
     got = torch.autograd.grad(torch.compile(model, fullgraph=True)(images).square().sum(), inputs)
     torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)

@@ -1,4 +1,4 @@
-"""Graphs for other programs: torch.export and ONNX of every design, without the package and without settings."""
+"""Export of every design by torch.export and ONNX, to programs that do not have this package."""
 
 import subprocess
 import sys
@@ -52,7 +52,7 @@ def test_a_graph_needs_no_custom_operator(design):
 @pytest.mark.parametrize(
     "design", [name if name == "published" else pytest.param(name, marks=pytest.mark.slow) for name in DESIGNS]
 )
-def test_onnx_gives_the_same_values(tmp_path, design):
+def test_onnx_returns_the_same_values(tmp_path, design):
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
     model, file = network(design), tmp_path / "model.onnx"
@@ -87,7 +87,7 @@ def test_a_saved_graph_loads_where_the_package_is_not_installed(tmp_path):
 
 @pytest.mark.parametrize("arguments", [{}, {"n": 2, "reshape": True}, {"n": [0], "norm": True}, {"n": (0, 1)}])
 @pytest.mark.parametrize("prefix", [False, True])
-def test_intermediate_layers_have_the_shapes_of_a_vits(arguments, prefix):
+def test_intermediate_layers_have_the_same_shapes_as_those_of_a_vit(arguments, prefix):
     settings = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_classes": 0}
     vil = VisionLSTM(num_registers=3, **settings).eval()
     vit = timm.models.VisionTransformer(

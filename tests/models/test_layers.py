@@ -1,4 +1,4 @@
-"""One layer against its paper, slowly: flips for the reversed reading, loops over neighbours for the convolution."""
+"""One layer against a slow implementation of its paper: flipped sequences, and loops over neighbours."""
 
 import math
 
@@ -8,9 +8,11 @@ import torch.nn.functional as F
 
 from selfvil.models.blocks import ViLBlock, ViLBlockPair
 from selfvil.models.layers import HeadNorm, ResidualLayerNorm, ViLLayer
+from selfvil.models.layout import TokenLayout
 from selfvil.ops.reference import mlstm_reference
 
 GRID = (3, 5)
+ALL = TokenLayout(GRID)
 DIM = 24
 
 
@@ -24,7 +26,7 @@ def randomised(module):
 
 
 def slow_layer(layer, x, grid, keep):
-    """The layer in the order of the paper. Reading backwards is done as published: everything is flipped, twice."""
+    """The layer in the order of the paper. As published, a reversed scan flips the sequence before and after."""
     if layer.reverse:
         layer.reverse = False
         keep = (grid[0] * grid[1] - 1 - keep).flip(1)
@@ -47,15 +49,15 @@ def slow_layer(layer, x, grid, keep):
 
 def slow_convolution(conv, tokens, grid, ids):
     """(K, E): each kept token, from those of its 3 × 3 neighbours that were kept."""
-    place = {token: row for row, token in enumerate(ids)}
+    row_of = {token: row for row, token in enumerate(ids)}
     out = []
     for token in ids:
         total = conv.bias
         for dy in (-1, 0, 1):
             for dx in (-1, 0, 1):
                 y, x = token // grid[1] + dy, token % grid[1] + dx
-                if 0 <= y < grid[0] and 0 <= x < grid[1] and y * grid[1] + x in place:
-                    total = total + conv.weight[:, 0, dy + 1, dx + 1] * tokens[place[y * grid[1] + x]]
+                if 0 <= y < grid[0] and 0 <= x < grid[1] and y * grid[1] + x in row_of:
+                    total = total + conv.weight[:, 0, dy + 1, dx + 1] * tokens[row_of[y * grid[1] + x]]
         out.append(total)
     return torch.stack(out)
 
@@ -67,7 +69,7 @@ def slow_projection(projection, x):
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("num_keep", [1, 7, 15, None])
 @pytest.mark.parametrize("dim", [8, 24, 64])
-def test_layer_equals_its_paper_with_all_gradients(dim, num_keep, reverse):
+def test_layer_and_all_gradients_equal_the_paper(dim, num_keep, reverse):
     layer = randomised(ViLLayer(dim, reverse=reverse))
     keep = torch.rand(2, 15).argsort(1)[:, : num_keep or 15].sort(1).values
     x, dy = torch.randn(2, 2, keep.shape[1], dim, dtype=torch.float64)
@@ -75,35 +77,35 @@ def test_layer_equals_its_paper_with_all_gradients(dim, num_keep, reverse):
     inputs = [x, *layer.parameters()]
 
     expected = slow_layer(layer, x, GRID, keep)
-    got = layer(x, GRID, None if num_keep is None else keep)
+    got = layer(x, TokenLayout.of(x, GRID, None if num_keep is None else keep))
     torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-11)
     for a, b in zip(torch.autograd.grad(got, inputs, dy), torch.autograd.grad(expected, inputs, dy), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
 
 
-def test_pair_reads_forwards_then_backwards():
+def test_a_pair_scans_forwards_then_backwards():
     pair = randomised(ViLBlockPair(DIM))
     x = torch.randn(1, 15, DIM, dtype=torch.float64)
     changed = x.clone()
     changed[:, 0] = torch.randn(DIM)
-    # The last token, in the far corner of the convolution, learns of the first in the first block ...
-    assert not torch.allclose(pair.first(x, GRID)[:, -1], pair.first(changed, GRID)[:, -1])
-    # ... and in the second block only the other way round.
-    assert torch.allclose(pair.second(x, GRID)[:, -1], pair.second(changed, GRID)[:, -1], atol=1e-12)
+    # In the first block the last token, which no convolution connects to the first, depends on it ...
+    assert not torch.allclose(pair.first(x, ALL)[:, -1], pair.first(changed, ALL)[:, -1])
+    # ... and in the second block the first token depends on the last.
+    assert torch.allclose(pair.second(x, ALL)[:, -1], pair.second(changed, ALL)[:, -1], atol=1e-12)
     changed = x.clone()
     changed[:, -1] = torch.randn(DIM)
-    assert torch.allclose(pair.first(x, GRID)[:, 0], pair.first(changed, GRID)[:, 0], atol=1e-12)
-    assert not torch.allclose(pair.second(x, GRID)[:, 0], pair.second(changed, GRID)[:, 0])
+    assert torch.allclose(pair.first(x, ALL)[:, 0], pair.first(changed, ALL)[:, 0], atol=1e-12)
+    assert not torch.allclose(pair.second(x, ALL)[:, 0], pair.second(changed, ALL)[:, 0])
 
 
-def test_norms_store_their_distance_from_one():
+def test_norms_store_the_difference_of_the_weight_from_one():
     x = torch.randn(2, 5, 12)
     torch.testing.assert_close(ResidualLayerNorm(12)(x), F.layer_norm(x, (12,)))
     heads = torch.randn(2, 4, 5, 3)
     torch.testing.assert_close(HeadNorm(12)(heads), F.layer_norm(heads, (3,)).transpose(1, 2).reshape(2, 5, 12))
 
 
-def test_initialisation_is_the_published_one():
+def test_initialisation_is_as_published():
     dim = 96
     layer, scaled = ViLLayer(dim), ViLLayer(dim, num_blocks=24)
     small = math.sqrt(2 / (5 * dim))
@@ -117,17 +119,17 @@ def test_initialisation_is_the_published_one():
     assert (layer.skip == 1).all()
 
 
-def test_layer_scale_and_drop_path_leave_the_block_out_where_they_say():
+def test_layer_scale_of_zero_and_drop_path_skip_the_block():
     x = torch.randn(4, 15, DIM)
-    assert torch.equal(ViLBlock(DIM, init_values=0.0)(x, GRID), x)
+    assert torch.equal(ViLBlock(DIM, init_values=0.0)(x, ALL), x)
     block = ViLBlock(DIM, drop_path=0.5)
-    unchanged = (block(x, GRID) == x).flatten(1).all(1)
+    unchanged = (block(x, ALL) == x).flatten(1).all(1)
     for _ in range(20):
-        unchanged |= (block(x, GRID) == x).flatten(1).all(1)
+        unchanged |= (block(x, ALL) == x).flatten(1).all(1)
     assert unchanged.all()
-    assert not (block.eval()(x, GRID) == x).flatten(1).all(1).any()
+    assert not (block.eval()(x, ALL) == x).flatten(1).all(1).any()
 
 
-def test_a_width_that_cannot_be_divided_is_refused():
+def test_a_width_that_is_no_multiple_of_8_is_refused():
     with pytest.raises(ValueError, match="dim must be a multiple of 8, got 20"):
         ViLLayer(20)

@@ -1,4 +1,4 @@
-"""The block with an MLP: against its equations token by token, and as what the networks of that name promise."""
+"""The block with an MLP: against its equations token by token, and in a network."""
 
 import re
 
@@ -9,8 +9,8 @@ from torch import nn
 
 from models.mlp_block_reference import block as reference
 from selfvil.models import VisionLSTM
+from selfvil.models.layout import TokenLayout, insertion_points
 from selfvil.models.mlp_block import MLPBlock, default_heads
-from selfvil.models.order import places_of, slots, steps_of
 
 GRID, DIM = (3, 4), 24
 TRAVERSALS = {
@@ -34,16 +34,18 @@ def randomised(module: nn.Module) -> nn.Module:
 
 def equals_its_equations(options, keep=None, num_extra=0, gap_aware=False, compact=False):
     block = randomised(MLPBlock(DIM, num_heads=2, **options))
-    block.layer.gap_aware, block.compact_conv = gap_aware, compact
     patches = list(range(12)) if keep is None else keep
     ids = torch.tensor([patches, patches])
-    places = places_of(ids, 12, num_extra) if num_extra else None
     x = torch.randn(2, len(patches) + num_extra, DIM, dtype=torch.float64, requires_grad=True)
-    got = block(x, GRID, None if keep is None else ids, places)
+    layout = TokenLayout.of(
+        x, GRID, None if keep is None else ids, num_extra=num_extra, gap_aware=gap_aware, compact_conv=compact
+    )
+    got = block(x, layout)
 
-    stand = [None] * x.shape[1]
+    on_grid = [None] * x.shape[1]
     for n, patch in enumerate(patches):
-        stand[n if places is None else int(places[0, n])] = divmod(patch, GRID[1])
+        at = n if layout.sequence_index is None else int(layout.sequence_index.ids[0, n])
+        on_grid[at] = divmod(patch, GRID[1])
     settings = {
         "heads": 2,
         "directions": 1,
@@ -59,9 +61,9 @@ def equals_its_equations(options, keep=None, num_extra=0, gap_aware=False, compa
     names = {"gate_cap": "cap"}
     settings |= {names.get(key, key): value for key, value in options.items() if names.get(key, key) in settings}
     settings["conv"] = None if settings["conv"] == "none" else settings["conv"]
-    steps = steps_of(ids, places, 12)[0].tolist()
+    full_index = list(range(x.shape[1])) if layout.full_index is None else layout.full_index.ids[0].tolist()
     parameters = dict(block.named_parameters())
-    expected = torch.stack([reference(parameters, row, stand, steps, GRID, **settings) for row in x])
+    expected = torch.stack([reference(parameters, row, on_grid, full_index, GRID, **settings) for row in x])
 
     weight = torch.randn_like(got)
     inputs = [x, *parameters.values()]
@@ -73,22 +75,22 @@ def equals_its_equations(options, keep=None, num_extra=0, gap_aware=False, compa
 
 @pytest.mark.parametrize("kept", ["all", "some", "some, with extra tokens"])
 @pytest.mark.parametrize("traversal", TRAVERSALS)
-def test_reads_as_its_equations_say(traversal, kept):
+def test_scans_equal_the_equations(traversal, kept):
     keep = None if kept == "all" else [0, 2, 3, 5, 9, 10]
     equals_its_equations(TRAVERSALS[traversal], keep, 3 if "extra" in kept else 0)
 
 
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("conv", ["2d", "causal1d", "none"])
-@pytest.mark.parametrize("how", ["places", "compact", "gap-aware"])
-def test_tokens_left_out(how, conv, reverse):
+@pytest.mark.parametrize("how", ["plain", "compact", "gap-aware"])
+def test_dropped_patches(how, conv, reverse):
     keep, options = [1, 2, 6, 7, 8, 11], {"conv": conv, "reverse": reverse}
     equals_its_equations(options, keep, 0, gap_aware=how == "gap-aware", compact=how == "compact")
 
 
 @pytest.mark.parametrize("extra", [0, 1, 2])
 @pytest.mark.parametrize("traversal", ["backwards", "both", "quad"])
-def test_gaps_with_extra_tokens(traversal, extra):
+def test_gap_aware_scans_with_extra_tokens(traversal, extra):
     equals_its_equations(TRAVERSALS[traversal], [0, 3, 4, 10], extra, gap_aware=True)
 
 
@@ -102,8 +104,8 @@ def test_options(options):
     equals_its_equations(options)
 
 
-def test_extra_tokens_stand_where_the_reference_takes_them_to():
-    assert slots(12, 3, torch.device("cpu")).tolist() == [2, 6, 10]
+def test_extra_tokens_are_inserted_where_the_reference_assumes():
+    assert insertion_points(12, 3, torch.device("cpu")).tolist() == [2, 6, 10]
 
 
 @pytest.mark.parametrize(
@@ -131,7 +133,7 @@ def test_an_unknown_block_and_options_of_another_are_refused():
 
 
 @pytest.mark.parametrize("size", ["tiny", "small", "base"])
-def test_sizes_are_those_of_vision_transformers(size):
+def test_parameter_counts_are_those_of_vision_transformers(size):
     ours, theirs = (
         sum(p.numel() for p in timm.create_model(f"{kind}_{size}_patch16_224", device="meta").parameters())
         for kind in ("vil_mlp", "vit")
@@ -139,15 +141,15 @@ def test_sizes_are_those_of_vision_transformers(size):
     assert abs(ours / theirs - 1) < 0.05
 
 
-@pytest.mark.parametrize("switch", ["set_gap_aware", "set_compact_conv"])
-def test_a_network_switches_all_its_blocks(switch):
+@pytest.mark.parametrize("attribute", ["gap_aware", "compact_conv"])
+def test_attributes_of_the_network_apply_to_the_next_forward_pass(attribute):
     torch.manual_seed(0)
     model = randomised(VisionLSTM(16, 4, embed_dim=DIM, depth=1, block="mlp", num_classes=0))
     x, keep = torch.randn(1, 16, DIM, dtype=torch.float64), torch.tensor([[1, 4, 6, 11, 12]])
     before = model.forward_tokens(x, (4, 4), keep)
-    getattr(model, switch)()
+    setattr(model, attribute, True)
     assert not torch.allclose(model.forward_tokens(x, (4, 4), keep), before)
-    getattr(model, switch)(False)
+    setattr(model, attribute, False)
     torch.testing.assert_close(model.forward_tokens(x, (4, 4), keep), before, rtol=0, atol=0)
 
 
@@ -161,18 +163,18 @@ def test_gradient_checkpointing_changes_no_bit():
     assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
 
 
-def test_heads_are_about_64_wide():
+def test_the_default_width_of_heads_is_near_64():
     assert [default_heads(dim) for dim in (16, 32, 96, 128, 192, 384, 768, 1024)] == [1, 1, 2, 2, 3, 6, 12, 16]
     assert default_heads(7) == 1
 
 
-def test_one_graph_without_a_break():
+def test_compiles_to_one_graph():
     model = VisionLSTM(16, 4, embed_dim=DIM, depth=1, block="mlp", num_classes=0)
     explained = torch._dynamo.explain(model)(torch.randn(2, 3, 16, 16))
     assert (explained.graph_count, explained.graph_break_count) == (1, 0)
 
 
-def test_low_precision_keeps_the_gates_in_float32():
+def test_gates_are_float32_under_autocast():
     block = MLPBlock(DIM, num_heads=2)
     with torch.autocast("cpu", torch.bfloat16):
         q, k, v, i, f = block.layer.readings[0].project(torch.randn(2, 5, DIM))

@@ -1,4 +1,4 @@
-"""Our backbone against the published network (NX-AI/vision-lstm): the same function, the same gradients."""
+"""The outputs and gradients of the backbone equal those of the published network (NX-AI/vision-lstm)."""
 
 import os
 import re
@@ -50,12 +50,12 @@ CONSTRUCTORS = {
     "vil2-small": "vil_small_patch16_224",
     "vil2-base": "vil_base_patch16_224",
 }
-"""Every ViL that the published hubconf.py makes, and our name for it."""
+"""The constructors of the published hubconf.py, and our names for them."""
 
 
 @pytest.fixture(scope="module")
 def published():
-    """The published package, from the checkout that SELFVIL_PUBLISHED_VIL names."""
+    """The published package, from the checkout in SELFVIL_PUBLISHED_VIL."""
     folder = os.environ.get("SELFVIL_PUBLISHED_VIL")
     if not folder:
         pytest.skip("SELFVIL_PUBLISHED_VIL does not name a checkout of NX-AI/vision-lstm")
@@ -85,7 +85,7 @@ def gradients(model, images, weight):
 
 
 def worst_gradient(ours, published, model):
-    """Names and layout of gradients change just as those of parameters do: the filter is linear."""
+    """Gradients under our names. The filter for parameters applies to gradients as well, since it is linear."""
     published = checkpoint_filter_fn(published, model)
     assert set(ours) == set(published)
     return max(relative_error(ours[name], published[name]) for name in ours)
@@ -162,7 +162,7 @@ def test_every_constructor_has_a_name(published):
 @pytest.mark.parametrize("mode", ["classifier", "features"])
 @pytest.mark.parametrize("constructor", CONSTRUCTORS)
 def test_every_constructor(published, constructor, mode):
-    """At full width and depth; at 64 × 48 px, to be quick (set SELFVIL_FULL_SIZE for 224 px)."""
+    """At full width and depth, on images of 64 × 48 px to save time (set SELFVIL_FULL_SIZE for 224 px)."""
     sizes = (224, 224) if os.environ.get("SELFVIL_FULL_SIZE") else (64, 48)
     first_version = constructor in published.CONFIGS_V1
     config = (published.CONFIGS_V1 | published.CONFIGS_V2)[constructor]
@@ -225,7 +225,7 @@ def test_finer_positions_are_interpolated_as_published(published):
 
 
 def test_the_published_files_load():
-    """The files name things otherwise than the published modules do, count single blocks, and wrap it all."""
+    """Published files use other names than the published modules, number single blocks, and have an outer key."""
     model = VisionLSTM(img_size=16, patch_size=4, num_classes=3, embed_dim=8, depth=2, fc_norm=True)
     in_file = as_in_published_file(model.state_dict())
     assert "xlstm.blocks.3.xlstm.mlstm_cell.igate.weight" in in_file
@@ -251,7 +251,7 @@ def test_the_published_files_load():
 @pytest.mark.parametrize("features", [False, True])
 @pytest.mark.parametrize("version", ["v1", "v2"])
 def test_files_load_as_the_published_code_loads_them(published, version, features, tmp_path):
-    """Through the renaming that hubconf.py itself does to the files, on random weights in a file of that form."""
+    """Compared with the renaming in hubconf.py itself, for random weights in a file of the published form."""
     ctor = published.VisionLSTM if version == "v1" else published.VisionLSTM2
     depth = 3 if version == "v1" else 2
     settings = {"dim": 16, "depth": depth, "input_shape": (3, 32, 24), "patch_size": 8, "legacy_norm": True}
@@ -279,7 +279,7 @@ def test_files_load_as_the_published_code_loads_them(published, version, feature
     if version == "v2" and features:
         mode = {"mode": "features", "pooling": None, "output_shape": None}
     theirs = published.load_model(ctor, finer | mode, str(tmp_path / "file.th"), preprocess=version)
-    if version == "v1" and features:  # its loader knows the classifier alone
+    if version == "v1" and features:  # its loader returns only the classifier
         theirs.head, theirs.pooling = None, None
 
     ours = {"num_classes": 0, "global_pool": ""} if features else {"num_classes": 5}

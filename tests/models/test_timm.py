@@ -1,5 +1,5 @@
-"""timm's own tests of its models, on ours: tests/test_models.py of a checkout, or of the source archive on PyPI, that
-SELFVIL_TIMM names."""
+"""Runs timm's own tests on our models: tests/test_models.py of the checkout, or source archive from PyPI, in
+SELFVIL_TIMM."""
 
 import os
 import re
@@ -19,12 +19,12 @@ NAMES = timm.list_models("vil_*")
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_timms_own_tests_pass(name, tmp_path):
+def test_timm_tests_pass(name, tmp_path):
     folder = os.environ.get("SELFVIL_TIMM")
     if not folder:
         pytest.skip("SELFVIL_TIMM does not name a checkout of huggingface/pytorch-image-models")
     source = (Path(folder) / "tests" / "test_models.py").read_text()
-    # Our names join timm's, and our module those whose forward_intermediates is tested.
+    # Add our names to timm's, and our module to those whose forward_intermediates is tested.
     source, changed = re.subn("^import timm$", "import selfvil, timm", source, flags=re.MULTILINE)
     source, listed = re.subn(r"^FEAT_INTER_FILTERS = \[", "FEAT_INTER_FILTERS = ['vil',", source, flags=re.MULTILINE)
     assert (changed, listed) == (1, 1)

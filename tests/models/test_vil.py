@@ -24,7 +24,7 @@ def small(**settings):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_name_makes_a_model(name):
+def test_every_registered_name_creates_a_model(name):
     with torch.device("meta"):
         model = timm.create_model(name)
         images = torch.empty(2, *model.default_cfg["input_size"])
@@ -36,7 +36,7 @@ def test_every_name_makes_a_model(name):
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_pretrained_names_point_at_the_published_files(name):
+def test_pretrained_names_have_the_urls_of_the_published_files(name):
     config = timm.get_pretrained_cfg(name)
     version = "vil_" if "_v1_" in name else "vil2_"
     assert config.url.startswith(f"https://ml.jku.at/research/vision_lstm/download/{version}")
@@ -44,19 +44,19 @@ def test_pretrained_names_point_at_the_published_files(name):
 
 
 @pytest.mark.parametrize("image", [(32, 32), (16, 48), (8, 4), (40, 36)])
-def test_any_grid_will_do(image):
+def test_any_grid_works(image):
     assert small()(torch.randn(2, 3, *image)).shape == (2, 10)
     features = small().forward_features(torch.randn(2, 3, *image))
     assert features.shape == (2, image[0] // 4, image[1] // 4, 32)
 
 
-def test_an_image_that_patches_do_not_divide_is_refused():
-    with pytest.raises(ValueError, match="no grid of 4x4 patches: both sides must be multiples"):
+def test_an_image_whose_sides_are_no_multiples_of_the_patch_is_refused():
+    with pytest.raises(ValueError, match="cannot be divided into patches of 4x4: both sides must be multiples"):
         small()(torch.randn(1, 3, 30, 32))
 
 
 @pytest.mark.parametrize("in_chans", [1, 4, 13])
-def test_any_number_of_channels_will_do(in_chans):
+def test_any_number_of_channels_works(in_chans):
     assert small(in_chans=in_chans)(torch.randn(1, in_chans, 32, 32)).shape == (1, 10)
 
 
@@ -109,7 +109,7 @@ def test_extra_tokens(settings, num_extra, width, traversal):
     final, maps = model.forward_intermediates(images, norm=True)
     assert torch.equal(final, features)
     torch.testing.assert_close(maps[-1].flatten(2).mT, features[:, num_extra:])
-    # The tokens are in the sequence, and learn: everything depends on them.
+    # The extra tokens are in the sequence and receive gradients from the patches.
     name = "cls_token" if num_extra == 1 else "reg_token"
     token = getattr(model, name)
     assert torch.autograd.grad(features[:, num_extra:].square().sum(), token)[0].flatten(2).any(2).all()
@@ -121,7 +121,7 @@ def test_extra_tokens(settings, num_extra, width, traversal):
 def test_extra_tokens_must_fit_the_pooling():
     with pytest.raises(ValueError, match="set num_registers"):
         small(global_pool="registers")
-    with pytest.raises(ValueError, match="leaves no room for registers"):
+    with pytest.raises(ValueError, match="uses a class token, which excludes registers"):
         small(global_pool="middle_cls", num_registers=2)
     with pytest.raises(ValueError, match="needs a class token"):
         small().reset_classifier(3, "middle_cls")
@@ -139,7 +139,7 @@ def test_extra_tokens_must_fit_the_pooling():
         ({"pos_embed": "rope"}, "choose one of: learn, sincos"),
     ],
 )
-def test_designs_that_do_not_exist_are_refused(settings, message):
+def test_unknown_designs_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         small(**settings)
 
@@ -168,7 +168,7 @@ def test_fixed_positions():
     model = small(pos_embed="sincos")
     assert "pos_embed" not in dict(model.named_parameters()) | model.state_dict()
     positions = model.pos_embed
-    torch.testing.assert_close(positions.square().sum(-1), torch.full((1, 8, 8), 16.0))  # 16 sines and their cosines
+    torch.testing.assert_close(positions.square().sum(-1), torch.full((1, 8, 8), 16.0))  # sin² + cos² of 16 angles
     assert len(positions.flatten(0, 2).round(decimals=3).unique(dim=0)) == 64
     model.set_input_size(48)
     assert model.pos_embed.shape == (1, 12, 12, 32)
@@ -182,7 +182,7 @@ def test_an_unknown_pooling_names_the_choices():
         small(global_pool="spiral")
 
 
-def test_classifier_can_be_exchanged():
+def test_reset_classifier():
     model = small(fc_norm=True)
     model.reset_classifier(3)
     assert model(torch.randn(1, 3, 32, 32)).shape == (1, 3)
@@ -209,7 +209,7 @@ def test_positions_on_another_grid():
         resample_positions(positions, (8, 6), "linear")
     constant = torch.full((1, 8, 8, 2), 3.0)
     torch.testing.assert_close(resample_positions(constant, (3, 5)), torch.full((1, 3, 5, 2), 3.0))
-    # Smoothed where it shrinks: a checkerboard has no trace left at half the size.
+    # A smaller grid is antialiased: a checkerboard becomes uniform at half the size.
     board = (torch.arange(16).view(16, 1) + torch.arange(16)).remainder(2).float().view(1, 16, 16, 1)
     assert (resample_positions(board, (8, 8)) - 0.5)[:, 2:-2, 2:-2].abs().max() < 0.05
 
@@ -226,7 +226,7 @@ def test_set_input_size_keeps_the_function():
     assert model(torch.randn(1, 3, 64, 64)).shape == (1, 10)
 
 
-def test_state_dict_survives_a_file_and_another_grid(tmp_path):
+def test_state_dict_from_a_file_and_on_another_grid(tmp_path):
     model, images = small(fc_norm=True, init_values=0.1), torch.randn(2, 3, 32, 32)
     save_file(model.state_dict(), tmp_path / "model.safetensors")
     state = load_file(tmp_path / "model.safetensors")
@@ -241,7 +241,7 @@ def test_state_dict_survives_a_file_and_another_grid(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["vil_nano_patch4_32", "vil_tiny_patch16_224"])
-def test_timm_loads_it_from_a_folder(name, tmp_path):
+def test_timm_loads_a_model_from_a_folder(name, tmp_path):
     settings = {"img_size": 32, "embed_dim": 32, "depth": 2, "in_chans": 1, "init_values": 1e-4, "num_classes": 0}
     model = timm.create_model(name, **settings).eval()
     save_file(model.state_dict(), tmp_path / "model.safetensors")
@@ -257,7 +257,7 @@ def test_timm_loads_it_from_a_folder(name, tmp_path):
     torch.testing.assert_close(loaded(images), model(images), rtol=0, atol=0)
 
 
-def test_published_weights_bring_their_norm_and_take_new_classes_and_channels(tmp_path):
+def test_published_weights_add_their_norm_and_fit_new_classes_and_channels(tmp_path):
     name, settings = "vil_tiny_patch16_224", {"embed_dim": 32, "depth": 2}
     model = timm.create_model(name, fc_norm=True, **settings)
     save_file(model.state_dict(), tmp_path / "model.safetensors")
@@ -274,7 +274,7 @@ def test_published_weights_bring_their_norm_and_take_new_classes_and_channels(tm
     assert isinstance(averaged.fc_norm, torch.nn.Identity)
 
 
-def test_a_pair_is_one_layer_for_layer_wise_rates():
+def test_a_pair_is_one_layer_for_layer_wise_learning_rates():
     model = small()
     layers = group_parameters(model, model.group_matcher(), reverse=True)
     assert layers["pos_embed"] == layers["patch_embed.proj.weight"] == 0
@@ -284,7 +284,7 @@ def test_a_pair_is_one_layer_for_layer_wise_rates():
     assert set(layers) == {name for name, _ in model.named_parameters()}
 
 
-def test_only_weights_of_maps_decay():
+def test_weight_decay_applies_only_to_matrices_and_kernels():
     model = small(fc_norm=True, init_values=0.1)
     decayed = {name for name, _ in model.named_parameters()} - model.no_weight_decay()
     assert decayed == {n for n, _ in model.named_parameters() if n.endswith("weight") and "norm" not in n}
@@ -322,7 +322,7 @@ def test_grad_checkpointing_changes_nothing():
     torch.testing.assert_close(got, expected)
 
 
-def test_depth_scaled_init_starts_smaller():
+def test_depth_scaled_init_is_smaller():
     plain, scaled = small(), small(depth_scaled_init=True)
     ratio = plain.blocks[0].first.layer.proj_down.weight.std() / scaled.blocks[0].first.layer.proj_down.weight.std()
     assert ratio.item() == pytest.approx(6, rel=0.1)
@@ -347,7 +347,7 @@ def test_bfloat16_autocast_stays_near_float32():
     assert (together[0] - together[1]).norm() / together[1].norm() < 0.05
 
 
-def test_exports_to_a_graph():
+def test_torch_export():
     model, images = small(depth=1), torch.randn(2, 3, 32, 32)
     graph = torch.export.export(model, (images,)).module()
     with torch.no_grad():
@@ -355,8 +355,8 @@ def test_exports_to_a_graph():
 
 
 @pytest.mark.slow
-def test_compiled_sizes_do_not_each_compile_anew():
-    """One graph for the first size and one for all others, until the mLSTM changes its form."""
+def test_a_new_image_size_does_not_recompile():
+    """One graph for the first size and one for all others, up to the size at which the mLSTM backend changes."""
     counter = CompileCounter()
     model = VisionLSTM(img_size=64, patch_size=16, embed_dim=32, depth=1, num_classes=5)
     compiled = torch.compile(model, backend=counter, fullgraph=True)
@@ -367,7 +367,7 @@ def test_compiled_sizes_do_not_each_compile_anew():
 
 
 @pytest.mark.slow
-def test_compiles_whole():
+def test_compiles_to_one_graph():
     model, images = small(depth=1), torch.randn(2, 3, 32, 32)
     compiled = torch.compile(model, fullgraph=True)
     inputs = list(model.parameters())

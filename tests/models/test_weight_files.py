@@ -1,4 +1,4 @@
-"""A file of weights gives the network that it was made for, or an error: nothing of it is dropped without a message."""
+"""A weight file restores its network or raises an error; nothing in it is dropped without a message."""
 
 import logging
 
@@ -18,7 +18,7 @@ IMAGES = (2, 3, 32, 32)
 
 @pytest.fixture
 def published(tmp_path):
-    """A file in the published form, of 7 classes, and the network that it was made for."""
+    """A file in the published form with 7 classes, and its network."""
     network = timm.create_model(NAME, fc_norm=True, num_classes=7, **SMALL).eval()
     in_file = as_in_published_file(network.state_dict())
     network.load_state_dict(our_names(in_file))
@@ -65,7 +65,7 @@ WAYS = [
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_every_way_of_loading_gives_the_published_network(published, way):
+def test_every_way_of_loading_restores_the_published_network(published, way):
     file, network = published
     loaded, images = way(file), torch.randn(IMAGES)
     assert torch.equal(loaded(images), network(images))
@@ -75,7 +75,7 @@ def test_every_way_of_loading_gives_the_published_network(published, way):
     assert torch.equal(finer.head.weight, network.head.weight)
 
 
-def test_new_classes_keep_the_norm_and_no_classes_too(published):
+def test_new_classes_or_none_keep_the_norm(published):
     file, network = published
     assert torch.equal(from_config(file, num_classes=5).fc_norm.weight, network.fc_norm.weight)
     assert torch.equal(from_config(file, num_classes=0).fc_norm.weight, network.fc_norm.weight)
@@ -91,7 +91,7 @@ def test_a_norm_that_cannot_be_kept_is_reported(published, caplog):
             caplog.clear()
             network = from_config(file, **more)
             assert isinstance(network.fc_norm, torch.nn.Identity)
-            assert "a norm of 64 pooled features, which is left out" in caplog.text
+            assert "norm of 64 pooled features in the weights is dropped" in caplog.text
         caplog.clear()
         assert from_config(file, global_pool="", num_classes=0)(torch.randn(IMAGES)).shape == (2, 4, 4, 32)
         assert not caplog.text
@@ -113,7 +113,7 @@ OTHERS = {
 @pytest.mark.parametrize("other", OTHERS)
 @pytest.mark.parametrize("classes", [5, 7])
 def test_weights_of_another_network_are_refused(tmp_path, other, classes):
-    """With another number of classes timm loads without strictness: what is missing would stay random."""
+    """With another number of classes timm loads with strict=False: missing weights would stay random."""
     theirs, ours, message = OTHERS[other]
     network = timm.create_model(NAME, **{**SMALL, "num_classes": 7, **theirs})
     save_file(network.state_dict(), tmp_path / "model.safetensors")

@@ -1,4 +1,4 @@
-"""Metrics: means between two lines, one record a step after a resume, and writers that are optional."""
+"""Metrics: means between two lines, one record per step after a resume, and optional writers."""
 
 import json
 import sys
@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 
 from selfvil.errors import UserError
-from selfvil.monitor.metrics import Means, MetricsWriter, finite, read_metrics
+from selfvil.monitor.metrics import Means, MetricsWriter
 from selfvil.monitor.pictures import loss_curve, save_picture
+from selfvil.records import read_metrics
 
 
 def write(folder, steps, resume_step=0, **options):
@@ -31,12 +32,6 @@ def test_means_are_over_what_was_added():
     assert means.means() == {}
 
 
-def test_finite_sees_one_nan_among_many():
-    assert finite({})
-    assert finite({"a": torch.tensor(1.0), "b": torch.tensor(2.0)})
-    assert not finite({"a": torch.tensor(1.0), "b": torch.tensor(float("inf"))})
-
-
 def test_a_resumed_run_has_every_step_once(tmp_path):
     write(tmp_path, range(1, 8))
     with (tmp_path / "metrics.jsonl").open("a") as file:
@@ -45,13 +40,7 @@ def test_a_resumed_run_has_every_step_once(tmp_path):
     assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [*range(1, 9)]
 
 
-def test_a_line_that_was_cut_costs_no_other(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1, "kind": "doctor"}\n{"step": 2, "ki\x00\x00\n{"step": 3, "kind": "doctor"}\n{"st')
-    assert [record["step"] for record in read_metrics(path)] == [1, 3]
-
-
-def test_wandb_gets_what_the_file_gets(tmp_path, monkeypatch):
+def test_wandb_gets_the_records_of_the_file(tmp_path, monkeypatch):
     logged = []
     run = SimpleNamespace(log=lambda values, step: logged.append((step, values)), finish=lambda: logged.append("end"))
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **options: run))
@@ -59,7 +48,7 @@ def test_wandb_gets_what_the_file_gets(tmp_path, monkeypatch):
     assert logged == [(2, {"train/loss": 0.5, "train/samples": 16, "train/epoch": 0.5, "train/lr": 0.1}), "end"]
 
 
-def test_wandb_that_is_not_installed_is_said(tmp_path, monkeypatch):
+def test_a_missing_wandb_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match=r"pip install 'selfvil\[wandb\]'"):
         write(tmp_path, [1], wandb="project")
@@ -87,7 +76,7 @@ def test_a_run_with_a_teacher_shows_its_entropy_too(tmp_path):
     assert heights[0] > heights[1]
 
 
-def test_a_small_picture_is_enlarged_by_a_whole_factor(tmp_path):
+def test_a_small_picture_is_enlarged_by_an_integer_factor(tmp_path):
     picture = torch.rand(3, 5, 100)
     with Image.open(save_picture(picture, tmp_path / "deep" / "x.png")) as image:
         assert image.size == (400, 20)

@@ -2,9 +2,9 @@
 
     python tests/objectives/make_published_dino.py CHECKOUT [OUT]
 
-CHECKOUT is a checkout of facebookresearch/dino. All crops have one size, since the published ViT and timm's differ in
-how they interpolate positions; the optimizer is the published choice `sgd`, since AdamW would blow up the rounding of
-gradients that are zero by nature.
+CHECKOUT is a checkout of facebookresearch/dino. All crops have one size, because the published ViT and timm's
+interpolate positions differently; the optimizer is the published option `sgd`, because AdamW amplifies the rounding
+errors of gradients that are zero.
 """
 
 import sys
@@ -23,7 +23,7 @@ def main() -> None:
     import utils
     from vision_transformer import DINOHead, VisionTransformer
 
-    store = torch.distributed.HashStore()  # the published loss speaks to a process group, be it of one
+    store = torch.distributed.HashStore()  # the published loss needs a process group
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     torch.manual_seed(0)
     values: dict[str, torch.Tensor] = {}
@@ -52,8 +52,8 @@ def main() -> None:
     for step, views in enumerate(images):
         for group in optimizer.param_groups:
             group["lr"] = rates[step]
-        answers = teacher(list(views[:2]))
-        loss = loss_of(student(list(views)), answers, step // STEPS_PER_EPOCH)
+        targets = teacher(list(views[:2]))
+        loss = loss_of(student(list(views)), targets, step // STEPS_PER_EPOCH)
         optimizer.zero_grad()
         loss.backward()
         if step == 0:

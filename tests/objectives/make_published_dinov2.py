@@ -2,8 +2,8 @@
 
     python tests/objectives/make_published_dinov2.py DINOV2 DINOV3 [OUT]
 
-They are checkouts of facebookresearch/dinov2 and facebookresearch/dinov3. The losses of images are put together with
-the factors of the published training code: each pair of a teacher's and another crop weighs the same.
+The arguments are checkouts of facebookresearch/dinov2 and facebookresearch/dinov3. The losses of images are combined
+with the factors of the published training code: each pair of a teacher's crop and another crop has the same weight.
 """
 
 import importlib.util
@@ -19,10 +19,10 @@ IMAGES, SMALL, PATCHES, PROTOTYPES, TEMPERATURE = 3, 2, 6, 10, 0.05
 
 def main() -> None:
     sys.path.insert(0, sys.argv[1])
-    warnings.simplefilter("ignore")  # of a package it can do without, and of an autocast of its time
+    warnings.simplefilter("ignore")  # about an optional package and a deprecated autocast
     from dinov2.loss import DINOLoss, KoLeoLoss, iBOTPatchLoss
 
-    store = torch.distributed.HashStore()  # the published patch loss speaks to a process group, be it of one
+    store = torch.distributed.HashStore()  # the published loss needs a process group
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     torch.manual_seed(0)
     values: dict[str, torch.Tensor] = {}
@@ -35,17 +35,17 @@ def main() -> None:
     values |= {"images/student": student.detach().clone(), "images/teacher": teacher, "images/center": of_images.center}
     swapped = teacher.flip(0).flatten(0, 1)
     terms = 2 + 2 * SMALL
-    for name, answers in (
+    for name, probabilities in (
         ("softmax", of_images.softmax_center_teacher(swapped, TEMPERATURE)),
         ("sinkhorn", of_images.sinkhorn_knopp_teacher(swapped, TEMPERATURE)),
     ):
-        small = of_images(list(student[2:]), list(answers.view(2, IMAGES, -1))) / terms
-        large = of_images([student[:2].flatten(0, 1)], [answers]) * 2 / terms
-        values[f"images/targets/{name}"] = answers.view(2, IMAGES, -1).flip(0)
+        small = of_images(list(student[2:]), list(probabilities.view(2, IMAGES, -1))) / terms
+        large = of_images([student[:2].flatten(0, 1)], [probabilities]) * 2 / terms
+        values[f"images/targets/{name}"] = probabilities.view(2, IMAGES, -1).flip(0)
         values[f"images/loss/{name}"] = (small + large).detach()
         (values[f"images/gradient/{name}"],) = torch.autograd.grad(small + large, student)
 
-    # Patches: masks of which one hides nothing.
+    # Patches: one of the masks is empty.
     masked = torch.rand(2 * IMAGES, PATCHES) < 0.5
     masked[1] = False
     count = int(masked.sum())
@@ -57,9 +57,9 @@ def main() -> None:
     of_patches.update_center(teacher.unsqueeze(0))
     centred = of_patches.softmax_center_teacher(teacher.unsqueeze(0), TEMPERATURE).squeeze(0)
     values["patches/center"] = of_patches.center.flatten()
-    for name, answers in (("softmax", centred), ("sinkhorn", balanced)):
-        loss = of_patches.forward_masked(student, answers, masked, count)
-        values |= {f"patches/targets/{name}": answers, f"patches/loss/{name}": loss.detach()}
+    for name, probabilities in (("softmax", centred), ("sinkhorn", balanced)):
+        loss = of_patches.forward_masked(student, probabilities, masked, count)
+        values |= {f"patches/targets/{name}": probabilities, f"patches/loss/{name}": loss.detach()}
         (values[f"patches/gradient/{name}"],) = torch.autograd.grad(loss, student)
 
     # KoLeo.
@@ -68,7 +68,7 @@ def main() -> None:
     values |= {"koleo/vectors": vectors.detach().clone(), "koleo/loss": loss.detach()}
     (values["koleo/gradient"],) = torch.autograd.grad(loss, vectors)
 
-    # Gram anchoring, of each image by itself, and with negative similarities, as the paper's equation has it.
+    # Gram anchoring for each image separately, with negative similarities, as in the paper's equation.
     spec = importlib.util.spec_from_file_location("gram_loss", Path(sys.argv[2]) / "dinov3" / "loss" / "gram_loss.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

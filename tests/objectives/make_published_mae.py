@@ -2,8 +2,8 @@
 
     python tests/objectives/make_published_mae.py CHECKOUT [OUT]
 
-CHECKOUT is a checkout of facebookresearch/mae. The published code is of its time: it hands timm's block an argument and
-numpy a name that are no more, so both are put back while it is imported.
+CHECKOUT is a checkout of facebookresearch/mae. The published code uses an argument of timm's block and a name of numpy
+that no longer exist, so both are restored while it is imported.
 """
 
 import sys
@@ -34,7 +34,7 @@ def import_published(checkout: str) -> ModuleType:
 def loss_and_gradients(
     published: torch.nn.Module, images: torch.Tensor, noise: torch.Tensor
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Of the published network, with `noise` in the place of what it would draw."""
+    """Loss and gradients of the published network with `noise` as its random numbers."""
     with patch("torch.rand", lambda *shape, device: noise):
         loss, _, _ = published(images, mask_ratio=0.75)
     loss.backward()
@@ -52,7 +52,7 @@ def main() -> None:
     loss, gradients = loss_and_gradients(published, images, noise)
     values = {"images": images, "noise": noise, "loss": loss}
     values |= {f"weight/{name}": weight.detach().clone() for name, weight in published.named_parameters()}
-    # Two numbers for each gradient, in float64, tell as much as all of them.
+    # Two float64 values of each gradient are enough to detect a difference.
     values |= {f"gradient/{name}": summary(gradient) for name, gradient in gradients.items()}
     out = Path(sys.argv[2]) if len(sys.argv) > 2 else Path(__file__).with_name("published_mae.safetensors")
     save_file(values, out)

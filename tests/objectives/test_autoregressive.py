@@ -1,4 +1,4 @@
-"""Autoregressive: no prediction depends on what it predicts or on what comes after, and all before it is heard."""
+"""Autoregressive: a prediction depends on all earlier clusters and on no other."""
 
 import pytest
 import timm
@@ -37,7 +37,7 @@ def batch(count: int = 2) -> Views:
 
 @pytest.mark.parametrize("backbone", BACKBONES)
 @pytest.mark.parametrize("cluster", CLUSTERS)
-def test_a_prediction_knows_nothing_of_its_own_cluster_or_of_later_ones(backbone, cluster):
+def test_a_prediction_does_not_depend_on_its_own_or_later_clusters(backbone, cluster):
     objective = build(backbone, cluster).double()
     images = batch().views[0].double().requires_grad_()
     predicted = objective.predict(images)
@@ -45,11 +45,11 @@ def test_a_prediction_knows_nothing_of_its_own_cluster_or_of_later_ones(backbone
     assert predicted.shape == (2, len(later), 48)
     for number in later.unique().tolist():
         loss = predicted[:, later == number].square().sum()
-        seen = patchify(torch.autograd.grad(loss, images, retain_graph=True)[0], 4).abs().sum(-1)  # (B, N)
-        assert (seen[:, objective.cluster_of >= number] == 0).all()
-        assert (seen[:, 0] > 0).all()
-        if backbone == "vit" or cluster in [(1, 1), (1, 3), (2, 6)]:  # all before it, where reading order allows
-            assert (seen[:, objective.cluster_of < number] > 0).all()
+        gradient = patchify(torch.autograd.grad(loss, images, retain_graph=True)[0], 4).abs().sum(-1)  # (B, N)
+        assert (gradient[:, objective.cluster_of >= number] == 0).all()
+        assert (gradient[:, 0] > 0).all()
+        if backbone == "vit" or cluster in [(1, 1), (1, 3), (2, 6)]:  # all before it, if the scan order allows
+            assert (gradient[:, objective.cluster_of < number] > 0).all()
 
 
 def test_clusters_are_numbered_row_by_row():
@@ -71,11 +71,11 @@ def test_loss_is_the_mean_over_all_clusters_but_the_first(normalise):
 def test_every_parameter_learns(backbone):
     objective = build(backbone, (1, 1))
     objective(batch(), PROGRESS).loss.backward()
-    still = {n for n, p in objective.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())}
-    assert not still
+    without = {n for n, p in objective.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())}
+    assert not without
 
 
-def test_the_picture_shows_what_was_predicted():
+def test_the_picture_has_rows_of_three():
     assert build().picture(batch(), PROGRESS).shape == (3, 2 * 16, 3 * 24)
 
 
@@ -99,12 +99,12 @@ def test_bf16_loss_is_close_to_fp32():
         ({"stride": 2}, r"overlapping patches"),
     ],
 )
-def test_backbones_that_look_ahead_are_refused(more, message):
+def test_backbones_that_are_not_causal_are_refused(more, message):
     with pytest.raises(UserError, match=message):
         build(more=more)
 
 
-def test_a_backbone_without_order_is_refused():
+def test_a_backbone_without_patches_is_refused():
     spec = ImageSpec((32, 32), 4, 3, (0.5,) * 3, (0.2,) * 3)
     with pytest.raises(UserError, match="ConvNeXt does not read patches in order"):
         Autoregressive(timm.create_model("convnext_atto", num_classes=0), AutoregressiveSettings(), spec)

@@ -1,4 +1,4 @@
-"""Convolutional networks as comparators: objectives of whole crops take them, masked ones say in a sentence why not."""
+"""Convolutional networks for comparison: objectives of whole crops take them, masked ones refuse them."""
 
 import pytest
 import timm
@@ -24,7 +24,7 @@ def recipe(objective: str, shards, out, *more: str, name: str = "test_convnext")
 
 @pytest.mark.parametrize("name", ["test_convnext", "test_resnet"])
 @pytest.mark.parametrize("objective", CROPS)
-def test_it_trains_stops_goes_on_and_is_exported(digit_shards, tmp_path, objective, name):
+def test_it_trains_resumes_and_is_exported(digit_shards, tmp_path, objective, name):
     more = [*CROPS[objective], "budget.steps=4", "monitor.doctor_every=2"]
     assert pretrain(recipe(objective, digit_shards, tmp_path / "straight", *more, name=name)).finished
     for pause in (["budget.pause_minutes=1e-6"], []):
@@ -43,20 +43,20 @@ def test_it_trains_stops_goes_on_and_is_exported(digit_shards, tmp_path, objecti
 
 
 @pytest.mark.parametrize("objective", ["mae", "simmim", "autoregressive", "ibot", "dinov2"])
-def test_masks_need_patches(digit_shards, tmp_path, objective):
+def test_masked_objectives_need_patches(digit_shards, tmp_path, objective):
     with pytest.raises(UserError, match=r"ConvNeXt (cannot leave tokens out|does not read patches in order)"):
         pretrain(recipe(objective, digit_shards, tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 
-def test_a_crop_that_it_cannot_take_is_named(digit_shards, tmp_path):
+def test_a_crop_size_that_is_too_small_is_named(digit_shards, tmp_path):
     with pytest.raises(UserError, match=r"ConvNeXt cannot take crops of 8x8 pixels .*: raise objective\.local_crop"):
         build_objective(recipe("dino", digit_shards, tmp_path / "run"))
     with pytest.raises(UserError, match=r"ConvNeXt cannot take crops of 12x12 pixels .*: raise model\.img_size"):
         build_objective(recipe("dino", digit_shards, tmp_path / "run", "objective.local_crops=0", "model.img_size=12"))
 
 
-def test_patches_are_given_where_there_are_some_and_nowhere_else(digit_shards, tmp_path):
+def test_patch_size_must_be_null_without_patches_only(digit_shards, tmp_path):
     vil = runs.overrides("mae", digit_shards, tmp_path / "run", "model.patch_size=null")
     with pytest.raises(UserError, match=r"patch_size = null is for networks without patches, and vil_nano_patch4_32"):
         build_objective(load("cifar10_mae", [*vil, "model.img_size=224"]))

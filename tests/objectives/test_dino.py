@@ -1,4 +1,4 @@
-"""DINO: the published code's numbers, a teacher that only follows, and a centre that no split of the batch moves."""
+"""DINO equals the published code; teacher and centre do not depend on how a batch is split."""
 
 import copy
 import os
@@ -16,12 +16,14 @@ from torch import Tensor, nn
 import runs
 from selfvil import checkpoint, optim
 from selfvil.errors import UserError
-from selfvil.models.heads import ProjectionHead, read_out
-from selfvil.monitor.metrics import read_metrics
+from selfvil.models.adapter import adapt
 from selfvil.objectives.base import ImageSpec, Progress
-from selfvil.objectives.dino import DINO, Center, DINOSettings, Teacher, cross_entropy_of_pairs
+from selfvil.objectives.dino import DINO, DINOSettings, cross_entropy_of_pairs
+from selfvil.objectives.heads import ProjectionHead
+from selfvil.objectives.teacher import Center, FrozenNetwork, Teacher
 from selfvil.pretrain import pretrain
 from selfvil.recipe import Recipe
+from selfvil.records import read_metrics
 from small import MODELS, Views, network, random_views
 
 VALUES = Path(__file__).with_name("published_dino.safetensors")
@@ -71,7 +73,7 @@ def part(values: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     }
 
 
-def test_the_stored_values_are_those_of_the_published_code(values, tmp_path):
+def test_stored_values_equal_those_of_the_published_code(values, tmp_path):
     folder = os.environ.get("SELFVIL_PUBLISHED_DINO")
     if not folder:
         pytest.skip("SELFVIL_PUBLISHED_DINO does not name a checkout of facebookresearch/dino")
@@ -83,7 +85,7 @@ def test_the_stored_values_are_those_of_the_published_code(values, tmp_path):
         torch.testing.assert_close(value, values[name], rtol=1e-4, atol=1e-6, msg=lambda text, name=name: name + text)
 
 
-def test_four_steps_equal_the_published_ones(values):
+def test_four_steps_equal_the_published_code(values):
     """Losses, gradients, centre, and student and teacher after four steps in which every schedule moves."""
     backbone = network("vit_tiny_patch16_224", img_size=(8, 8), embed_dim=8, depth=1)
     settings = DINOSettings(
@@ -116,7 +118,7 @@ def test_four_steps_equal_the_published_ones(values):
             torch.testing.assert_close(state[prefix + name], expected, rtol=1e-4, atol=1e-6)
 
 
-def test_a_head_with_lengths_equals_the_published_one(values):
+def test_a_head_with_learned_lengths_equals_the_published_one(values):
     head = ProjectionHead(6, 10, hidden_dim=8, bottleneck_dim=4, norm_last_layer=False)
     head.load_state_dict(part(values, "head/"))
     torch.testing.assert_close(head(values["head_in"]), values["head_out"], rtol=1e-5, atol=1e-6)
@@ -145,7 +147,7 @@ def test_schedules_equal_the_published_ones(values):
 
 
 @pytest.mark.parametrize("crops", [2, 3, 10])
-def test_loss_is_the_papers(crops):
+def test_loss_equals_equation_3_of_the_paper(crops):
     """Equation 3 written out for every pair of crops and every image, in float64."""
     student, teacher = torch.randn(crops, 3, 7).double().requires_grad_(), torch.randn(2, 3, 7).double()
     targets = (teacher / 0.04).softmax(dim=-1)
@@ -160,24 +162,24 @@ def test_loss_is_the_papers(crops):
     torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-14)
 
 
-def test_signs_of_collapse_mean_what_they_say():
-    """Uniform answers, the same sharp answer for all, and a sharp answer of its own for each image."""
+def test_collapse_metrics_of_known_distributions():
+    """Uniform targets, the same sharp target for all images, and a different sharp target for each."""
     objective = dino(out_dim=4)
     logits = torch.zeros(2, 2, 4)
-    seen = {}
+    logs_of = {}
     for name, rows in {"none": None, "one": [0, 0], "own": [0, 3]}.items():
         logits.zero_()
         for image, row in enumerate(rows or []):
             logits[:, image, row] = 100.0
         objective.logits = lambda backbone, head, crops, logits=logits: logits[: len(crops)].clone()
-        seen[name] = objective(Views([torch.zeros(2)] * 2, torch.arange(2)), PROGRESS).logs
-    assert seen["none"]["teacher_entropy"] == pytest.approx(1)
-    assert seen["none"]["teacher_spread"] == pytest.approx(1)
-    assert seen["one"]["teacher_entropy"] == pytest.approx(0, abs=1e-6)
-    assert seen["one"]["teacher_spread"] == pytest.approx(0, abs=1e-6)
-    assert seen["own"]["teacher_entropy"] == pytest.approx(0, abs=1e-6)
-    assert seen["own"]["teacher_spread"] == pytest.approx(0.5)
-    assert all(logs["kl"] == pytest.approx(0, abs=1e-6) for logs in seen.values())
+        logs_of[name] = objective(Views([torch.zeros(2)] * 2, torch.arange(2)), PROGRESS).logs
+    assert logs_of["none"]["teacher_entropy"] == pytest.approx(1)
+    assert logs_of["none"]["teacher_spread"] == pytest.approx(1)
+    assert logs_of["one"]["teacher_entropy"] == pytest.approx(0, abs=1e-6)
+    assert logs_of["one"]["teacher_spread"] == pytest.approx(0, abs=1e-6)
+    assert logs_of["own"]["teacher_entropy"] == pytest.approx(0, abs=1e-6)
+    assert logs_of["own"]["teacher_spread"] == pytest.approx(0.5)
+    assert all(logs["kl"] == pytest.approx(0, abs=1e-6) for logs in logs_of.values())
 
 
 # --- student and teacher ---------------------------------------------------------------------------------------------
@@ -190,13 +192,13 @@ def test_every_parameter_of_the_student_learns_and_none_of_the_teacher(name, rea
     objective(batch(), PROGRESS).loss.backward()
     trained = {name for name, p in objective.named_parameters() if p.grad is not None and p.grad.any()}
     expected = {name for name, _ in objective.named_parameters() if not name.startswith("teacher.")}
-    unseen = {"backbone.cls_token"} if readout == "mean" and name.startswith("vit") else set()
-    assert expected - trained <= {"head.last_layer_length"} | unseen
+    unused = {"backbone.cls_token"} if readout == "mean" and name.startswith("vit") else set()
+    assert expected - trained <= {"head.last_layer_length"} | unused
     assert trained <= expected
     assert not any(p.requires_grad for p in objective.teacher.parameters())
 
 
-def test_the_teacher_starts_as_the_student_and_follows_it():
+def test_the_teacher_starts_as_a_copy_and_is_a_running_mean():
     objective = dino()
     before = copy.deepcopy(objective.teacher)
     progress = Progress(step=3, total_steps=10, steps_per_epoch=5, seed=3)
@@ -219,14 +221,25 @@ def test_the_teacher_copies_buffers():
     assert teacher.backbone.num_batches_tracked == 1
 
 
+def test_a_frozen_network_copies_another_exactly_and_stays_in_evaluation_mode():
+    source = nn.ModuleDict({"backbone": nn.BatchNorm1d(3)})
+    nn.init.normal_(source["backbone"].weight)
+    source["backbone"](torch.randn(8, 3))
+    frozen = FrozenNetwork(backbone=nn.BatchNorm1d(3)).train()
+    frozen.copy_from(source)
+    assert not any(module.training for module in frozen.modules())
+    assert not any(parameter.requires_grad for parameter in frozen.parameters())
+    assert all(torch.equal(value, source.state_dict()[name]) for name, value in frozen.state_dict().items())
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_teacher_and_centre_stay_float32_where_the_student_is_bf16(name):
-    """As DeepSpeed holds it: everything cast, the images too, and no autocast."""
+    """As under DeepSpeed: everything is cast to bf16, images too, without autocast."""
     expected = dino(name)(batch(), PROGRESS).loss
     objective, views = dino(name).bfloat16(), batch()
     views.views = [view.bfloat16() for view in views.views]
-    untouched = dino(name).teacher.state_dict()
-    assert all(torch.equal(value, untouched[key]) for key, value in objective.teacher.state_dict().items())
+    expected_teacher = dino(name).teacher.state_dict()
+    assert all(torch.equal(value, expected_teacher[key]) for key, value in objective.teacher.state_dict().items())
     assert all(parameter.dtype == torch.bfloat16 for parameter in objective.backbone.parameters())
     output = objective(views, PROGRESS)
     output.loss.backward()
@@ -236,7 +249,7 @@ def test_teacher_and_centre_stay_float32_where_the_student_is_bf16(name):
     assert all(value.dtype == torch.float32 for value in kept.values())
 
 
-def test_the_teacher_drops_no_paths():
+def test_the_teacher_has_no_stochastic_depth():
     objective = dino(backbone=network(drop_path_rate=0.9)).train()
     assert not any(module.training for module in objective.teacher.modules())
     images = batch().views[:2]
@@ -245,7 +258,7 @@ def test_the_teacher_drops_no_paths():
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_bf16_autocast_is_close_to_fp32_and_its_teacher_float32(name):
+def test_bf16_autocast_is_close_to_fp32_and_keeps_state_float32(name):
     objective = dino(name)
     expected = objective(batch(), PROGRESS).loss
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -258,18 +271,19 @@ def test_bf16_autocast_is_close_to_fp32_and_its_teacher_float32(name):
     assert all(value.dtype == torch.float32 for name, value in state.items() if value.is_floating_point())
 
 
-def test_one_pass_of_the_backbone_for_each_size():
-    """And what comes of it is what each crop alone would give."""
+def test_crops_of_one_size_share_a_forward_pass():
+    """The result equals that of a forward pass for each crop."""
     objective, views = dino(), batch().views
     passes = []
     objective.backbone.patch_embed.register_forward_hook(lambda module, inputs, out: passes.append(inputs[0].shape))
     together = objective.logits(objective.backbone, objective.head, views)
     assert passes == [(8, 3, 16, 24), (12, 3, 8, 8)]
-    alone = torch.stack([objective.head(read_out(objective.backbone, view, objective.readout)) for view in views])
+    adapter = adapt(objective.backbone)
+    alone = torch.stack([objective.head(adapter.read_out(view, objective.readout)) for view in views])
     torch.testing.assert_close(together, alone)
 
 
-def test_state_dict_holds_everything_once():
+def test_state_dict_has_no_duplicates_and_restores_training():
     objective = dino()
     train(objective, [batch(seed=seed) for seed in range(3)])
     state = copy.deepcopy(objective.state_dict())
@@ -287,7 +301,7 @@ def test_state_dict_holds_everything_once():
 # --- centre ----------------------------------------------------------------------------------------------------------
 
 
-def test_micro_batches_and_the_joined_batch_make_the_same_step():
+def test_micro_batches_equal_the_whole_batch():
     whole, split = dino(), dino()
     micro = [batch(2, seed) for seed in range(6)]
     joined = [
@@ -300,7 +314,7 @@ def test_micro_batches_and_the_joined_batch_make_the_same_step():
         torch.testing.assert_close(split.state_dict()[name], value, rtol=1e-4, atol=1e-6)
 
 
-def test_the_centre_moves_once_a_step_by_training_alone():
+def test_the_centre_is_updated_once_a_step_and_by_training_only():
     objective = dino()
     views = batch()
     with torch.no_grad():
@@ -316,7 +330,7 @@ def test_the_centre_moves_once_a_step_by_training_alone():
 
 
 def test_all_processes_share_one_centre(monkeypatch):
-    """The other process, which has seen more, is played by an all_reduce that adds its sum and its count."""
+    """The other process, with more rows, is simulated by an all_reduce that adds its sum and count."""
     ours, theirs = torch.randn(2, 3, 5), torch.randn(2, 4, 5)
     other = torch.cat([theirs.sum(dim=(0, 1)), torch.tensor([8.0])])
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
@@ -327,7 +341,7 @@ def test_all_processes_share_one_centre(monkeypatch):
     torch.testing.assert_close(center.value, 0.1 * torch.cat([ours, theirs], dim=1).mean(dim=(0, 1)))
 
 
-def test_a_step_without_logits_leaves_the_centre():
+def test_a_step_without_logits_does_not_move_the_centre():
     center = Center(5, momentum=0.9)
     center.add(torch.randn(3, 5))
     center.update()
@@ -352,7 +366,7 @@ def test_views_are_two_large_and_some_small_crops():
     assert [view.blur for view in dino(blur=False).views()] == [0.0] * 5
 
 
-def test_the_picture_shows_every_crop():
+def test_the_picture_contains_every_crop():
     objective, views = dino(), batch(3)
     picture = objective.picture(views, PROGRESS)
     assert picture.shape == (3, 3 * 18, 5 * 26)
@@ -372,7 +386,7 @@ def small(shards: Path, out: Path, *more: str) -> Recipe:
 
 
 def test_a_run_learns_without_collapse(digit_shards, tmp_path):
-    """The student comes to agree with its teacher, whose answers stay apart from image to image."""
+    """The KL divergence from the teacher falls, and targets differ between images."""
     recipe = small(
         digit_shards, tmp_path / "run", "budget.steps=40", "optim.base_lr=0.005", "monitor.log_every=5",
         "objective.hidden_dim=256", "objective.bottleneck_dim=64", "objective.teacher_momentum=0.996",
@@ -389,8 +403,8 @@ def test_a_run_learns_without_collapse(digit_shards, tmp_path):
     assert (tmp_path / "run" / "pictures" / "step-00000040.png").stat().st_size > 0
 
 
-def test_two_processes_train_as_one(digit_shards, tmp_path):
-    """Two gloo processes with two micro-batches each: the losses, teacher and centre of one process with all of it."""
+def test_two_processes_train_like_one(digit_shards, tmp_path):
+    """Two gloo processes with two micro-batches each: losses, teacher and centre of one with the whole batch."""
     pretrain(small(digit_shards, tmp_path / "alone", "monitor.log_every=1", "budget.steps=4"))
     more = ("monitor.log_every=1", "budget.steps=4", "optim.accumulate=2")
     launched = runs.launch("dino", *runs.overrides("dino", digit_shards, tmp_path / "both", *more), processes=2)
@@ -399,7 +413,7 @@ def test_two_processes_train_as_one(digit_shards, tmp_path):
     assert [record["loss"] for record in both] == pytest.approx([record["loss"] for record in alone], rel=1e-5)
     ours, theirs = (checkpoint.newest(tmp_path / run / "checkpoints").tensors("objective") for run in ("alone", "both"))
     assert ours["center.value"].any()
-    # AdamW's first steps have the gradient's sign for their size: an entry that is rounding has a step that is, too.
+    # AdamW's first steps depend on the gradient's sign only, so gradients near 0 give steps that differ.
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
@@ -418,7 +432,7 @@ def test_two_processes_train_as_one(digit_shards, tmp_path):
         ("objective.temperature=0.1", "unknown key objective.temperature"),
     ],
 )
-def test_a_users_mistake_is_one_sentence(digit_shards, tmp_path, override, expected):
+def test_wrong_settings_are_refused_with_a_clear_message(digit_shards, tmp_path, override, expected):
     with pytest.raises(UserError) as caught:
         pretrain(small(digit_shards, tmp_path / "run", override))
     assert expected in str(caught.value)
@@ -431,7 +445,7 @@ def test_a_backbone_that_cannot_take_crops_is_refused():
 
 
 @pytest.mark.parametrize("readout", [None, "registers"])
-def test_registers_are_read_side_by_side(readout):
+def test_registers_are_concatenated_by_the_readout(readout):
     objective = dino(backbone=network(global_pool="registers", num_registers=3), readout=readout)
     assert objective.readout == "registers"
     assert objective.head.mlp[0].in_features == 3 * 32

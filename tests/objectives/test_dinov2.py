@@ -1,4 +1,4 @@
-"""DINOv2: KoLeo and Gram anchoring as published, over all processes as over one, and what they hold on to."""
+"""DINOv2: KoLeo and Gram anchoring equal the published ones, on several processes as on one."""
 
 import math
 import subprocess
@@ -17,14 +17,13 @@ from selfvil import checkpoint
 from selfvil.build import build_objective
 from selfvil.errors import UserError
 from selfvil.export import export
-from selfvil.models.heads import split_tokens
-from selfvil.models.masking import masked_features
-from selfvil.monitor.metrics import read_metrics
+from selfvil.models.adapter import adapt
 from selfvil.objectives.base import ImageSpec, Progress
-from selfvil.objectives.dino import Center
 from selfvil.objectives.dinov2 import DINOv2, DINOv2Settings, gram_distance
 from selfvil.objectives.sinkhorn import sinkhorn_knopp
+from selfvil.objectives.teacher import Center
 from selfvil.pretrain import pretrain
+from selfvil.records import read_metrics
 from small import MODELS, Views, network, random_views
 
 VALUES = Path(__file__).with_name("published_dinov2.safetensors")
@@ -46,11 +45,11 @@ def batch(count: int = 4) -> Views:
 
 @pytest.fixture(scope="module")
 def values() -> dict[str, Tensor]:
-    """What test_ibot.py compares with the published code itself."""
+    """Values that test_ibot.py compares with the published code."""
     return load_file(VALUES)
 
 
-def test_koleo_is_the_published_one(values):
+def test_koleo_equals_the_published_one(values):
     vectors = values["koleo/vectors"].clone().requires_grad_()
     loss = KoLeoLoss()(vectors)
     loss.backward()
@@ -58,7 +57,7 @@ def test_koleo_is_the_published_one(values):
     torch.testing.assert_close(vectors.grad, values["koleo/gradient"], rtol=1e-4, atol=1e-6)
 
 
-def test_gram_distance_is_the_published_one(values):
+def test_gram_distance_equals_the_published_one(values):
     patches = values["gram/patches"].clone().requires_grad_()
     loss = gram_distance(patches, values["gram/anchor"])
     loss.backward()
@@ -66,8 +65,8 @@ def test_gram_distance_is_the_published_one(values):
     torch.testing.assert_close(patches.grad, values["gram/gradient"], rtol=1e-4, atol=1e-7)
 
 
-def test_gram_distance_is_the_papers():
-    """Pair by pair; and features that are turned or stretched are as good as before."""
+def test_gram_distance_equals_the_definition_of_the_paper():
+    """Pair by pair; rotation and scale of the features have no effect."""
     patches, anchor = torch.randn(2, 3, 4), torch.randn(2, 3, 5)
     terms = [
         (F.cosine_similarity(patches[b, i], patches[b, j], 0) - F.cosine_similarity(anchor[b, i], anchor[b, j], 0)) ** 2
@@ -78,13 +77,14 @@ def test_gram_distance_is_the_papers():
     assert gram_distance(turned, patches) < 1e-12
 
 
-# --- all processes as one --------------------------------------------------------------------------------------------
+# --- several processes -----------------------------------------------------------------------------------------------
 
 
-def test_two_processes_balance_and_spread_as_one(tmp_path):
-    """Two gloo processes with as many vectors, and with numbers of patches that differ, one of them none."""
-    sizes = {"uneven": (5, 2), "empty": (0, 3), "vectors": (4, 4)}
+def test_collectives_of_two_processes_equal_one_with_all_rows(tmp_path):
+    """Two gloo processes with equal numbers of vectors and different numbers of patches, once none at all."""
+    sizes = {"uneven": (5, 2), "empty": (0, 3), "vectors": (4, 4), "student": (5, 5)}
     parts = {name: [torch.rand(count, 6) * 2 - 1 for count in counts] for name, counts in sizes.items()}
+    parts["student"][1] = parts["student"][0].clone()  # the same on both
     save_file({f"{name}-{rank}": x[rank] for name, x in parts.items() for rank in (0, 1)}, tmp_path / "tensors")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     script = [str(Path(__file__).with_name("two_processes.py")), str(tmp_path / "tensors"), str(tmp_path / "out")]
@@ -106,11 +106,12 @@ def test_two_processes_balance_and_spread_as_one(tmp_path):
     for each in found:
         torch.testing.assert_close(each["center"], center.value)
         torch.testing.assert_close(each["loss"], loss.detach())
+        torch.testing.assert_close(each["teacher"], 0.25 * parts["student"][0])
     torch.testing.assert_close(torch.cat([each["gradient"] for each in found]), vectors.grad)
 
 
 @pytest.mark.parametrize("centring", ["softmax", pytest.param("sinkhorn", marks=pytest.mark.slow)])
-def test_two_processes_train_as_one(digit_shards, tmp_path, centring):
+def test_two_processes_train_like_one(digit_shards, tmp_path, centring):
     more = ["monitor.log_every=1", "budget.steps=4", f"objective.centring={centring}", "objective.gram_weight=1",
             "objective.gram_start=0.5"]  # fmt: skip
     pretrain(runs.small("dinov2", digit_shards, tmp_path / "alone", *more))
@@ -120,7 +121,7 @@ def test_two_processes_train_as_one(digit_shards, tmp_path, centring):
     for key in ("loss", "patch_loss", "koleo"):
         assert [record[key] for record in both] == pytest.approx([record[key] for record in alone], rel=1e-3)
     ours, theirs = (checkpoint.newest(tmp_path / run / "checkpoints").tensors("objective") for run in ("alone", "both"))
-    # AdamW's first steps have the gradient's sign for their size: an entry that is rounding has a step that is, too.
+    # AdamW's first steps depend on the gradient's sign only, so gradients near 0 give steps that differ.
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
 
 
@@ -128,20 +129,21 @@ def test_two_processes_train_as_one(digit_shards, tmp_path, centring):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_loss_is_the_sum_of_its_parts(name):
+def test_loss_is_the_weighted_sum_of_its_terms(name):
     objective, views = dinov2(name, koleo_weight=0.3, gram_weight=2.0, gram_start=0.1), batch()
     for parameter in objective.gram.parameters():
         parameter.mul_(1.5)
     output = objective(views, Progress(step=1, total_steps=10, steps_per_epoch=5, seed=3))
     large = torch.cat(views.views[:2])
     masked = objective.mask(views.positions, PROGRESS)
-    features = masked_features(objective.backbone, large, masked, objective.mask_token)
-    vectors, patches = objective.read(objective.backbone, features)
+    features = adapt(objective.backbone).masked_features(large, masked, objective.mask_token)
+    vectors, patches = objective.vectors_and_patches(objective.backbone, features)
     koleo = torch.tensor(0.0)
     for crop in vectors.chunk(2):
         distances = torch.cdist(*[F.normalize(crop, dim=-1)] * 2) + 10 * torch.eye(4)
         koleo = koleo - distances.min(dim=1).values.log().mean()
-    anchor = split_tokens(objective.gram.backbone, objective.gram.backbone.forward_features(large))[1]
+    adapter = adapt(objective.gram.backbone)
+    anchor = adapter.split_tokens(adapter.forward_features(large))[1]
     torch.testing.assert_close(output.logs["koleo"], koleo.detach(), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(output.logs["gram"], gram_distance(patches, anchor).detach(), rtol=1e-4, atol=1e-7)
     logs = output.logs
@@ -157,7 +159,7 @@ def test_every_parameter_of_the_student_learns_and_none_of_the_others(name):
     assert trained == {name for name, _ in objective.named_parameters() if not name.startswith(("teacher.", "gram."))}
 
 
-def test_koleo_spreads_images_out():
+def test_koleo_increases_the_distances_between_images():
     vectors = (torch.ones(6, 4) + 0.01 * torch.randn(6, 4)).requires_grad_()
     optimizer, before = torch.optim.SGD([vectors], lr=0.1), F.normalize(vectors.detach(), dim=-1)
     for _ in range(50):
@@ -168,7 +170,7 @@ def test_koleo_spreads_images_out():
     assert torch.pdist(after).mean() > 10 * torch.pdist(before).mean()
 
 
-def test_images_that_are_the_same_do_no_harm():
+def test_identical_images_give_finite_gradients():
     objective, views = dinov2(), batch()
     views.views = [view[:1].expand_as(view) for view in views.views]
     output = objective(views, PROGRESS)
@@ -193,7 +195,7 @@ def test_bf16_autocast_is_close_to_fp32(name):
 # --- Gram anchoring --------------------------------------------------------------------------------------------------
 
 
-def test_the_teacher_is_copied_once_and_held_on_to_from_then_on():
+def test_the_anchor_is_the_teacher_at_gram_start():
     objective = dinov2(gram_weight=1.0, gram_start=0.25, teacher_momentum=0.5)
     first = math.ceil(0.25 * 10)
     for step in range(5):
@@ -211,8 +213,8 @@ def test_the_teacher_is_copied_once_and_held_on_to_from_then_on():
 
 
 @pytest.mark.parametrize("finished", [True, False])
-def test_the_anchor_is_refreshed_as_often_as_asked(digit_shards, tmp_path, finished):
-    """It is the teacher of the last refresh, whether it began as a finished run or as the run's own teacher."""
+def test_the_anchor_is_replaced_gram_refreshes_times(digit_shards, tmp_path, finished):
+    """It equals the teacher of the last refresh, whether it began as a finished run or as the run's own teacher."""
     more = ["objective.gram_weight=1", "objective.gram_refreshes=2", "budget.steps=8", "run.checkpoint_every=1",
             "run.keep_checkpoints=9"]  # fmt: skip
     if finished:
@@ -235,8 +237,8 @@ def test_the_anchor_is_refreshed_as_often_as_asked(digit_shards, tmp_path, finis
         assert all(torch.equal(held[name], teacher[name.replace("gram.", "teacher.")]) for name in anchor), step
 
 
-def test_a_finished_run_can_be_held_on_to(digit_shards, tmp_path):
-    """A run, and an export of it; of another width; and a run that was stopped goes on with the same one."""
+def test_a_finished_run_can_be_the_anchor(digit_shards, tmp_path):
+    """A run or an export of it, of another width; the checkpoints of the new run hold the same anchor."""
     pretrain(runs.small("ibot", digit_shards, tmp_path / "old", "budget.steps=2", "model.embed_dim=48"))
     export(tmp_path / "old", tmp_path / "exported")
     teacher = checkpoint.newest(tmp_path / "old" / "checkpoints").tensors("objective")
@@ -255,7 +257,7 @@ def test_a_finished_run_can_be_held_on_to(digit_shards, tmp_path):
 
 @pytest.mark.parametrize("centring", ["softmax", "sinkhorn"])
 def test_a_run_learns_without_collapse(digit_shards, tmp_path, centring):
-    """Student and teacher come to agree; balanced, the teacher uses all prototypes, and yet each image its own."""
+    """The losses fall; with Sinkhorn-Knopp all prototypes are used, and targets differ between images."""
     more = ["budget.steps=40", "optim.base_lr=0.005", "monitor.log_every=5", "objective.hidden_dim=256",
             "objective.bottleneck_dim=64", "objective.teacher_momentum=0.996", f"objective.centring={centring}",
             "monitor.pictures_every=40"]  # fmt: skip
@@ -272,7 +274,7 @@ def test_a_run_learns_without_collapse(digit_shards, tmp_path, centring):
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (["objective.gram_weight=1"], "gram_weight = 1.0 has nothing trained to hold on to: set gram_from"),
+        (["objective.gram_weight=1"], "gram_weight = 1.0 without a trained anchor: set gram_from"),
         (["objective.gram_weight=1", "objective.gram_from=nowhere"], "objective.gram_from: There is no folder nowhere"),
         (["optim.batch_size=1"], "one of a single image has none: raise optim.batch_size"),
         (["objective.koleo_weight=0", "optim.batch_size=4", "objective.centring=sinkhorn"], "one of 4 images on all"),
@@ -280,26 +282,26 @@ def test_a_run_learns_without_collapse(digit_shards, tmp_path, centring):
         (["objective.gram_refreshes=3"], "gram_refreshes = 3 without an anchor: set gram_weight"),
     ],
 )
-def test_a_users_mistake_is_one_sentence(digit_shards, tmp_path, overrides, expected):
+def test_wrong_settings_are_refused_with_a_clear_message(digit_shards, tmp_path, overrides, expected):
     with pytest.raises(UserError) as caught:
         pretrain(runs.small("dinov2", digit_shards, tmp_path / "run", *overrides))
     assert expected in str(caught.value)
     assert not (tmp_path / "run").exists()
 
 
-def test_a_network_of_another_grid_or_normalisation_is_refused(digit_shards, tmp_path):
+def test_an_anchor_of_another_grid_or_normalisation_is_refused(digit_shards, tmp_path):
     old = ["budget.steps=1", "model.patch_size=8", "data.mean=[0.5]"]
     pretrain(runs.small("ibot", digit_shards, tmp_path / "old", *old))
     more = ["objective.gram_weight=1", f"objective.gram_from={tmp_path / 'old'}"]
-    with pytest.raises(UserError, match=r"old sees 2x2 patches where the recipe's model sees 4x4"):
+    with pytest.raises(UserError, match=r"old has 2x2 patches and the recipe's model has 4x4"):
         build_objective(runs.small("dinov2", digit_shards, tmp_path / "run", *more))
     more += ["model.patch_size=8"]
     with pytest.raises(UserError, match=r"old was trained on images of mean \[0\.5\] .* set data\.mean"):
         build_objective(runs.small("dinov2", digit_shards, tmp_path / "run", *more))
 
 
-def test_a_network_that_cannot_be_refreshed_is_refused(digit_shards, tmp_path):
+def test_an_anchor_of_another_architecture_cannot_be_replaced(digit_shards, tmp_path):
     pretrain(runs.small("ibot", digit_shards, tmp_path / "old", "budget.steps=1", "model.embed_dim=48"))
     more = ["objective.gram_weight=1", f"objective.gram_from={tmp_path / 'old'}", "objective.gram_refreshes=1"]
-    with pytest.raises(UserError, match=r"gram_refreshes = 1 puts .* another architecture .* set it to 0"):
+    with pytest.raises(UserError, match=r"gram_refreshes = 1 replaces .* another architecture .* gram_refreshes to 0"):
         build_objective(runs.small("dinov2", digit_shards, tmp_path / "run", *more))

@@ -1,4 +1,4 @@
-"""Distillation: a teacher that nothing changes, saves or exports, and features compared on one grid."""
+"""Distillation: the loss written out, and a teacher that is never changed, saved or exported."""
 
 import shutil
 from pathlib import Path
@@ -17,11 +17,11 @@ from selfvil import checkpoint
 from selfvil.build import build_objective
 from selfvil.errors import UserError
 from selfvil.export import export
-from selfvil.monitor.metrics import read_metrics
 from selfvil.objectives.base import ImageSpec, Progress
-from selfvil.objectives.distill import Distill, DistillSettings, feature_loss, onto_grid
+from selfvil.objectives.distill import Distill, DistillSettings, feature_loss, resample_to_grid
 from selfvil.pretrain import pretrain
 from selfvil.recipe import Recipe
+from selfvil.records import read_metrics
 from selfvil.weights import load_export
 from small import MODELS, Views, network, random_views
 
@@ -56,8 +56,8 @@ def batch(count: int = 3) -> Views:
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("teacher", TEACHERS)
 @pytest.mark.parametrize("kind", ["cosine", "smooth_l1"])
-def test_loss_is_that_of_both_features(weights, name, teacher, kind):
-    """Written out, from what timm's own teacher gives for the images as it is used to them."""
+def test_loss_is_the_sum_of_image_and_patch_losses(weights, name, teacher, kind):
+    """Written out with the features of timm's own network for images in its normalisation and size."""
     objective, images = distill(weights, name, teacher, loss=kind, patch_weight=0.5), batch().views[0]
     kwargs = {"dynamic_img_size": True} if teacher == "test_vit" else {}
     reference = timm.create_model(teacher, **kwargs).eval()
@@ -66,20 +66,20 @@ def test_loss_is_that_of_both_features(weights, name, teacher, kind):
     large = F.interpolate(images, (32, 48), mode="bicubic", antialias=True)
     pixels = large * torch.tensor(SPEC.std).view(3, 1, 1) + torch.tensor(SPEC.mean).view(3, 1, 1)
     with torch.no_grad():
-        wanted = reference.forward_features((pixels - mean) / std)
+        target = reference.forward_features((pixels - mean) / std)
     if teacher == "test_vit":  # 2 x 3 patches of 16 pixels after a class token
-        image, patches = wanted[:, 0], wanted[:, 1:].unflatten(1, (2, 3)).permute(0, 3, 1, 2)
+        image, patches = target[:, 0], target[:, 1:].unflatten(1, (2, 3)).permute(0, 3, 1, 2)
     else:
-        image, patches = wanted.mean(dim=(2, 3)), wanted
+        image, patches = target.mean(dim=(2, 3)), target
     patches = F.interpolate(patches, (4, 6), mode="bilinear").flatten(2).mT
-    found = objective.backbone.forward_features(images)
-    tokens = found.flatten(1, 2) if name.startswith("vil") else found[:, 1:]
-    pooled = torch.cat([tokens[:, 0], tokens[:, -1]], dim=1) if name.startswith("vil") else found[:, 0]
+    predicted = objective.backbone.forward_features(images)
+    tokens = predicted.flatten(1, 2) if name.startswith("vil") else predicted[:, 1:]
+    pooled = torch.cat([tokens[:, 0], tokens[:, -1]], dim=1) if name.startswith("vil") else predicted[:, 0]
     pairs = [(objective.readout_head(pooled), image), (objective.patch_head(tokens), patches)]
     if kind == "cosine":
         losses = [1 - (a * b).sum(-1) / a.norm(dim=-1) / b.norm(dim=-1) for a, b in pairs]
     else:
-        variances = [wanted.var(-1, correction=0, keepdim=True) for _, wanted in pairs]
+        variances = [target.var(-1, correction=0, keepdim=True) for _, target in pairs]
         errors = [(a - (b - b.mean(-1, True)) / (v + 1e-5).sqrt()).abs() for (a, b), v in zip(pairs, variances)]
         losses = [torch.where(e < 2, e.square() / 4, e - 1) for e in errors]
     output = objective(batch(), PROGRESS)
@@ -88,31 +88,31 @@ def test_loss_is_that_of_both_features(weights, name, teacher, kind):
     torch.testing.assert_close(output.loss, losses[0].mean() + 0.5 * losses[1].mean(), rtol=1e-4, atol=1e-6)
 
 
-def test_features_move_between_grids():
+def test_features_are_resampled_between_grids():
     patches = torch.randn(2, 3, 4, 6)
-    assert torch.equal(onto_grid(patches, (4, 6)), patches.flatten(2).mT)
-    torch.testing.assert_close(onto_grid(torch.full((1, 3, 5, 7), 2.0), (4, 6)), torch.full((1, 24, 3), 2.0))
+    assert torch.equal(resample_to_grid(patches, (4, 6)), patches.flatten(2).mT)
+    torch.testing.assert_close(resample_to_grid(torch.full((1, 3, 5, 7), 2.0), (4, 6)), torch.full((1, 24, 3), 2.0))
     rows = torch.arange(8.0).view(1, 1, 8, 1).expand(1, 1, 8, 8)
-    coarse = onto_grid(rows, (4, 4)).view(4, 4)
+    coarse = resample_to_grid(rows, (4, 4)).view(4, 4)
     assert torch.equal(coarse, coarse[:, :1].expand(4, 4))
     assert (coarse[1:, 0] - coarse[:-1, 0]).tolist() == pytest.approx([2, 2, 2], abs=0.3)
 
 
 @pytest.mark.parametrize("kind", ["cosine", "smooth_l1"])
-def test_the_scale_of_a_teacher_does_not_matter(kind):
-    found, wanted = torch.randn(2, 5, 8), torch.randn(2, 5, 8)
-    torch.testing.assert_close(feature_loss(found, 9 * wanted, kind), feature_loss(found, wanted, kind))
-    assert feature_loss(found.bfloat16(), wanted.bfloat16(), kind).dtype == torch.float32
+def test_the_scale_of_the_teacher_has_no_effect(kind):
+    predicted, target = torch.randn(2, 5, 8), torch.randn(2, 5, 8)
+    torch.testing.assert_close(feature_loss(predicted, 9 * target, kind), feature_loss(predicted, target, kind))
+    assert feature_loss(predicted.bfloat16(), target.bfloat16(), kind).dtype == torch.float32
 
 
-def test_a_grey_image_is_shown_in_all_channels(weights):
+def test_a_grey_image_is_broadcast_to_all_channels(weights):
     objective = distill_grey(weights)
     grey = torch.tensor([0.0, 128.0, 255.0]).view(3, 1, 1, 1).expand(3, 1, 32, 48) / 255
-    shown = objective.teacher.present((grey - 0.3) / 0.37)
+    converted = objective.teacher.convert((grey - 0.3) / 0.37)
     mean, std = (
         torch.tensor(objective.teacher.backbone.pretrained_cfg[key]).view(1, 3, 1, 1) for key in ("mean", "std")
     )
-    torch.testing.assert_close(shown, ((grey - mean) / std).expand(3, 3, 32, 48))
+    torch.testing.assert_close(converted, ((grey - mean) / std).expand(3, 3, 32, 48))
 
 
 def distill_grey(weights: Path) -> Distill:
@@ -126,7 +126,7 @@ def distill_grey(weights: Path) -> Distill:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_every_parameter_learns_and_the_teacher_is_none(weights, name):
+def test_every_parameter_learns_and_the_teacher_is_not_a_part(weights, name):
     objective = distill(weights, name).train()
     before = {key: value.clone() for key, value in objective.teacher.state_dict().items()}
     torch.optim.SGD(objective.parameters(), 0.1).zero_grad()
@@ -148,7 +148,7 @@ def test_the_teacher_moves_with_the_student_and_stays_float32(weights):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_one_of_the_two_losses_is_enough(weights, name):
+def test_either_loss_can_be_used_alone(weights, name):
     images = distill(weights, name, patch_weight=0)
     patches = distill(weights, name, readout_weight=0)
     assert images(batch(), PROGRESS).logs.keys() == {"readout_loss"}
@@ -157,8 +157,8 @@ def test_one_of_the_two_losses_is_enough(weights, name):
     assert not hasattr(patches, "readout_head")
 
 
-def test_an_exported_run_teaches_itself_without_error(digit_shards, tmp_path):
-    """The teacher is the very network that was exported: a copy of it with heads that change nothing has no loss."""
+def test_a_copy_of_the_teacher_has_no_loss(digit_shards, tmp_path):
+    """The student is the exported network and its heads are identities."""
     pretrain(runs.small("mae", digit_shards, tmp_path / "old", "budget.steps=2"))
     folder = export(tmp_path / "old", tmp_path / "export")
     network = load_export(folder)
@@ -187,7 +187,7 @@ def small(shards: Path, out: Path, *more: str) -> Recipe:
     return runs.small("distill", shards, out, *more)
 
 
-def test_a_run_comes_nearer_to_its_teacher(digit_shards, tmp_path):
+def test_the_losses_of_a_run_fall(digit_shards, tmp_path):
     recipe = small(digit_shards, tmp_path / "run", "budget.steps=40", "monitor.log_every=5", "optim.base_lr=0.01")
     assert pretrain(recipe).finished
     records = [r for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if r["kind"] == "train"]
@@ -205,7 +205,7 @@ def test_a_run_comes_nearer_to_its_teacher(digit_shards, tmp_path):
     ("teacher", "student"),
     [("vil_nano_patch4_32", "vil_mlp_nano_patch4_32"), ("vil_mlp_nano_patch4_32", "vil_nano_patch4_32")],
 )
-def test_a_block_learns_from_the_other(teacher, student, digit_shards, tmp_path):
+def test_each_kind_of_block_learns_from_the_other(teacher, student, digit_shards, tmp_path):
     pretrain(runs.small("mae", digit_shards, tmp_path / "old", f"model.name={teacher}", "budget.steps=2"))
     folder = export(tmp_path / "old", tmp_path / "export")
     learning = ["budget.steps=40", "monitor.log_every=5", "optim.base_lr=0.01", "objective.teacher_img_size=16"]
@@ -222,26 +222,26 @@ def test_a_block_learns_from_the_other(teacher, student, digit_shards, tmp_path)
         ("objective.teacher=hf-hub:timm/test_vit", r"objective\.teacher = hf-hub:timm/test_vit is neither"),
         ("objective.teacher_weights=null", r"objective\.teacher_weights = None is no safetensors file on this machine"),
         ("objective.teacher_weights=a.pth", r"objective\.teacher_weights = a\.pth is no safetensors file"),
-        ("objective.teacher=test_vit2", r"are no weights of test_vit2: "),
-        ("objective.teacher=vit_tiny_patch16_224", r"are no weights of vit_tiny_patch16_224: .*Missing key"),
+        ("objective.teacher=test_vit2", r"does not hold the weights of test_vit2: "),
+        ("objective.teacher=vit_tiny_patch16_224", r"does not hold the weights of vit_tiny_patch16_224: .*Missing key"),
         ("objective.teacher_img_size=50", r"test_vit cannot take images of 50x50 pixels .* set objective\.teacher_img"),
         ("objective.teacher_readout=bilateral", r"objective\.teacher_readout = 'bilateral': input should be"),
         ("objective.readout=cls", r"objective\.readout = 'cls' is not possible with VisionLSTM"),
         ("objective.patch_weight=0", "readout_weight and patch_weight are both 0"),
     ],
 )
-def test_a_users_mistake_is_one_sentence(digit_shards, tmp_path, override, expected):
+def test_wrong_settings_are_refused_with_a_clear_message(digit_shards, tmp_path, override, expected):
     more = ["objective.readout_weight=0"] if override == "objective.patch_weight=0" else []
     with pytest.raises(UserError, match=expected):
         pretrain(small(digit_shards, tmp_path / "run", override, *more))
     assert not (tmp_path / "run").exists()
 
 
-def test_weights_that_fit_in_part_are_refused(weights, tmp_path):
-    """timm would load what there is, and teach from random layers."""
+def test_incomplete_weights_are_refused(weights, tmp_path):
+    """timm alone would ignore the missing weights."""
     part = {k: v for k, v in load_file(weights / "test_vit.safetensors").items() if not k.startswith("blocks.3.")}
     save_file(part, tmp_path / "test_vit.safetensors")
-    with pytest.raises(UserError, match=r"are no weights of test_vit: .*Missing key\(s\) .*blocks\.3\."):
+    with pytest.raises(UserError, match=r"does not hold the weights of test_vit: .*Missing key\(s\) .*blocks\.3\."):
         distill(tmp_path)
 
 
@@ -265,10 +265,10 @@ def test_a_damaged_export_or_two_sources_are_refused(digit_shards, tmp_path):
         )  # fmt: skip
 
 
-def test_patches_are_asked_only_of_a_teacher_that_has_a_grid(tmp_path):
+def test_a_teacher_without_a_grid_is_refused_for_patches(tmp_path):
     runs.random_teacher(tmp_path, "levit_128s")
     size = {"teacher_img_size": (224, 224)}
-    with pytest.raises(UserError, match=r"objective\.patch_weight = 1\.0 asks for a teacher with a grid of patches"):
+    with pytest.raises(UserError, match=r"objective\.patch_weight = 1\.0 needs a teacher with a grid of patches"):
         distill(tmp_path, teacher="levit_128s", **size)
     with pytest.raises(UserError, match=r"objective\.teacher_readout = 'cls' is not possible with Levit"):
         distill(tmp_path, teacher="levit_128s", teacher_readout="cls", **size)

@@ -1,4 +1,4 @@
-"""iBOT: DINOv2's numbers on the same tensors, masks that belong to samples, and patches that only the teacher sees."""
+"""iBOT: losses equal DINOv2's, masks depend on samples only, and masked pixels do not reach the student."""
 
 import os
 import subprocess
@@ -14,15 +14,14 @@ from torch import Tensor, nn
 import runs
 from selfvil import checkpoint
 from selfvil.errors import UserError
-from selfvil.models.heads import READOUTS, split_tokens
-from selfvil.models.masking import encode_masked, masked_features
-from selfvil.monitor.metrics import read_metrics
+from selfvil.models.adapter import READOUTS, adapt
 from selfvil.objectives.base import ImageSpec, Progress
 from selfvil.objectives.dino import cross_entropy_of_pairs
 from selfvil.objectives.ibot import IBOT, IBOTSettings, cross_entropy_of_patches
 from selfvil.objectives.mae import patchify
 from selfvil.objectives.sinkhorn import sinkhorn_knopp
 from selfvil.pretrain import pretrain
+from selfvil.records import read_metrics
 from small import MODELS, Views, network, random_views
 
 VALUES = Path(__file__).with_name("published_dinov2.safetensors")
@@ -49,7 +48,7 @@ def values() -> dict[str, Tensor]:
     return load_file(VALUES)
 
 
-def test_the_stored_values_are_those_of_the_published_code(values, tmp_path):
+def test_stored_values_equal_those_of_the_published_code(values, tmp_path):
     folders = [os.environ.get("SELFVIL_PUBLISHED_DINOV2"), os.environ.get("SELFVIL_PUBLISHED_DINOV3")]
     if not all(folders):
         pytest.skip("SELFVIL_PUBLISHED_DINOV2 and ..._DINOV3 do not name checkouts of facebookresearch/dinov2, dinov3")
@@ -66,20 +65,20 @@ def gradient(loss: Tensor, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("centring", ["softmax", "sinkhorn"])
-def test_losses_of_images_are_the_published_ones(values, centring):
+def test_losses_of_images_equal_the_published_ones(values, centring):
     objective = ibot(out_dim=10, centring=centring)
     objective.center.value.copy_(values["images/center"].flatten())
     student = values["images/student"].clone().requires_grad_()
     targets = objective.targets(values["images/teacher"], objective.center, TEMPERATURE)
-    loss = cross_entropy_of_pairs(objective.answers(student), targets)
+    loss = cross_entropy_of_pairs(objective.log_probs(student), targets)
     torch.testing.assert_close(targets, values[f"images/targets/{centring}"], rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(loss, values[f"images/loss/{centring}"], rtol=1e-5, atol=0)
     torch.testing.assert_close(gradient(loss, student), values[f"images/gradient/{centring}"], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("centring", ["softmax", "sinkhorn"])
-def test_losses_of_patches_are_the_published_ones(values, centring):
-    """The published centre moves before the answers that are stored, ours after a step."""
+def test_losses_of_patches_equal_the_published_ones(values, centring):
+    """The published centre is updated before the stored targets, ours after a step."""
     objective = ibot(out_dim=10, centring=centring)
     student, teacher = values["patches/student"].clone().requires_grad_(), values["patches/teacher"]
     objective.targets(teacher, objective.patch_center, TEMPERATURE)
@@ -87,7 +86,7 @@ def test_losses_of_patches_are_the_published_ones(values, centring):
     center = objective.patch_center.value
     torch.testing.assert_close(center, values["patches/center"] * (centring == "softmax"), rtol=1e-5, atol=1e-7)
     targets = objective.targets(teacher, objective.patch_center, TEMPERATURE)
-    loss = cross_entropy_of_patches(objective.answers(student), targets, values["patches/masked"])
+    loss = cross_entropy_of_patches(objective.log_probs(student), targets, values["patches/masked"])
     torch.testing.assert_close(targets, values[f"patches/targets/{centring}"], rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(loss, values[f"patches/loss/{centring}"], rtol=1e-5, atol=0)
     torch.testing.assert_close(gradient(loss, student), values[f"patches/gradient/{centring}"], rtol=1e-4, atol=1e-6)
@@ -96,16 +95,18 @@ def test_losses_of_patches_are_the_published_ones(values, centring):
 # --- Sinkhorn-Knopp --------------------------------------------------------------------------------------------------
 
 
-def test_sinkhorn_balances_prototypes_and_every_answer_sums_to_one():
-    logits = torch.randn(40, 8) + torch.arange(8) / 4  # some prototypes would be liked by all
-    answers = sinkhorn_knopp(logits, 0.3, iterations=50)
-    torch.testing.assert_close(answers.sum(dim=1), torch.ones(40))
-    torch.testing.assert_close(answers.sum(dim=0), torch.full((8,), 5.0), rtol=1e-3, atol=0)
+def test_sinkhorn_balances_prototypes_and_targets_sum_to_one():
+    logits = (
+        torch.randn(40, 8) + torch.arange(8) / 4
+    )  # without balancing, some prototypes would have most of the weight
+    targets = sinkhorn_knopp(logits, 0.3, iterations=50)
+    torch.testing.assert_close(targets.sum(dim=1), torch.ones(40))
+    torch.testing.assert_close(targets.sum(dim=0), torch.full((8,), 5.0), rtol=1e-3, atol=0)
     assert (logits / 0.3).softmax(dim=1).sum(dim=0).std() > 3
 
 
-def test_sinkhorn_bears_any_logits():
-    """Where the published exponentials overflow, ours are the answers of the same matrix less a constant."""
+def test_sinkhorn_is_finite_for_any_logits():
+    """A constant that overflows the published exponentials has no effect on ours."""
     logits = torch.randn(6, 5)
     torch.testing.assert_close(sinkhorn_knopp(logits + 1000, 0.04), sinkhorn_knopp(logits, 0.04), rtol=1e-2, atol=1e-3)
     assert sinkhorn_knopp(logits * 1e4, 0.04).isfinite().all()
@@ -117,7 +118,7 @@ def test_sinkhorn_bears_any_logits():
 
 
 @pytest.mark.parametrize("kind", ["block", "random", "row"])
-def test_masks_hide_their_share_of_half_of_the_crops(kind):
+def test_half_of_the_crops_are_masked_with_ratios_in_the_range(kind):
     objective = ibot(mask=kind, mask_ratios=(0.2, 0.5))
     masked = objective.mask(torch.arange(500), PROGRESS)
     hidden = masked.sum(dim=1)
@@ -128,7 +129,7 @@ def test_masks_hide_their_share_of_half_of_the_crops(kind):
     assert ibot(mask_share=1.0).mask(torch.arange(50), PROGRESS).any(dim=1).all()
 
 
-def test_masks_belong_to_samples_and_not_to_batches():
+def test_masks_depend_on_samples_and_not_on_batches():
     objective, positions = ibot(), torch.tensor([7, 3, 9])
     some = objective.mask(positions, PROGRESS).view(2, 3, 24)
     alone = objective.mask(positions[1:2], PROGRESS).view(2, 1, 24)
@@ -141,34 +142,36 @@ def test_masks_belong_to_samples_and_not_to_batches():
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_loss_is_the_papers_crop_by_crop(name):
-    """Every crop by itself, every pair and every masked patch by itself."""
+def test_loss_equals_the_paper_crop_by_crop(name):
+    """Computed separately for each crop, pair and masked patch."""
     objective, views = ibot(name, mask_share=0.8), batch()
     masked = objective.mask(views.positions, PROGRESS).view(2, 4, 24)
     assert not masked.any(dim=2).all()
     teacher, patch_head = objective.teacher, objective.get_submodule(objective.patch_head_name)
-    teachers_patch_head = teacher.get_submodule(objective.patch_head_name)
+    teacher_patch_head = teacher.get_submodule(objective.patch_head_name)
 
     def read(backbone: nn.Module, features: Tensor) -> Tensor:
-        return READOUTS[objective.readout](*split_tokens(backbone, features))
+        return READOUTS[objective.readout](*adapt(backbone).split_tokens(features))
 
-    of_patches, answers, targets = [], [], []
+    of_patches, logits, targets = [], [], []
     for crop, images in enumerate(views.views):
         for image in range(4):
             one = images[image : image + 1]
             if crop > 1:
-                answers.append(objective.head(read(objective.backbone, objective.backbone.forward_features(one))))
+                logits.append(objective.head(read(objective.backbone, objective.backbone.forward_features(one))))
                 continue
             hidden = masked[crop, image : image + 1]
             features = teacher.backbone.forward_features(one)
             targets.append((teacher.head(read(teacher.backbone, features)) / 0.04).softmax(dim=-1))
-            wanted = (teachers_patch_head(split_tokens(teacher.backbone, features)[1][hidden]) / 0.04).softmax(dim=-1)
-            said = encode_masked(objective.backbone, one, hidden, objective.mask_token)[hidden]
-            terms = -(wanted * (patch_head(said) / 0.1).log_softmax(dim=-1)).sum(dim=-1)
+            tokens = adapt(teacher.backbone).split_tokens(features)[1][hidden]
+            patch_targets = (teacher_patch_head(tokens) / 0.04).softmax(dim=-1)
+            tokens = adapt(objective.backbone).encode_masked(one, hidden, objective.mask_token)[hidden]
+            terms = -(patch_targets * (patch_head(tokens) / 0.1).log_softmax(dim=-1)).sum(dim=-1)
             of_patches.append(terms.mean() if hidden.any() else torch.tensor(0.0))
-            answers.append(objective.head(objective.read(*masked_pass(objective, one, hidden))[0]))
+            masked_one = adapt(objective.backbone).masked_features(one, hidden, objective.mask_token)
+            logits.append(objective.head(read(objective.backbone, masked_one)))
     pairs = cross_entropy_of_pairs(
-        (torch.cat(answers).view(5, 4, -1) / 0.1).log_softmax(dim=-1), torch.cat(targets).view(2, 4, -1)
+        (torch.cat(logits).view(5, 4, -1) / 0.1).log_softmax(dim=-1), torch.cat(targets).view(2, 4, -1)
     )
     output = objective(views, PROGRESS)
     torch.testing.assert_close(output.logs["image_loss"], pairs, rtol=1e-4, atol=0)
@@ -176,12 +179,8 @@ def test_loss_is_the_papers_crop_by_crop(name):
     torch.testing.assert_close(output.loss, pairs + torch.stack(of_patches).mean(), rtol=1e-4, atol=0)
 
 
-def masked_pass(objective: IBOT, image: Tensor, hidden: Tensor) -> tuple[nn.Module, Tensor]:
-    return objective.backbone, masked_features(objective.backbone, image, hidden, objective.mask_token)
-
-
 @pytest.mark.parametrize("name", MODELS)
-def test_the_student_sees_no_masked_pixel(name):
+def test_masked_pixels_have_no_gradient(name):
     objective, views = ibot(name, mask_share=1.0), batch()
     for view in views.views:
         view.requires_grad_()
@@ -206,7 +205,7 @@ def test_every_parameter_of_the_student_learns_and_none_of_the_teacher(name, sha
     assert ("patch_head.last_layer" in trained) == (not shared)
 
 
-def test_heads_are_shared_where_a_readout_is_as_wide_as_a_patch():
+def test_heads_are_shared_if_the_readout_is_as_wide_as_a_patch():
     assert ibot().patch_head_name == "patch_head"
     assert ibot(readout="mean").patch_head_name == "head"
     assert ibot(MODELS[1]).patch_head_name == "head"
@@ -216,8 +215,8 @@ def test_heads_are_shared_where_a_readout_is_as_wide_as_a_patch():
 
 
 @pytest.mark.parametrize("centring", ["softmax", "sinkhorn"])
-def test_a_batch_without_masks_is_dino(centring):
-    """And every parameter still takes part, as DDP wants it."""
+def test_a_batch_without_masks_equals_dino(centring):
+    """Every parameter still has a gradient, as DDP requires."""
     objective = ibot(mask_share=1e-12, centring=centring)
     output = objective(batch(), PROGRESS)
     assert output.logs["patch_loss"] == 0
@@ -228,7 +227,7 @@ def test_a_batch_without_masks_is_dino(centring):
     assert all(value.isfinite().all() for value in objective.state_dict().values())
 
 
-def test_all_networks_follow_and_no_look_leaves_a_trace():
+def test_all_networks_follow_and_evaluation_changes_nothing():
     objective = ibot()
     before = {name: value.clone() for name, value in objective.state_dict().items()}
     objective.eval()(batch(), PROGRESS)
@@ -245,7 +244,7 @@ def test_all_networks_follow_and_no_look_leaves_a_trace():
     assert objective.patch_center.value.any()
 
 
-def test_micro_batches_and_the_joined_batch_are_the_same():
+def test_micro_batches_equal_the_whole_batch():
     whole, split = ibot(), ibot()
     whole(batch(8), PROGRESS).loss.backward()
     for first in (0, 4):
@@ -263,7 +262,7 @@ def test_micro_batches_and_the_joined_batch_are_the_same():
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("centring", ["softmax", "sinkhorn"])
 def test_bf16_is_close_to_fp32_and_keeps_the_teacher_float32(name, centring):
-    """By autocast, and as DeepSpeed has it: everything cast, and no autocast."""
+    """With autocast, and as under DeepSpeed: everything is cast, without autocast."""
     expected = ibot(name, centring=centring)(batch(), PROGRESS).loss
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = ibot(name, centring=centring)(batch(), PROGRESS)
@@ -278,7 +277,7 @@ def test_bf16_is_close_to_fp32_and_keeps_the_teacher_float32(name, centring):
     assert all(value.dtype == torch.float32 for value in kept.values())
 
 
-def test_the_picture_hides_what_is_masked():
+def test_the_picture_hides_masked_patches():
     objective, views = ibot(mask_share=1.0), batch(3)
     picture = objective.picture(views, PROGRESS)
     hidden = objective.mask(views.positions, PROGRESS)[0].view(4, 6).repeat_interleave(4, 0).repeat_interleave(4, 1)
@@ -292,7 +291,7 @@ def test_the_picture_hides_what_is_masked():
 
 
 def test_a_run_learns_without_collapse(digit_shards, tmp_path):
-    """Student and teacher come to agree on images and on masked patches, and images stay apart."""
+    """The losses of images and of masked patches fall, and targets differ between images."""
     more = ["budget.steps=40", "optim.base_lr=0.005", "monitor.log_every=5", "objective.hidden_dim=256",
             "objective.bottleneck_dim=64", "objective.teacher_momentum=0.996", "monitor.pictures_every=40"]  # fmt: skip
     assert pretrain(runs.small("ibot", digit_shards, tmp_path / "run", *more)).finished
@@ -303,8 +302,9 @@ def test_a_run_learns_without_collapse(digit_shards, tmp_path):
     assert (tmp_path / "run" / "pictures" / "step-00000040.png").stat().st_size > 0
 
 
-@pytest.mark.parametrize("centring", [pytest.param("softmax", marks=pytest.mark.slow), "sinkhorn"])
-def test_two_processes_train_as_one(digit_shards, tmp_path, centring):
+@pytest.mark.slow  # test_dino.py and test_dinov2.py compare two processes of the same centre and Sinkhorn-Knopp
+@pytest.mark.parametrize("centring", ["softmax", "sinkhorn"])
+def test_two_processes_train_like_one(digit_shards, tmp_path, centring):
     more = ("monitor.log_every=1", "budget.steps=4", f"objective.centring={centring}")
     pretrain(runs.small("ibot", digit_shards, tmp_path / "alone", *more))
     launched = runs.launch("ibot", *runs.overrides("ibot", digit_shards, tmp_path / "both", *more), processes=2)
@@ -314,7 +314,7 @@ def test_two_processes_train_as_one(digit_shards, tmp_path, centring):
         assert [record[key] for record in both] == pytest.approx([record[key] for record in alone], rel=1e-4)
     ours, theirs = (checkpoint.newest(tmp_path / run / "checkpoints").tensors("objective") for run in ("alone", "both"))
     assert ours["patch_center.value"].any() == (centring == "softmax")
-    # AdamW's first steps have the gradient's sign for their size: an entry that is rounding has a step that is, too.
+    # AdamW's first steps depend on the gradient's sign only, so gradients near 0 give steps that differ.
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
 
 
@@ -330,7 +330,7 @@ def test_two_processes_train_as_one(digit_shards, tmp_path, centring):
         (["objective.teacher_temp=0.1"], "teacher_temp = 0.1 is not below student_temp"),
     ],
 )
-def test_a_users_mistake_is_one_sentence(digit_shards, tmp_path, overrides, expected):
+def test_wrong_settings_are_refused_with_a_clear_message(digit_shards, tmp_path, overrides, expected):
     with pytest.raises(UserError) as caught:
         pretrain(runs.small("ibot", digit_shards, tmp_path / "run", *overrides))
     assert expected in str(caught.value)

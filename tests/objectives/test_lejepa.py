@@ -1,4 +1,4 @@
-"""LeJEPA: the paper's two terms written out, directions that belong to a step, and batches that processes share."""
+"""LeJEPA: the two terms of the paper, random directions that depend on the step only, and several processes."""
 
 from pathlib import Path
 
@@ -10,12 +10,11 @@ from torch import nn
 import runs
 from selfvil import checkpoint
 from selfvil.errors import UserError
-from selfvil.models.heads import BatchNorm
-from selfvil.monitor.metrics import read_metrics
 from selfvil.objectives.base import ImageSpec, Progress
 from selfvil.objectives.lejepa import LeJEPA, LeJEPASettings
 from selfvil.pretrain import pretrain
 from selfvil.recipe import Recipe
+from selfvil.records import read_metrics
 from small import MODELS, Views, network, random_views
 
 PROGRESS = Progress(step=5, total_steps=10, steps_per_epoch=5, seed=3)
@@ -34,8 +33,8 @@ def batch(count: int = 4, seed: int = 1) -> Views:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_loss_is_the_papers(name):
-    """Both terms written out: every crop, direction and frequency by itself, and the integral by torch's trapezoids."""
+def test_loss_equals_that_of_the_paper(name):
+    """Both terms written out for each crop, direction and frequency, with the integral by torch.trapezoid."""
     objective, views = lejepa(name), batch()
     z = objective.project(views.views).detach()
     distance = torch.stack([(z[v, b] - (z[0, b] + z[1, b]) / 2).square().mean() for v in range(5) for b in range(4)])
@@ -57,7 +56,7 @@ def test_loss_is_the_papers(name):
     torch.testing.assert_close(output.logs["sigreg"], torch.stack(statistics).mean(), rtol=1e-4, atol=0)
 
 
-def test_a_gaussian_is_left_alone_and_a_collapse_is_not():
+def test_sigreg_is_small_for_a_gaussian_and_large_for_a_collapse():
     objective = lejepa(out_dim=8)
     z = {"one point": torch.zeros(5, 512, 8), "normal": torch.randn(5, 512, 8), "wide": 3 * torch.randn(5, 512, 8)}
     sigreg = {name: objective.loss.sigreg(points).item() for name, points in z.items()}
@@ -66,8 +65,8 @@ def test_a_gaussian_is_left_alone_and_a_collapse_is_not():
     assert sigreg["wide"] > 50 * sigreg["normal"]
 
 
-def test_directions_belong_to_the_step_alone():
-    """Not to what was drawn before, as dropped paths are; and what is drawn after does not depend on them."""
+def test_directions_depend_on_the_step_only():
+    """They do not depend on the global generator, and do not change it."""
     objective, views = lejepa(), batch()
     one = objective(views, PROGRESS).loss
     torch.rand(7)
@@ -102,17 +101,7 @@ def test_bf16_is_close_to_fp32_and_its_loss_float32(name):
     torch.testing.assert_close(output.loss, expected, rtol=0.02, atol=0)
 
 
-def test_batch_norm_is_torchs():
-    ours, theirs = BatchNorm(5).double(), nn.BatchNorm1d(5).double()
-    x = (3 + 2 * torch.randn(7, 5).double()).requires_grad_()
-    for module in (ours, theirs):
-        module.weight.data, module.bias.data = torch.arange(5.0).double(), torch.arange(5.0).double() - 2
-    torch.testing.assert_close(ours(x), theirs(x))
-    gradients = [torch.autograd.grad(module(x).pow(3).sum(), [x, *module.parameters()]) for module in (ours, theirs)]
-    torch.testing.assert_close(*gradients)
-
-
-def test_views_and_picture_are_those_of_dino():
+def test_views_and_picture_equal_those_of_dino():
     assert [(v.blur, v.solarise, v.scale) for v in lejepa().views()] == [
         (1.0, 0.0, (0.3, 1.0)), (0.1, 0.2, (0.3, 1.0)), *[(0.5, 0.0, (0.05, 0.3))] * 3,
     ]  # fmt: skip
@@ -127,7 +116,7 @@ def small(shards: Path, out: Path, *more: str) -> Recipe:
 
 
 def test_a_run_learns_without_collapse(digit_shards, tmp_path):
-    """Crops of an image come together while the projections of all images become Gaussian."""
+    """The loss falls without collapse."""
     more = ("budget.steps=40", "monitor.log_every=5", "monitor.pictures_every=40")
     assert pretrain(small(digit_shards, tmp_path / "run", *more)).finished
     records = [r for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if r["kind"] == "train"]
@@ -136,8 +125,8 @@ def test_a_run_learns_without_collapse(digit_shards, tmp_path):
     assert (tmp_path / "run" / "pictures" / "step-00000040.png").stat().st_size > 0
 
 
-def test_two_processes_train_as_one(digit_shards, tmp_path):
-    """Two gloo processes: losses, gradients and weights of one process with the joined batch."""
+def test_two_processes_train_like_one(digit_shards, tmp_path):
+    """Two gloo processes have the losses, gradients and weights of one process with the whole batch."""
     more = ("monitor.log_every=1", "budget.steps=4")
     pretrain(small(digit_shards, tmp_path / "alone", *more))
     launched = runs.launch("lejepa", *runs.overrides("lejepa", digit_shards, tmp_path / "both", *more), processes=2)
@@ -146,7 +135,7 @@ def test_two_processes_train_as_one(digit_shards, tmp_path):
     for value in ("loss", "sigreg", "distance", "grad_norm"):
         assert [record[value] for record in both] == pytest.approx([record[value] for record in alone], rel=1e-4)
     ours, theirs = (checkpoint.newest(tmp_path / run / "checkpoints").tensors("objective") for run in ("alone", "both"))
-    # Batch norm takes off what the bias before it adds: its gradient is rounding, and the sign of that is AdamW's step.
+    # Batch norm cancels the bias before it, so its gradient is rounding noise, and AdamW's step has the sign of it.
     for tensors in (ours, theirs):
         tensors.pop("backbone.norm.bias")
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
@@ -162,7 +151,7 @@ def test_two_processes_train_as_one(digit_shards, tmp_path):
         ("objective.teacher_temp=0.1", "unknown key objective.teacher_temp"),
     ],
 )
-def test_a_users_mistake_is_one_sentence(digit_shards, tmp_path, override, expected):
+def test_wrong_settings_are_refused_with_a_clear_message(digit_shards, tmp_path, override, expected):
     with pytest.raises(UserError) as caught:
         pretrain(small(digit_shards, tmp_path / "run", override))
     assert expected in str(caught.value)

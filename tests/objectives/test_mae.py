@@ -1,4 +1,4 @@
-"""MAE: the loss is the paper's, hidden patches stay hidden, and masks belong to samples, not to batches."""
+"""MAE: the loss equals the paper's, hidden patches have no effect, and masks depend on samples, not on batches."""
 
 import pytest
 import timm
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from selfvil.errors import UserError
 from selfvil.models import VisionLSTM
-from selfvil.models.layers import Reader
+from selfvil.models.adapter import adapt
 from selfvil.objectives.base import ImageSpec, Progress, keyed_noise
 from selfvil.objectives.mae import MAE, MAESettings, patchify, unpatchify
 from selfvil.ops import mlstm
@@ -26,7 +26,7 @@ def batch() -> Views:
     return random_views([(16, 24)], 3, first=7)
 
 
-def test_patches_are_cut_in_reading_order():
+def test_patches_are_in_row_major_order():
     images = torch.arange(2 * 3 * 8 * 12).view(2, 3, 8, 12)
     patches = patchify(images, 4)
     assert patches.shape == (2, 6, 48)
@@ -38,7 +38,7 @@ def test_patches_are_cut_in_reading_order():
 
 
 @pytest.mark.parametrize("normalise", [True, False])
-def test_loss_is_the_papers(normalise):
+def test_loss_equals_that_of_the_paper(normalise):
     """Written out for each hidden patch, in float64."""
     objective = mae(normalise_targets=normalise).double()
     views = batch()
@@ -59,21 +59,19 @@ def test_loss_is_the_papers(normalise):
 
 
 def objective_latent(objective: MAE, images: Tensor, keep: Tensor) -> Tensor:
-    from selfvil.models.masking import encode_kept
-
-    return encode_kept(objective.backbone, images, keep)
+    return adapt(objective.backbone).encode_kept(images, keep)
 
 
 @pytest.mark.parametrize("name", ["vil_nano_patch4_32", "vit_tiny_patch16_224"])
-def test_what_is_hidden_cannot_be_seen(name):
-    """Neither the convolution nor the recurrence may carry a hidden patch into the prediction."""
+def test_hidden_patches_have_no_effect(name):
+    """Neither by the convolution nor by the recurrence."""
     objective = mae(name)
     images = batch().views[0]
     keep, hidden = objective.mask(torch.arange(3), PROGRESS, images.device)
     noise = unpatchify(torch.randn(3, objective.num_patches, 48) * hidden.unsqueeze(-1), objective.grid, 4)
-    seen = objective_latent(objective, images, keep)
-    assert torch.equal(seen, objective_latent(objective, images + noise, keep))
-    assert not torch.equal(seen, objective_latent(objective, images + 0.1, keep))
+    latent = objective_latent(objective, images, keep)
+    assert torch.equal(latent, objective_latent(objective, images + noise, keep))
+    assert not torch.equal(latent, objective_latent(objective, images + 0.1, keep))
 
 
 @pytest.mark.parametrize("name", ["vil_nano_patch4_32", "vit_tiny_patch16_224"])
@@ -86,8 +84,8 @@ def test_every_parameter_learns(name):
     assert not still
 
 
-def test_masks_belong_to_samples():
-    """A sample's mask is the same in whatever batch it comes, and another at its next visit."""
+def test_masks_depend_on_samples():
+    """A sample has the same mask in any batch, and another one at each position of the run."""
     objective = mae()
     together, _ = objective.mask(torch.tensor([5, 6, 7, 8]), PROGRESS, torch.device("cpu"))
     alone = torch.cat([objective.mask(torch.tensor([p]), PROGRESS, torch.device("cpu"))[0] for p in (5, 6, 7, 8)])
@@ -104,7 +102,7 @@ def test_either_decoder_predicts_every_patch(name, decoder):
     keep, _ = objective.mask(torch.arange(3), PROGRESS, images.device)
     predicted = objective.decode(objective.encode(images, keep), keep)
     assert predicted.shape == (3, 24, 48)
-    # What the first kept token holds, every patch may hear of.
+    # Every patch may depend on the first kept token.
     latent = objective.encode(images, keep).detach().requires_grad_()
     gradient = torch.autograd.grad(objective.decode(latent, keep)[:, -1].sum(), latent)[0]
     assert gradient[:, 0].any()
@@ -120,26 +118,26 @@ def test_other_masks_keep_the_ratio(kind):
 
 
 @pytest.mark.parametrize("settings", [{}, {"num_registers": 2}, {"traversal": "quad", "conv": "causal1d"}])
-def test_gap_aware_forgetting_is_that_of_the_whole_image(settings):
-    """A kept token reads what the whole image would give it, if only hidden tokens wrote nothing."""
+def test_gap_aware_forgetting_equals_that_of_the_whole_image(settings):
+    """Kept tokens equal those of a scan of the whole image in which hidden tokens write nothing to the memory."""
     torch.manual_seed(0)
     model = VisionLSTM((16, 24), 4, embed_dim=32, depth=1, num_classes=0, **settings).double().eval()
     x = torch.randn(2, 24, 32, dtype=torch.double)
     keep = torch.stack([torch.arange(0, 24, 3), torch.tensor([1, 2, 3, 11, 12, 20, 21, 23])])
     plain = model.forward_tokens(x, (4, 6), keep)
-    model.set_gap_aware()
+    model.gap_aware = True
     aware = model.forward_tokens(x, (4, 6), keep)
     assert not torch.allclose(aware, plain, atol=1e-6)
 
     calls = []
 
     def whole(q, k, v, i, f, *, reverse, positions):
-        """The operator on all steps, the hidden ones of which have a closed input gate."""
+        """The operator on all steps, with closed input gates at the hidden ones."""
         calls.append(positions)
         length = int(positions.max()) + 1
         at = positions[:, None, :].expand(f.shape)
         f, i = (z.new_full((*z.shape[:2], length), rest).scatter(2, at, z) for z, rest in ((f, 0.0), (i, -1e4)))
-        # A hidden step forgets as the kept one that is read next does.
+        # A hidden step has the forget gate of the next kept one in scan order.
         order = range(length) if reverse else range(length - 1, -1, -1)
         for image, row in enumerate(positions.tolist()):
             gate = None
@@ -159,15 +157,14 @@ def test_gap_aware_forgetting_is_that_of_the_whole_image(settings):
     torch.testing.assert_close(model.forward_tokens(x, (4, 6), everything), model.forward_tokens(x, (4, 6)))
 
 
-def test_gap_aware_is_for_a_backbone_that_forgets():
-    assert all(module.gap_aware for module in mae(gap_aware=True).backbone.modules() if isinstance(module, Reader))
+def test_gap_aware_needs_forget_gates():
+    assert mae(gap_aware=True).backbone.gap_aware
     with pytest.raises(UserError, match="VisionTransformer does not forget: set it to false"):
         mae("vit_tiny_patch16_224", gap_aware=True)
 
 
-def test_compact_conv_is_for_a_backbone_that_convolves():
-    backbone = mae(compact_conv=True).backbone
-    assert all(module.compact_conv for module in backbone.modules() if isinstance(module, Reader))
+def test_compact_conv_needs_a_convolution():
+    assert mae(compact_conv=True).backbone.compact_conv
     with pytest.raises(UserError, match="this VisionTransformer has no convolution among its tokens: set it to false"):
         mae("vit_tiny_patch16_224", compact_conv=True)
 
@@ -187,7 +184,7 @@ def test_masks_are_uniform():
 
 
 @pytest.mark.parametrize("ratio", [0.01, 0.99])
-def test_a_mask_must_leave_something_on_both_sides(ratio):
+def test_a_mask_must_keep_and_hide_at_least_one_patch(ratio):
     with pytest.raises(UserError, match=r"objective\.mask_ratio = 0\.\d+ keeps \d+ of the 24 patches"):
         mae(mask_ratio=ratio)
 

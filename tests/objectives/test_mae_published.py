@@ -1,4 +1,4 @@
-"""MAE on a timm ViT with the published decoder has the loss and the gradients of the published code."""
+"""MAE on a timm ViT with the published decoder: loss and gradients equal those of the published code."""
 
 import os
 import re
@@ -64,7 +64,7 @@ def loss_with(objective: MAE, images: Tensor, noise: Tensor, monkeypatch) -> Ten
     return loss
 
 
-def test_stored_loss_and_gradients(monkeypatch):
+def test_loss_and_gradients_equal_the_stored_ones(monkeypatch):
     values = load_file(STORED)
     objective = build(16, 4, 16, 1, 2, decoder_dim=16, decoder_depth=1, decoder_heads=2)
     take_weights(objective, {k.removeprefix("weight/"): v for k, v in values.items() if k.startswith("weight/")})
@@ -84,13 +84,13 @@ def checkout() -> str:
     return folder
 
 
-def test_the_stored_values_are_those_of_the_published_code(tmp_path):
+def test_stored_values_equal_those_of_the_published_code(tmp_path):
     subprocess.run([sys.executable, str(SCRIPT), checkout(), str(tmp_path / "values")], check=True, timeout=120)
     torch.testing.assert_close(load_file(tmp_path / "values"), load_file(STORED), rtol=1e-9, atol=1e-14)
 
 
 @pytest.mark.parametrize("normalise", [True, False])
-def test_the_published_decoder_at_its_own_size(normalise, monkeypatch):
+def test_loss_and_gradients_equal_the_published_code_at_full_size(normalise, monkeypatch):
     """512 wide, 8 layers, 16 heads, at 224 pixels; loss and every gradient, in float64."""
     torch.manual_seed(0)
     published = published_code.import_published(checkout()).MaskedAutoencoderViT(

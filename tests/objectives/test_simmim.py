@@ -1,4 +1,4 @@
-"""SimMIM: masked in whole units, the absolute error of masked pixels, nothing of them seen."""
+"""SimMIM: masks of whole units, the loss of the paper, and no effect of masked pixels."""
 
 import pytest
 import timm
@@ -23,7 +23,7 @@ def batch(count: int = 3) -> Views:
     return random_views([(16, 24)], count, first=7)
 
 
-def test_units_are_hidden_whole_and_belong_to_samples():
+def test_masks_hide_whole_units_and_depend_on_samples():
     objective = simmim()
     masked = objective.mask(torch.arange(50), PROGRESS, torch.device("cpu"))
     units = masked.view(50, 2, 2, 3, 2).transpose(2, 3).flatten(3)  # 2 x 3 units of 4 patches
@@ -35,7 +35,7 @@ def test_units_are_hidden_whole_and_belong_to_samples():
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("normalise", [True, False])
-def test_loss_is_the_papers(name, normalise):
+def test_loss_equals_that_of_the_paper(name, normalise):
     objective, views = simmim(name, normalise_targets=normalise).double(), batch()
     views.views[0] = views.views[0].double()
     masked = objective.mask(views.positions, PROGRESS, torch.device("cpu"))
@@ -43,12 +43,12 @@ def test_loss_is_the_papers(name, normalise):
     if normalise:
         targets = (targets - targets.mean(-1, keepdim=True)) / (targets.var(-1, keepdim=True) + 1e-6).sqrt()
     error = (objective.predict(views.views[0], masked) - targets).abs() * masked.unsqueeze(-1)
-    expected = error.sum() / masked.sum() / 48  # the paper: over the masked pixels, and over the channels
+    expected = error.sum() / masked.sum() / 48  # as in the paper: the mean over masked pixels and channels
     torch.testing.assert_close(objective(views, PROGRESS).loss, expected, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_masked_pixels_are_not_seen(name):
+def test_masked_pixels_have_no_gradient(name):
     objective, images = simmim(name), batch().views[0].requires_grad_()
     masked = objective.mask(torch.arange(3), PROGRESS, torch.device("cpu"))
     gradient = patchify(torch.autograd.grad(objective.predict(images, masked).square().sum(), images)[0], 4)
@@ -75,7 +75,7 @@ def test_the_picture_shows_image_mask_and_reconstruction():
         ({"mask_ratio": 0.99}, r"objective\.mask_ratio = 0\.99 hides 6 of the 6 mask units"),
     ],
 )
-def test_masks_that_cannot_be_right_are_refused(settings, message):
+def test_impossible_masks_are_refused(settings, message):
     with pytest.raises(UserError, match=message):
         simmim(**settings)
 

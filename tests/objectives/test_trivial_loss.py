@@ -1,4 +1,4 @@
-"""The trivial loss of an objective is that of the best answer that is the same for every image."""
+"""The trivial loss of an objective is that of the best prediction that is the same for every image."""
 
 import pytest
 import torch
@@ -17,25 +17,25 @@ COUNT = 400
 
 
 def images_around_a_mean() -> Views:
-    """Skewed, so that mean and median differ, and with a mean image of their own."""
+    """Random images with a common mean image and a skewed distribution, so that mean and median differ."""
     images = torch.randn(1, 3, *SIZE) + torch.empty(COUNT, 3, *SIZE).exponential_()
     return Views([images], torch.arange(COUNT))
 
 
-def best_constant(loss, wanted: torch.Tensor) -> float:
-    """The least loss (of a constant and `wanted`) that gradient descent finds."""
-    constant = nn.Parameter(wanted.mean(dim=0, keepdim=True).clone())
+def best_constant(loss, target: torch.Tensor) -> float:
+    """The smallest loss of a constant and `target` that gradient descent finds."""
+    constant = nn.Parameter(target.mean(dim=0, keepdim=True).clone())
     optimizer = torch.optim.Adam([constant], lr=0.02)
     for _ in range(200):
         optimizer.zero_grad()
-        value = loss(constant.expand_as(wanted), wanted)
+        value = loss(constant.expand_as(target), target)
         value.backward()
         optimizer.step()
     return float(value.detach())
 
 
 @pytest.mark.parametrize("normalise", [False, True])
-def test_of_predicted_pixels(normalise):
+def test_trivial_loss_of_predicted_pixels(normalise):
     batch = images_around_a_mean()
     mae = MAE(network(), MAESettings(decoder_dim=16, decoder_depth=1, normalise_targets=normalise), IMAGE)
     targets = mae.targets(batch.views[0])
@@ -53,16 +53,16 @@ def test_of_predicted_pixels(normalise):
 
 
 @pytest.mark.parametrize("kind", ["cosine", "smooth_l1"])
-def test_of_predicted_features(kind):
-    wanted = torch.randn(1, 3, 8) + torch.empty(COUNT, 3, 8).exponential_()
-    best = best_constant(lambda found, wanted: feature_loss(found, wanted, kind), wanted)
-    assert float(constant_feature_loss(wanted, kind)) == pytest.approx(best, rel=0.02)
-    few = torch.stack([constant_feature_loss(part, kind) for part in wanted.split(4)]).mean()
-    assert float(few) == pytest.approx(best, rel=0.08), "small batches do not make it look easier"
+def test_trivial_loss_of_predicted_features(kind):
+    target = torch.randn(1, 3, 8) + torch.empty(COUNT, 3, 8).exponential_()
+    best = best_constant(lambda predicted, target: feature_loss(predicted, target, kind), target)
+    assert float(constant_feature_loss(target, kind)) == pytest.approx(best, rel=0.02)
+    few = torch.stack([constant_feature_loss(part, kind) for part in target.split(4)]).mean()
+    assert float(few) == pytest.approx(best, rel=0.08), "the estimate from small batches has no bias"
 
 
-def test_of_lejepa_is_its_loss_at_zero():
-    """And no other constant has a lower one."""
+def test_trivial_loss_of_lejepa_is_its_loss_at_zero():
+    """No other constant has a lower loss."""
     settings = LeJEPASettings(local_crops=1, local_crop_size=8, out_dim=8, hidden_dim=16, sigreg_directions=32)
     objective = LeJEPA(network(), settings, IMAGE)
     batch = Views([torch.randn(20, 3, *SIZE), torch.randn(20, 3, *SIZE), torch.randn(20, 3, 8, 8)], torch.arange(20))

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from selfvil.ops import mlstm
-from selfvil.ops.mlstm import BACKENDS, _say_once, choose
+from selfvil.ops.mlstm import BACKENDS, _log_once, choose
 from selfvil.ops.reference import EPS
 from selfvil.ops.torch_mlstm import FORMS
 
@@ -33,10 +33,10 @@ def run(inputs, dh, **how):
 )
 @pytest.mark.parametrize("backend", FORMS)
 def test_values_and_all_gradients_for_any_shape_and_gates(backend, shape, gate_range, gaps, reverse, seed):
-    """Relative to each norm, or to a hundredth of the largest gradient's.
+    """Errors relative to the norm of each result, or to 1 % of the largest gradient's.
 
-    Scores have one sign, as in a trained network's rows with much to say: a sum that cancels is divided by, and shows
-    the rounding of the reference as much as anything else.
+    All scores have one sign: h is divided by their sum, and if that cancels, the rounding errors of the reference are
+    as large as those under test.
     """
     torch.manual_seed(seed)
     batch, _, num_tokens, _ = shape
@@ -54,7 +54,7 @@ def test_values_and_all_gradients_for_any_shape_and_gates(backend, shape, gate_r
 
 
 def published_form(q, k, v, i, f):
-    """Gates in float32 and the products in the dtype of q, an N × N log matrix between: as published networks run."""
+    """The form of the published networks: float32 gates, an N × N matrix of logs, products in the dtype of q."""
     num_tokens = q.shape[2]
     log_forget = F.logsigmoid(f.float()).cumsum(-1)
     log_decay = log_forget.unsqueeze(-1) - log_forget.unsqueeze(-2) + i.float().unsqueeze(-2)
@@ -67,11 +67,11 @@ def published_form(q, k, v, i, f):
 
 @pytest.mark.parametrize("backend", FORMS)
 @pytest.mark.parametrize("num_tokens", [64, 196, 400])
-def test_bfloat16_errs_no_more_than_the_published_form(num_tokens, backend):
-    """Scores of one sign: where they cancel in a row's sum, a few rows that happen to be nearly 0 decide for both.
+def test_bfloat16_is_as_accurate_as_the_published_form(num_tokens, backend):
+    """All scores have one sign: if they cancel, a few rows with a sum near 0 dominate the errors of both.
 
-    Seen, over seeds and lengths: h, dq, dk, di 0.8 to 1.1 times the published form's error; dv 1.1 to 1.25, a product
-    for each block being rounded; df 0.8 to 1.4, and up to 2 from states in `chunkwise`.
+    Measured over seeds and lengths, as multiples of the published form's error: h, dq, dk, di 0.8 to 1.1; dv 1.1 to
+    1.25, because each block's product is rounded; df 0.8 to 1.4, and up to 2 from states in `chunkwise`.
     """
     torch.manual_seed(0)
     q, k = torch.rand(2, 4, 4, num_tokens, 48)
@@ -96,7 +96,7 @@ def test_bfloat16_errs_no_more_than_the_published_form(num_tokens, backend):
 
 @pytest.mark.parametrize("backend", FORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_nothing_is_lost_for_gates_within_80(dtype, backend):
+def test_results_are_finite_for_gates_within_80(dtype, backend):
     torch.manual_seed(0)
     q, k, v, dh = torch.randn(4, 1, 2, 300, 16).to(dtype)
     for i in (-80.0, 0.0, 80.0):
@@ -108,7 +108,7 @@ def test_nothing_is_lost_for_gates_within_80(dtype, backend):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_is_a_sound_custom_operator(form, dtype):
+def test_custom_operator_passes_opcheck(form, dtype):
     torch.manual_seed(0)
     q, k, v = (x.requires_grad_() for x in torch.randn(3, 2, 2, 9, 4).to(dtype))
     gate_dtype = torch.promote_types(dtype, torch.float32)
@@ -117,7 +117,7 @@ def test_is_a_sound_custom_operator(form, dtype):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_compiles_without_a_break(form):
+def test_compiles_to_one_graph(form):
     torch.manual_seed(0)
     inputs = [x.requires_grad_() for x in (*torch.randn(3, 1, 2, 20, 4).unbind(), *torch.randn(2, 1, 2, 20).unbind())]
     compiled = torch.compile(lambda *x: mlstm(*x, reverse=True, backend=form), fullgraph=True, backend="aot_eager")
@@ -127,13 +127,13 @@ def test_compiles_without_a_break(form):
         torch.testing.assert_close(got, want)
 
 
-def test_what_auto_means(monkeypatch, caplog):
+def test_auto_backend(monkeypatch, caplog):
     torch.manual_seed(0)
     rule = [choose(n, d, "cpu", torch.float32) for n, d in ((196, 96), (1024, 96), (4096, 384))]
     assert rule == ["parallel", "chunkwise", "chunkwise"]
     q, k, v = torch.randn(3, 1, 1, 4, 2)
     i, f = torch.randn(2, 1, 1, 4)
-    _say_once.cache_clear()
+    _log_once.cache_clear()
     with caplog.at_level(logging.INFO, "selfvil"):
         mlstm(q, k, v, i, f)
         mlstm(q, k, v, i, f)

@@ -1,4 +1,4 @@
-"""What stands around the mLSTM, fused, against the plain layers: on a GPU, or else in Triton's interpreter."""
+"""The fused operations around the mLSTM against the plain layers, on a GPU or in Triton's interpreter."""
 
 import pytest
 import torch
@@ -6,13 +6,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import interpreted
 import interpreted_layers
-from selfvil.models.layers import Reader
+from selfvil.models.layers import GatedScan
 from selfvil.models.vision_lstm import VisionLSTM
 from selfvil.ops import fused
 
 pytest.importorskip("triton", reason="the package triton is not installed: its kernels are not tested")
 
-on_a_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are written for at most float32 on a GPU")
+on_a_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the kernels support at most float32")
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def interpreter():
 
 @pytest.fixture
 def run(request):
-    """What `interpreted_layers.gradients` gives, on a GPU if there is one."""
+    """`interpreted_layers.gradients`, on a GPU if there is one."""
     if torch.cuda.is_available():
         return lambda *args, **how: interpreted_layers.gradients(*args, device="cuda", **how)
     return lambda *args, **how: request.getfixturevalue("interpreter")(interpreted_layers.gradients, *args, **how)
@@ -39,18 +39,18 @@ def randomised(module, dtype=torch.float64):
 
 
 def make_inputs(part, batch, num_tokens, inner, dtype=torch.float64):
-    """For a part what it reads: up-projections, the convolved branch, and what the mLSTM gives, tokens first."""
+    """Inputs of a part: up-projections, the convolved branch and the output of the mLSTM, with tokens before heads."""
     wanted = {"conv": ["xz"], "project": ["c", "xz"], "norm": ["h", "c", "xz"]}[part]
     sizes = {"xz": (2 * inner,), "c": (inner,), "h": (4, inner // 4)}
     return {name: torch.randn(batch, num_tokens, *sizes[name]).to(dtype) for name in wanted}
 
 
 def check(run, part, inner, batch, num_tokens, bias=True, **how):
-    reader = randomised(Reader(inner, bias=bias))
+    scan = randomised(GatedScan(inner, bias=bias))
     inputs = make_inputs(part, batch, num_tokens, inner)
     if not how.get("gated", True):
         del inputs["xz"]
-    got, want = run(part, reader, inputs, True, **how), interpreted_layers.gradients(part, reader, inputs, False, **how)
+    got, want = run(part, scan, inputs, True, **how), interpreted_layers.gradients(part, scan, inputs, False, **how)
     assert len(got) > 3
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
@@ -90,43 +90,43 @@ def test_convolution_and_silu(inner, batch, grid, reverse, run):
 @pytest.mark.parametrize("part", ["norm", "project", "conv"])
 def test_sums_of_several_spans_add_up(part, run, interpreter):
     """More tokens than one program sums over."""
-    cut = {"norm": fused.NORM, "project": fused.PROJECT_BACKWARD, "conv": fused.CONV}[part]
-    height = -(-(cut.span + 1) // 3)
+    config = {"norm": fused.NORM, "project": fused.PROJECT_BACKWARD, "conv": fused.CONV}[part]
+    height = -(-(config.span + 1) // 3)
     check(run, part, 16, 3, height, **({"grid": (height, 1), "reverse": False} if part == "conv" else {}))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("part", ["norm", "project", "conv"])
-def test_errs_no_more_than_the_plain_layers(part, dtype, run):
-    reader, inputs = randomised(Reader(192), dtype), make_inputs(part, 2, 20, 192, dtype)
+def test_is_as_accurate_as_the_plain_layers(part, dtype, run):
+    scan, inputs = randomised(GatedScan(192), dtype), make_inputs(part, 2, 20, 192, dtype)
     how = {"grid": (4, 5), "reverse": True} if part == "conv" else {}
     got, plain = (
-        run(part, reader, inputs, True, **how),
-        interpreted_layers.gradients(part, reader, inputs, False, **how),
+        run(part, scan, inputs, True, **how),
+        interpreted_layers.gradients(part, scan, inputs, False, **how),
     )
     double = {name: x.double() for name, x in inputs.items()}
-    exact = interpreted_layers.gradients(part, reader.double(), double, False, **how)
+    exact = interpreted_layers.gradients(part, scan.double(), double, False, **how)
     assert [x.dtype for x in got] == [x.dtype for x in plain]
     for a, b, x in zip(got, plain, exact, strict=True):
         assert (a - x).norm() <= 1.05 * (b - x).norm() + 1e-6 * x.norm()
 
 
 @pytest.mark.parametrize("part", ["norm", "project", "conv"])
-def test_dtypes_under_autocast_are_the_plain_layers(part, run):
-    reader, inputs = randomised(Reader(80), torch.float32), make_inputs(part, 1, 7, 80, torch.float32)
+def test_dtypes_under_autocast_are_those_of_the_plain_layers(part, run):
+    scan, inputs = randomised(GatedScan(80), torch.float32), make_inputs(part, 1, 7, 80, torch.float32)
     how = {"grid": (7, 1), "reverse": False} if part == "conv" else {}
-    if part == "norm":  # comes of a product
+    if part == "norm":  # the output of a product
         inputs["h"], inputs["c"], inputs["xz"] = (inputs[name].bfloat16() for name in ("h", "c", "xz"))
-    got = run(part, reader, inputs, True, amp=torch.bfloat16, **how)
-    plain = interpreted_layers.gradients(part, reader, inputs, False, amp=torch.bfloat16, **how)
+    got = run(part, scan, inputs, True, amp=torch.bfloat16, **how)
+    plain = interpreted_layers.gradients(part, scan, inputs, False, amp=torch.bfloat16, **how)
     assert [x.dtype for x in got] == [x.dtype for x in plain]
     assert got[0].dtype == torch.bfloat16
 
 
 @on_a_cpu
-def test_are_sound_custom_operators(interpreter):
+def test_custom_operators_pass_opcheck(interpreter):
     inputs = {name: x.requires_grad_() for name, x in make_inputs("norm", 1, 5, 16).items()}
-    interpreter(interpreted_layers.check_operators, randomised(Reader(16)), inputs)
+    interpreter(interpreted_layers.check_operators, randomised(GatedScan(16)), inputs)
 
 
 def tiny(**how):
@@ -138,7 +138,7 @@ def tiny(**how):
     ({}, None), ({}, 4), ({"num_registers": 2, "global_pool": "registers"}, None), ({"traversal": "quad"}, None),
     ({"conv": "causal1d", "bias": False}, None),
 ])  # fmt: skip
-def test_a_network_is_the_same(how, kept, interpreter):
+def test_a_network_equals_the_plain_one(how, kept, interpreter):
     model, x = tiny(**how), torch.randn(2, 6, 8, dtype=torch.float64)
     keep = None if kept is None else torch.rand(2, 6).argsort(1)[:, :kept].sort(1).values
     got, want = (interpreter(interpreted_layers.of_model, model, x, keep, fuse) for fuse in (True, False))
@@ -147,7 +147,7 @@ def test_a_network_is_the_same(how, kept, interpreter):
 
 
 @on_a_cpu
-def test_a_network_is_the_same_with_checkpointing(interpreter):
+def test_checkpointing_changes_no_bit(interpreter):
     model, x = tiny(), torch.randn(1, 6, 8, dtype=torch.float64)
     want = interpreter(interpreted_layers.of_model, model, x, None, True)
     model.train().set_grad_checkpointing()
@@ -157,7 +157,7 @@ def test_a_network_is_the_same_with_checkpointing(interpreter):
 
 
 @on_a_cpu
-def test_a_network_compiles_without_a_break(interpreter):
+def test_a_network_compiles_to_one_graph(interpreter):
     model, x = tiny(), torch.randn(1, 6, 8, dtype=torch.float64)
     got = interpreter(interpreted_layers.of_model, model, x, None, True, compiled=True)
     want = interpreter(interpreted_layers.of_model, model, x, None, False)
@@ -165,7 +165,7 @@ def test_a_network_compiles_without_a_break(interpreter):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 
 
-def test_the_rule(monkeypatch):
+def test_which_tensors_are_supported(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.delenv(fused.SWITCH, raising=False)
     with FakeTensorMode():

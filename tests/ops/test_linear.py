@@ -1,4 +1,4 @@
-"""oneDNN's linear map is torch's, with all gradients, and steps aside where it does not apply."""
+"""The linear map by oneDNN equals torch's in values and gradients, and uses torch where it does not apply."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def test_inputs_may_be_views():
     torch.testing.assert_close(linear(x.transpose(0, 1), weight, None), F.linear(x.transpose(0, 1), weight))
 
 
-def test_other_precisions_are_torchs():
+def test_other_precisions_use_torch():
     torch.manual_seed(0)
     x, weight, bias = torch.randn(4, 32), torch.randn(16, 32), torch.randn(16)
     assert torch.equal(
@@ -41,7 +41,7 @@ def test_other_precisions_are_torchs():
         assert linear(x, weight, bias).dtype == torch.bfloat16
 
 
-def test_is_a_sound_custom_operator():
+def test_custom_operator_passes_opcheck():
     torch.manual_seed(0)
     x, weight, bias = (y.requires_grad_() for y in (torch.randn(5, 16), torch.randn(24, 16), torch.randn(24)))
     torch.library.opcheck(torch.ops.selfvil.linear.default, (x, weight, bias))

@@ -1,4 +1,4 @@
-"""The kernels against the paper's equations: on a GPU, or else in Triton's interpreter; and compiled for an H200."""
+"""The kernels against the paper's equations, on a GPU, or without one in Triton's interpreter."""
 
 import math
 
@@ -15,7 +15,7 @@ pytest.importorskip("triton", reason="the package triton is not installed: its k
 FORMS = ["triton", "triton_chunkwise"]
 NAMES = ("h", "dq", "dk", "dv", "di", "df")
 CHUNK = 64
-"""Tokens in a chunk here, so that short sequences have several."""
+"""A small chunk size, so that short sequences have several."""
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def interpreter():
 
 @pytest.fixture
 def run(request):
-    """What `interpreted.gradients` gives, on a GPU if there is one."""
+    """`interpreted.gradients`, on a GPU if there is one."""
     if torch.cuda.is_available():
         return lambda *args, **how: interpreted.gradients(*args, CHUNK, "cuda", **how)
     pool = request.getfixturevalue("interpreter")
@@ -34,7 +34,7 @@ def run(request):
 
 
 def make_inputs(shape, dtype, *, gates=1.0, one_sign=True):
-    """q, k, v, i, f, and a gradient of h. Scores of one sign, so that no row's sum cancels and blows up rounding."""
+    """q, k, v, i, f, and a gradient of h. Scores have one sign: a sum that cancels would amplify rounding errors."""
     q, k = torch.rand(2, *shape) + 0.1 if one_sign else torch.randn(2, *shape)
     v, dh = torch.randn(2, *shape)
     i, f = gates * torch.randn(2, *shape[:3])
@@ -43,7 +43,7 @@ def make_inputs(shape, dtype, *, gates=1.0, one_sign=True):
 
 
 def errors(got, inputs, dh, **how):
-    """Of h and each gradient against the reference in float64, relative to its norm, or 1e-3 of the largest one's."""
+    """Errors of h and each gradient from the float64 reference, relative to its norm or 1e-3 of the largest one's."""
     double = [x.double().requires_grad_() for x in inputs]
     h = mlstm(*double, backend="reference", **how)
     exact = [h.detach(), *torch.autograd.grad(h, double, dh.double())]
@@ -55,9 +55,9 @@ def errors(got, inputs, dh, **how):
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize(("num_tokens", "head_dim"), [(1, 5), (64, 48), (130, 48), (100, 96), (65, 192)])
 def test_values_and_all_gradients(num_tokens, head_dim, reverse, form, run):
-    """In float64, where rounding hides nothing; the gates throw a third of what was read away, or keep it."""
+    """In float64, so that rounding hides no error; the wide gates forget and keep many tokens."""
     if torch.cuda.is_available():
-        pytest.skip("kernels are written for at most float32 on a GPU")
+        pytest.skip("on a GPU the kernels support at most float32")
     inputs, dh = make_inputs((1, 2 if head_dim < 96 else 1, num_tokens, head_dim), torch.float64, gates=4.0)
     got = run(inputs, dh, backend=form, reverse=reverse)
     for name, error in errors(got, inputs, dh, reverse=reverse).items():
@@ -66,9 +66,9 @@ def test_values_and_all_gradients(num_tokens, head_dim, reverse, form, run):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("widths", [(24, 48), (48, 24)], ids=["narrow q and k", "narrow v"])
-def test_heads_of_two_widths(widths, form, run):
+def test_q_and_k_with_another_width_than_v(widths, form, run):
     if torch.cuda.is_available():
-        pytest.skip("kernels are written for at most float32 on a GPU")
+        pytest.skip("on a GPU the kernels support at most float32")
     (q, k, v, *gates), dh = make_inputs((1, 2, 70, 48), torch.float64)
     inputs, dh = [q[..., : widths[0]], k[..., : widths[0]], v[..., : widths[1]], *gates], dh[..., : widths[1]]
     got = run(inputs, dh, backend=form)
@@ -80,7 +80,7 @@ def test_heads_of_two_widths(widths, form, run):
 @pytest.mark.parametrize(("dtype", "head_dim", "reverse"), [
     (torch.float32, 96, False), (torch.bfloat16, 96, True), (torch.bfloat16, 384, False), (torch.float16, 96, True),
 ])  # fmt: skip
-def test_errs_no_more_than_the_torch_form(dtype, head_dim, reverse, form, run):
+def test_is_as_accurate_as_the_torch_form(dtype, head_dim, reverse, form, run):
     inputs, dh = make_inputs((1, 1, 130 if head_dim < 192 else 70, head_dim), dtype)
     inputs[4] += 4
     got = run(inputs, dh, backend=form, reverse=reverse)
@@ -93,7 +93,7 @@ def test_errs_no_more_than_the_torch_form(dtype, head_dim, reverse, form, run):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_nothing_is_lost_for_gates_within_80(dtype, form, run):
+def test_results_are_finite_for_gates_within_80(dtype, form, run):
     inputs, dh = make_inputs((1, 4, 100, 16), dtype, one_sign=False)
     inputs[3] += torch.tensor([-80.0, -80.0, 80.0, 80.0]).view(1, 4, 1)
     inputs[4] += torch.tensor([-80.0, 80.0, -80.0, 80.0]).view(1, 4, 1)
@@ -101,10 +101,10 @@ def test_nothing_is_lost_for_gates_within_80(dtype, form, run):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_weights_too_small_for_float16_count(form, run):
-    """Where q and k are tiny, scores are below float16's range, but not what they weigh in a row."""
+def test_weights_below_the_range_of_float16_count(form, run):
+    """With tiny q and k, scores are below the range of float16, but their weights in a row are not."""
     (q, k, *rest), dh = make_inputs((1, 1, 100, 16), torch.float16)
-    rest[1] += 30  # a large input gate: the sum of the weights, and not its lower limit, divides
+    rest[1] += 30  # a large input gate: the normaliser is the sum of the weights, not its lower limit
     inputs = [q * 2e-3, k * 2e-3, *rest]
     error = errors(run(inputs, dh, backend=form), inputs, dh)["h"]
     assert error < 1e-3
@@ -115,21 +115,21 @@ def test_gaps_between_tokens(form, run):
     inputs, dh = make_inputs((2, 1, 70, 16), torch.float64)
     positions = torch.randint(1, 4, (2, 70)).cumsum(1)
     if torch.cuda.is_available():
-        pytest.skip("kernels are written for at most float32 on a GPU")
+        pytest.skip("on a GPU the kernels support at most float32")
     got = run(inputs, dh, backend=form, positions=positions)
     assert max(errors(got, inputs, dh, positions=positions).values()) < 1e-12
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="checks the operator on a CPU")
 @pytest.mark.parametrize("form", FORMS)
-def test_is_a_sound_custom_operator_that_compiles_without_a_break(form, interpreter):
+def test_custom_operator_passes_opcheck_and_compiles_to_one_graph(form, interpreter):
     interpreter.submit(interpreted.check_operator, form).result()
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("form", FORMS)
-def test_same_inputs_give_the_same_bits(form, run):
+def test_equal_inputs_give_equal_bits(form, run):
     inputs, dh = make_inputs((4, 4, 700, 96), torch.bfloat16)
     for a, b in zip(run(inputs, dh, backend=form), run(inputs, dh, backend=form), strict=True):
         assert torch.equal(a, b)
@@ -146,7 +146,7 @@ def test_tiles_cover_a_width():
         assert all(size >= 16 and math.log2(size).is_integer() for size in found)
 
 
-def test_the_rule_for_gpus(monkeypatch):
+def test_choice_of_backend_on_gpus(monkeypatch):
     long = triton_mlstm.CHUNK * 16
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         assert [choose(n, 96, "cuda", dtype) for n in (196, 1024, long)] == ["triton", "triton", "triton_chunkwise"]
@@ -159,7 +159,7 @@ def test_the_rule_for_gpus(monkeypatch):
     assert choose(long, 96, "cuda", torch.bfloat16) == "chunkwise"
 
 
-def test_compilers_follow_the_rule():
+def test_choice_of_backend_under_torch_compile():
     @torch.compile(fullgraph=True, backend="eager")
     def chosen(x):
         return x + ["triton", "triton_chunkwise"].index(choose(x.shape[0], 96, "cuda", torch.bfloat16))
@@ -168,7 +168,7 @@ def test_compilers_follow_the_rule():
     assert chosen(torch.zeros(5000)).min() == 1
 
 
-def test_what_they_cannot_do_is_named(monkeypatch):
+def test_unsupported_inputs_are_refused(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     q, k, v, i, f = make_inputs((1, 1, 4, 8), torch.float32)[0]
     with FakeTensorMode(), pytest.raises(ValueError, match="at most float32, but q is float64"):
@@ -176,8 +176,8 @@ def test_what_they_cannot_do_is_named(monkeypatch):
     with pytest.raises(ValueError, match="needs a GPU, but q is on cpu"):
         mlstm(q, k, v, i, f, backend="triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    with pytest.raises(ValueError, match="at most 384 wide, q has 600"):
+    with pytest.raises(ValueError, match="head widths up to 384, got 600"):
         mlstm(*torch.zeros(3, 1, 1, 4, 600), i, f, backend="triton")
     monkeypatch.setattr(triton_mlstm, "INSTALLED", False)
-    with pytest.raises(ValueError, match="package triton, which is missing"):
+    with pytest.raises(ValueError, match="needs the package triton: install it"):
         mlstm(q, k, v, i, f, backend="triton_chunkwise")

@@ -1,4 +1,4 @@
-"""Every kernel compiles for an H200, without one, and fits it: what the interpreter knows nothing of."""
+"""Compiles every kernel for an H200, which need not be present, and checks that it fits its memory."""
 
 import importlib
 import os
@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from selfvil.models.layers import ViLLayer
+from selfvil.models.layout import TokenLayout
 from selfvil.ops import fused, mlstm, triton_mlstm
 
 triton = pytest.importorskip("triton", reason="the package triton is not installed: its kernels are not compiled")
@@ -14,16 +15,16 @@ if os.environ.get("TRITON_INTERPRET"):
     pytest.skip("TRITON_INTERPRET is set: nothing would be compiled", allow_module_level=True)
 
 SHARED_MEMORY = 227 * 1024
-"""Bytes that a program may have on compute capability 9.0."""
+"""Maximum of a program on compute capability 9.0, in bytes."""
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
 def launches(dtype, head_dim, form, reverse, num_tokens):
-    """What a forward and a backward pass start: kernel, plan, arguments and constants, each sort once."""
+    """The distinct launches of a forward and a backward pass: kernel, configuration, arguments and constants."""
     found = {}
 
-    def record(kernel, programs, plan, *args, **constants):
-        found[kernel, tuple(constants.items())] = (kernel, plan, args, constants)
+    def record(kernel, programs, config, *args, **constants):
+        found[kernel, tuple(constants.items())] = (kernel, config, args, constants)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(triton_mlstm, "_launch", record)
@@ -34,24 +35,24 @@ def launches(dtype, head_dim, form, reverse, num_tokens):
     return list(found.values())
 
 
-def launches_of_a_layer(dtype, dim, bias, reverse):
-    """The same for the fused parts of a whole layer, its mLSTM apart; parameters are float32, as autocast has them."""
+def layer_launches(dtype, dim, bias, reverse):
+    """The same for the fused parts of a layer without its mLSTM; parameters are float32, as under autocast."""
     found = {}
 
-    def record(kernel, programs, cut, *args, **constants):
-        found[kernel, tuple(constants.items())] = (kernel, cut, args, constants)
+    def record(kernel, programs, config, *args, **constants):
+        found[kernel, tuple(constants.items())] = (kernel, config, args, constants)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fused, "_launch", record)
         patch.setattr(fused, "applies", lambda x: True)
         with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
-            y = ViLLayer(dim, bias=bias, reverse=reverse)(torch.zeros(1, 196, dim), (14, 14))
+            y = ViLLayer(dim, bias=bias, reverse=reverse)(torch.zeros(1, 196, dim), TokenLayout((14, 14)))
         y.sum().backward()
     return list(found.values())
 
 
-def compiled(kernel, plan, args, constants, source="triton_kernels"):
-    """The kernel for compute capability 9.0, as a call with these arguments would compile it."""
+def compiled(kernel, config, args, constants, source="triton_kernels"):
+    """The kernel, compiled for compute capability 9.0 as by a call with these arguments."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -62,12 +63,12 @@ def compiled(kernel, plan, args, constants, source="triton_kernels"):
         signature[name] = "*" + DTYPES[value.dtype] if is_tensor else "i32"
         if is_tensor or value % 16 == 0:
             aligned[(index,)] = [["tt.divisibility", 16]]
-        elif value == 1:  # as a call would have it, too
+        elif value == 1:  # as in a call
             constants = {**constants, name: 1}
     signature |= dict.fromkeys(constants, "constexpr")
     assert set(signature) == set(function.arg_names)
     source = ASTSource(function, {name: signature[name] for name in function.arg_names}, constants, aligned)
-    options = {"num_warps": plan.warps, "num_stages": plan.stages, "enable_fp_fusion": True}
+    options = {"num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": True}
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
 
@@ -81,13 +82,16 @@ def check(dtype, head_dim, form, reverse, tmp_path, monkeypatch, num_tokens=600)
         result = compiled(kernel, *how)
         assert result.asm["cubin"]
         assert result.metadata.shared <= SHARED_MEMORY, f"{kernel}: {result.metadata.shared} bytes of shared memory"
-        # Hopper's own products, without which it has half its speed; for one token, the compiler needs none.
+        # Products by Hopper's wgmma, which is twice as fast; for one token, the compiler needs no products.
         if kernel in products and dtype != torch.float32 and num_tokens > 1:
             assert "wgmma.mma_async" in result.asm["ptx"], kernel
             assert "mma.sync" not in result.asm["ptx"], kernel
 
 
-@pytest.mark.parametrize(("head_dim", "form", "reverse"), [(96, "triton_chunkwise", True), (384, "triton", False)])
+@pytest.mark.parametrize(
+    ("head_dim", "form", "reverse"),
+    [pytest.param(96, "triton_chunkwise", True, marks=pytest.mark.slow), (384, "triton", False)],
+)
 def test_kernels_fit_an_h200(head_dim, form, reverse, tmp_path, monkeypatch):
     check(torch.bfloat16, head_dim, form, reverse, tmp_path, monkeypatch)
 
@@ -98,7 +102,7 @@ def test_kernels_compile_for_a_single_token(tmp_path, monkeypatch):
 
 def check_layer(dtype, dim, bias, reverse, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    found = launches_of_a_layer(dtype, dim, bias, reverse)
+    found = layer_launches(dtype, dim, bias, reverse)
     assert sorted(kernel for kernel, *_ in found) == [
         "conv_backward", "conv_forward", "conv_forward", "norm_backward", "norm_forward", "project_backward",
         "project_forward",

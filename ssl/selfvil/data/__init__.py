@@ -1,1 +1,1 @@
-"""Images in: shards of tar files, read by index in a stateless order. Knows nothing of models."""
+"""Data loading: shards of tar files, read by index in a stateless order. Imports no model."""

@@ -1,4 +1,4 @@
-"""How the samples of shards differ from what they were: since they were last indexed, or since a run began."""
+"""Differences between the samples of shards now and earlier: at the last indexing, or at the start of a run."""
 
 import zlib
 from collections import Counter
@@ -13,7 +13,7 @@ from selfvil.data.sidecar import ShardIndex
 
 @dataclass(frozen=True)
 class Change:
-    """Between two indexes of a shard: the samples now and before, and how many have other image bytes or labels."""
+    """Two indexes of a shard compared: its samples now and before, and how many have other image bytes or labels."""
 
     samples: int
     before: int
@@ -22,7 +22,7 @@ class Change:
 
 
 def compare(before: ShardIndex, now: ShardIndex) -> Change | None:
-    """None where images and labels are the same in the same order, whatever their names."""
+    """None if images and labels are the same in the same order; the names of the samples may differ."""
     old, new = (index.sizes.astype(np.uint64) << np.uint64(32) | index.crcs for index in (before, now))
     if len(old) == len(new):
         images, labels = int((old != new).sum()), int((before.labels != now.labels).sum())
@@ -31,7 +31,7 @@ def compare(before: ShardIndex, now: ShardIndex) -> Change | None:
 
 
 def describe_changes(changes: Mapping[Path, Change]) -> str:
-    """Say what differs from the last time that these shards were indexed."""
+    """A sentence: what differs from the last time that these shards were indexed."""
     samples, before, images, labels = (
         sum(getattr(change, name) for change in changes.values()) for name in ("samples", "before", "images", "labels")
     )
@@ -45,7 +45,7 @@ def describe_changes(changes: Mapping[Path, Change]) -> str:
 
 
 def digests(ends: Sequence[int], columns: Sequence[np.ndarray]) -> list[str]:
-    """Of each shard, which ends before sample `ends[i]`: its number of samples and a CRC-32 of these columns."""
+    """For each shard i, whose last sample is `ends[i] - 1`: its number of samples and a CRC-32 of these columns."""
     found, first = [], 0
     for end in ends:
         crc = 0
@@ -57,7 +57,7 @@ def digests(ends: Sequence[int], columns: Sequence[np.ndarray]) -> list[str]:
 
 
 def describe_difference(before: Sequence[str], now: Sequence[str], paths: Sequence[Path]) -> str:
-    """Say how shards differ from earlier ones, from the `digests` of both; `paths` are those of now."""
+    """A sentence: how shards differ from earlier ones, by the `digests` of both. paths: of the present shards."""
     if Counter(before) == Counter(now):
         return "the shards are the same, in another order"
     if len(before) != len(now):

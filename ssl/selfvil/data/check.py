@@ -1,15 +1,15 @@
-"""Check an image before it is packed: decode it fully, and collect what the decoders complain about.
+"""Check an image before it is packed: decode it fully, and collect the warnings of the decoders.
 
-What can be found, by format:
+Which damage is detected, by format:
 
-| format | found | not found |
+| format | detected | not detected |
 |---|---|---|
 | PNG | any changed byte of the pixels: every chunk has a CRC-32, which is verified | |
-| JPEG | cut files, broken headers, data that libjpeg warns about | changes that still give valid codes: most |
-| WebP | cut files, wrong sizes in the container | most changes: lossy WebP has no checksums |
-| TIFF, BMP, PNM | cut files, broken headers; of TIFF, errors of its compression | changed pixels: no checksums |
+| JPEG | truncated files, broken headers, data that libjpeg warns about | most changes: they give valid codes |
+| WebP | truncated files, wrong sizes in the container | most changes: lossy WebP has no checksums |
+| TIFF, BMP, PNM | truncated files, broken headers; in TIFF, compression errors | changed pixels: no checksums |
 
-Only a checksum made when the file was sound can find the rest.
+Only a checksum made before the damage can detect the rest.
 """
 
 import io
@@ -53,10 +53,10 @@ class Checked(NamedTuple):
     Attributes:
         data: the bytes to store; empty for an image that is left out.
         extension: of its member.
-        reason: why it is left out.
+        reason: why it is left out; empty for an image that is packed.
         mask: a PNG of class ids, or empty.
-        damage: what decoders complained about, although they gave pixels.
-        notes: what is worth knowing, and does not change the pixels.
+        damage: warnings of decoders that returned pixels nevertheless.
+        notes: remarks about the file that do not affect the pixels.
         size: (width, height) as stored.
         deepest: the largest value of 16-bit grey whose file does not declare its range; 0 for other images.
     """
@@ -76,10 +76,10 @@ class Checker:
     """Checks image i of a source; runs in worker processes.
 
     Attributes:
-        read: gives the bytes of image i.
-        read_mask: gives those of its mask, or None.
-        size: shrink the shorter side to this many pixels.
-        max_value: what stands for white in 16-bit grey.
+        read: returns the bytes of image i.
+        read_mask: returns the bytes of its mask, or None.
+        size: larger images are resized until their shorter side has this many pixels.
+        max_value: the value of white in 16-bit grey.
         strict: leave out images with damage.
     """
 
@@ -110,7 +110,7 @@ class Checker:
                 image, complaints = _decode_jpeg(data, header)
                 damage += complaints
             else:
-                with _standard_error() as written:  # libtiff's
+                with _standard_error() as written:  # libtiff writes its warnings there
                     loaded = load_image(data)
                 damage += written
                 if loaded.white is None and loaded.image.mode.startswith("I"):
@@ -145,11 +145,11 @@ def _is_deep_colour(header: ImageFile) -> bool:
     return not header.mode.startswith("I") and any(";16" in mode for mode in raw_modes(header))
 
 
-# --- what decoders and containers tell ----------------------------------------------------------------------------
+# --- warnings of decoders and containers --------------------------------------------------------------------------
 
 
 def _check_container(data: bytes, kind: str) -> tuple[list[str], list[str]]:
-    """Damage, and notes, of what surrounds the pixels. Pillow does not verify the CRC-32 of a PNG's pixels."""
+    """Damage and notes from the container format. Pillow does not verify the CRC-32 of a PNG's pixels."""
     damage: list[str] = []
     notes: list[str] = []
     if kind == "PNG":
@@ -169,7 +169,7 @@ def _check_container(data: bytes, kind: str) -> tuple[list[str], list[str]]:
 
 
 def _decode_jpeg(data: bytes, header: Image.Image) -> tuple[Image.Image, list[str]]:
-    """Pixels, upright, and libjpeg's warnings, which Pillow drops and torchvision leaves to standard error."""
+    """Upright pixels, and libjpeg's warnings: Pillow drops them, torchvision writes them to standard error."""
     pixels, complaints = None, []
     with _standard_error() as written, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torchvision 0.29 announces that its decoders will move to another package
@@ -178,14 +178,14 @@ def _decode_jpeg(data: bytes, header: Image.Image) -> tuple[Image.Image, list[st
         except RuntimeError as error:
             complaints = [str(error).rpartition("] ")[2].splitlines()[0]]
     complaints += [line.strip() for line in written if line.strip()]
-    if pixels is None or pixels.shape[0] not in (1, 3):  # CMYK: Pillow's conversion is the one training uses
+    if pixels is None or pixels.shape[0] not in (1, 3):  # CMYK: training uses Pillow's conversion
         return convert_image(load_image(data), None), complaints
     return turn_upright(Image.fromarray(pixels.permute(1, 2, 0).squeeze(-1).numpy()), header), complaints
 
 
 @contextmanager
 def _standard_error() -> Iterator[list[str]]:
-    """Lines that C code writes to standard error meanwhile. For processes without other threads that write there."""
+    """Collects the lines that C code writes to standard error. No other thread may write there at the same time."""
     lines: list[str] = []
     file = _scratch_file(os.getpid())
     try:
@@ -212,7 +212,7 @@ def _scratch_file(process: int) -> BinaryIO:
 
 
 def decoding_rates(images: Sequence[bytes], size: int) -> tuple[float, float]:
-    """Images a second that this process decodes as training does: as they are, and after shrinking them to `size`."""
+    """Images per second that this process decodes for training: at their own size, and resized to `size` pixels."""
     smaller = [_encode(_shrink(decode_image(data, None), size), str(open_image(data).format))[0] for data in images]
     rates = []
     for group in (images, smaller):
@@ -227,12 +227,12 @@ def decoding_rates(images: Sequence[bytes], size: int) -> tuple[float, float]:
 
 
 def _check_mask(data: bytes, image_size: tuple[int, int], size: int | None) -> tuple[bytes, list[str]]:
-    """A mask as PNG, shrunk as its image is, by nearest neighbour; and what is damaged in it."""
+    """A mask as PNG, resized by nearest neighbour to the size of its resized image; and the damage in it."""
     try:
         mask = open_image(data)
         kind, mode = str(mask.format), mask.mode
         mask.load()
-    except Exception as error:  # Pillow raises nearly anything
+    except Exception as error:  # on damaged data, Pillow raises many classes
         raise DamagedImage(f"its mask: {error}") from None
     if mode not in ("1", "L", "P"):
         raise DamagedImage(f"its mask has the mode {mode}; expected one channel of 8 bits that holds class ids")
@@ -259,7 +259,7 @@ def _shrink(image: Image.Image, size: int) -> Image.Image:
 
 
 def _encode(image: Image.Image, kind: str) -> tuple[bytes, str]:
-    """JPEG for what was lossy, as far as JPEG can hold it; PNG for all else. Also gives the format used."""
+    """The encoded image and its format: JPEG for lossy formats, unless there is an alpha channel; else PNG."""
     kind = "JPEG" if kind in ("JPEG", "MPO", "WEBP") and image.mode != "RGBA" else "PNG"
     file = io.BytesIO()
     image.save(file, kind, **({"quality": 95} if kind == "JPEG" else {}))

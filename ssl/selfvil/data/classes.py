@@ -1,8 +1,8 @@
-"""Names of classes: a file `classes.txt` in the folder of the shards, one name a line, in the order of the labels.
+"""Names of classes: a file `classes.txt` in the folder of the shards, one name per line, in the order of the labels.
 
-Labels are numbers. Only these names tell whether a number means the same class in two sets of shards. `selfvil pack`
-numbers the subfolders of each source by their alphabetical order, so two sources with different subfolders need
-`--classes`, or every class after the first missing one has another number.
+Labels are numbers. Only the names show whether a number means the same class in two sets of shards. `selfvil pack`
+numbers the subfolders of each source in alphabetical order. Two sources with different subfolders therefore need
+`--classes`; otherwise every class after the first missing one gets another number.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,7 +17,7 @@ CLASSES = "classes.txt"
 
 @dataclass(frozen=True)
 class Classes:
-    """names: the class of each label, from 0; file: where they were read."""
+    """names: the class of each label, from 0. file: the file they were read from."""
 
     names: list[str]
     file: Path
@@ -33,9 +33,9 @@ def read_classes(file: Path) -> list[str]:
 
 
 def class_names(*parts: Shards) -> Classes | None:
-    """The classes that the folders of all shards in `parts` agree on; None where no folder has a classes.txt.
+    """The classes of all shards in `parts`, whose folders must agree; None if no folder has a classes.txt.
 
-    One list may be longer than another: labels agree if both begin alike. Folders without a classes.txt are left out.
+    Two lists agree if the shorter one is the beginning of the longer one. Folders without a classes.txt are ignored.
 
     Raises UserError if two lists differ, naming both files and their first difference, or if one cannot be read.
     """

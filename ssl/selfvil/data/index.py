@@ -1,8 +1,9 @@
-"""Shards: WebDataset tar files read like one list, by byte range.
+"""Shards: WebDataset tar files that are read as one list, by byte range.
 
-Opening walks every header once, so that a missing or damaged shard is known before training starts, and keeps where
-each sample's image lies, its CRC-32 and its label: 12 bytes and the label in memory. The index of a shard is saved as a
-sidecar `SHARD.index.npz` beside it, or in a cache folder where that cannot be written; a stale one is rebuilt.
+Opening reads every header once, so a missing or damaged shard is reported before training starts. For each sample it
+keeps the position of the image, its CRC-32 and its label in memory: 12 bytes and the label. The index of a shard is
+saved in a file `SHARD.index.npz` in the same folder, or in a cache folder if that folder cannot be written. An index
+that is older than its shard is built again.
 """
 
 import bisect
@@ -38,22 +39,22 @@ Pattern = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 """A shard pattern, or a list of them."""
 
 Progress = Callable[[int, int], None]
-"""Called with (done, total) as work goes on."""
+"""Called with (done, total) after each part of the work."""
 
 _log = logging.getLogger(__name__)
 _MOST_SHARDS = 1_000_000
-_OPEN_FILES = 128  # descriptors a process keeps; the usual limit is 1,024
+_OPEN_FILES = 128  # shards that a process keeps open; the usual limit is 1,024 files
 _GZIP = b"\x1f\x8b"
 _PREFERENCE = {f"{name}{gz}": rank for rank, name in enumerate(EXTENSIONS) for gz in ("", ".gz")}
 _NAMING = (
-    "In WebDataset the key of a sample goes up to the first dot of the file name, and the rest is the extension: "
-    "a.b.jpg is the member b.jpg of the sample a, which is no image. Name the files without other dots, or pack their "
-    "folder with `selfvil pack`, which renames them"
+    "In WebDataset, the part of a file name before its first dot is the key of a sample, the rest is the extension: "
+    "a.b.jpg is the member b.jpg of the sample a, which is no image. Use file names with one dot, or pack the folder "
+    "with `selfvil pack`, which renames the files"
 )
 
 
 class DamagedSample(DamagedImage):
-    """A sample whose bytes cannot be read as they were indexed."""
+    """A sample whose bytes cannot be read, or differ from those that were indexed."""
 
     def __init__(self, shard: Path, key: str, reason: str) -> None:
         super().__init__(reason)
@@ -62,8 +63,8 @@ class DamagedSample(DamagedImage):
 
 @dataclass(frozen=True)
 class IndexReport:
-    """What `index_shards` found. `classes` is the number of labels that occur, from `labels[0]` to `labels[1]` (None
-    where no sample has one); `ignored` samples have no image; `several`: see `Shards`."""
+    """Result of `index_shards`. classes: the number of different labels. labels: the smallest and the largest one, None
+    if no sample has a label. ignored: samples without an image. several: see `Shards`."""
 
     shards: int
     samples: int
@@ -84,7 +85,7 @@ class IndexReport:
 
 
 def describe_several(several: dict[tuple[str, ...], int]) -> str:
-    """Say how many samples have several images, and which one is used."""
+    """A sentence: how many samples have several images, and which one is used."""
     kinds = sorted(several.items(), key=lambda item: -item[1])[:3]
     return "; ".join(
         f"{count} samples have {len(names)} images per key: {names[0]} is used, {' and '.join(names[1:5])} not"
@@ -92,18 +93,18 @@ def describe_several(several: dict[tuple[str, ...], int]) -> str:
     )
 
 
-# --- which files --------------------------------------------------------------------------------------------------
+# --- shard patterns -----------------------------------------------------------------------------------------------
 
 
 def expand_shards(pattern: Pattern) -> list[Path]:
-    """Paths of the shards that a pattern, or a list of patterns, stands for.
+    """Paths of the shards that match a pattern, or a list of patterns.
 
     A pattern is a file, a folder (all its *.tar, sorted), a glob (sorted) or a brace pattern such as
-    `train-{000000..000009}.tar` or `{a,b}/*.tar` (in the order written); `~` is the home folder.
+    `train-{000000..000009}.tar` or `{a,b}/*.tar` (in the order of the braces); `~` is the home folder.
 
     Raises:
-        UserError: nothing matches, files are missing (all of a pattern's are named), a file is given twice, or the
-            pattern is a URL or a command.
+        UserError: nothing matches, files are missing (all of them are named), a file is given twice, or the pattern is
+            a URL or a command.
     """
     patterns = [pattern] if isinstance(pattern, (str, os.PathLike)) else list(pattern)
     if not patterns or not all(os.fspath(each) for each in patterns):
@@ -124,7 +125,7 @@ def _expand(pattern: str) -> list[Path]:
     if math.prod(abs(int(last) - int(first)) + 1 for first, last in ranges) > _MOST_SHARDS:
         raise UserError(f"shard pattern {pattern} stands for more than {_MOST_SHARDS:,} files; check its braces")
     try:
-        # A file may be called what looks like a pattern; then the file is meant.
+        # A file name may contain braces or stars: an existing file of that name is used.
         names = [pattern] if os.path.exists(pattern) else list(braceexpand(pattern))
     except ValueError:
         raise UserError(
@@ -140,7 +141,7 @@ def _expand(pattern: str) -> list[Path]:
             paths += map(Path, found)
         elif os.path.isfile(name):
             paths.append(Path(name))
-        elif os.path.exists(name):  # opening a pipe would wait for ever
+        elif os.path.exists(name):  # opening a pipe would block
             raise UserError(f"{name} is no regular file; expected a WebDataset shard (.tar)")
         elif glob.has_magic(name):
             found = sorted(each for each in glob.glob(name, recursive=True) if not each.endswith(SIDECAR))
@@ -159,7 +160,7 @@ def _expand(pattern: str) -> list[Path]:
 
 
 def _neighbours(name: str) -> str:
-    """What the folder of a missing shard does hold, to show a slip in the pattern."""
+    """The shards in the folder of a missing one, for a message: they show a mistake in the pattern."""
     folder = Path(name).parent
     if not folder.is_dir():
         return f" (there is no folder {folder})" if not glob.has_magic(str(folder)) else ""
@@ -169,7 +170,7 @@ def _neighbours(name: str) -> str:
 
 
 def _near_folders(path: Path) -> str:
-    """Folders beside a missing one that are named like it, or the lowest of its parents that exists."""
+    """For a message: folders with a name similar to that of a missing one, or its nearest parent that exists."""
     if not path.parent.is_dir():
         above = next((parent for parent in path.parents if parent.is_dir()), None)
         return "" if above is None else f" (of its parents, {above} exists)"
@@ -182,7 +183,7 @@ def _near_folders(path: Path) -> str:
 
 
 def _split_name(name: str) -> tuple[str, str] | None:
-    """WebDataset's convention: the key goes up to the first dot of the file name, the rest is the extension."""
+    """Key and extension by WebDataset's convention: the file name is split at its first dot. None for no sample."""
     folder, slash, file = name.rpartition("/")
     stem, dot, extension = file.partition(".")
     if not (stem and dot) or re.match(r"__[^/]*__($|/)", name):
@@ -191,8 +192,9 @@ def _split_name(name: str) -> tuple[str, str] | None:
 
 
 def group_members(file: BinaryIO, path: Path) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
-    """The samples of a shard: each key with the (offset, size) of its members by extension. As in webdataset, members
-    belong together where they follow each other."""
+    """The samples of a shard: each key with the (offset, size) of its members by extension.
+
+    As in webdataset, consecutive members with the same key are one sample."""
     key, parts = "", dict[str, tuple[int, int]]()
     for name, offset, size in members(file, path):
         if (split := _split_name(name)) is None:
@@ -202,16 +204,16 @@ def group_members(file: BinaryIO, path: Path) -> Iterator[tuple[str, dict[str, t
                 yield key, parts
             key, parts = split[0], {}
         if split[1] in parts:
-            raise UserError(f"{path} holds {name} twice in a row (at byte {offset}); each sample needs its own key")
+            raise UserError(f"{path} holds {name} twice in a sample (at byte {offset}); each sample needs its own key")
         parts[split[1]] = offset, size
     if parts:
         yield key, parts
 
 
 def _build(path: Path, image: str | None = None) -> ShardIndex:
-    """Walk a shard and read every image once. Raises UserError where it is damaged or has no image."""
+    """Index a shard, reading every image once. Raises UserError if it is damaged or has no image."""
     blocks, sizes, crcs, labels, keys = [], [], [], [], []
-    without_image, strange = [], []
+    without_image, invalid = [], []
     several = Counter[tuple[str, ...]]()
     with open(path, "rb", buffering=1 << 20) as file:
         for key, parts in group_members(file, path):
@@ -223,17 +225,17 @@ def _build(path: Path, image: str | None = None) -> ShardIndex:
                 several[tuple(images)] += 1
             offset, size = parts[images[0]]
             if size >= 1 << 31 or offset >= BLOCK << 32:
-                raise UserError(f"{path}: image {key} at byte {offset} ({size} bytes) is beyond what an index can hold")
+                raise UserError(f"{path}: image {key} at byte {offset} ({size} bytes) is beyond the limits of an index")
             blocks.append(offset // BLOCK)
             sizes.append(size)
             file.seek(offset)
             crcs.append(zlib.crc32(file.read(size)))
             keys.append(key)
-            label = _read_label(file, *parts["cls"]) if "cls" in parts else "-1"  # some writers have -1 for none, too
+            label = _read_label(file, *parts["cls"]) if "cls" in parts else "-1"  # some writers use -1 for no label
             valid = label.isascii() and label.isdigit() and int(label) <= LARGEST_LABEL
             labels.append(int(label) if valid else -1)
             if not valid and label != "-1":
-                strange.append(f"{key}: {label!r}")
+                invalid.append(f"{key}: {label!r}")
     if not blocks:
         found = f"only {', '.join(without_image[:4])}" if without_image else "no samples at all"
         raise UserError(
@@ -242,10 +244,10 @@ def _build(path: Path, image: str | None = None) -> ShardIndex:
     if without_image:
         count, first = len(without_image), without_image[0]
         _log.warning("%s: %d samples have no image and are ignored (first: %s). %s", path, count, first, _NAMING)
-    if strange:
+    if invalid:
         _log.warning(
             "%s: %d labels are no class numbers from 0 to %d and are ignored (first: %s)",
-            path, len(strange), LARGEST_LABEL, strange[0],
+            path, len(invalid), LARGEST_LABEL, invalid[0],
         )  # fmt: skip
     names = "\0".join(keys).encode("utf-8", "surrogateescape")
     return ShardIndex(
@@ -260,12 +262,12 @@ def _build(path: Path, image: str | None = None) -> ShardIndex:
 
 
 def order_images(parts: Iterable[str], image: str | None = None) -> list[str]:
-    """The extensions of a sample that name images, the one to use first: `image` if it is there, else by EXTENSIONS."""
+    """The image extensions of a sample; the first one is used: `image` if the sample has it, else by EXTENSIONS."""
     return sorted(_PREFERENCE.keys() & parts, key=lambda name: (name.removesuffix(".gz") != image, _PREFERENCE[name]))
 
 
 def _describe(key: str, parts: Iterable[str]) -> str:
-    """A sample for a message, however many members it has and however long its name is."""
+    """A sample for a message, shortened."""
     names = sorted(parts)
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return shorten(f"{key}.{'|'.join(names[:3])}", 120) + more
@@ -277,13 +279,13 @@ def _read_label(file: BinaryIO, offset: int, size: int) -> str:
 
 
 def _load_or_build(path: Path, image: str | None = None) -> tuple[ShardIndex, Change | None]:
-    """The index of a shard, and how the shard differs from when it was last indexed."""
+    """The index of a shard, and the changes since it was last indexed (None if there are none)."""
     before: ShardIndex | None = None
-    places = sidecars(path, image)
+    locations = sidecars(path, image)
     try:
         stamp = Stamp.of(path)
-        for place in places:
-            if (loaded := sidecar.load(place, stamp)) is not None:
+        for location in locations:
+            if (loaded := sidecar.load(location, stamp)) is not None:
                 index, valid = loaded
                 if valid:
                     return index, None
@@ -292,12 +294,12 @@ def _load_or_build(path: Path, image: str | None = None) -> tuple[ShardIndex, Ch
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
     change = compare(before, index) if before else None
-    for place in places:
+    for location in locations:
         try:
-            sidecar.save(place, stamp, index)
+            sidecar.save(location, stamp, index)
             return index, change
         except OSError as error:
-            _log.info("no index at %s: %s", place, error.strerror)
+            _log.info("no index at %s: %s", location, error.strerror)
     _log.warning("the index of %s could not be saved and will be built again next time", path)
     return index, change
 
@@ -306,14 +308,14 @@ def _load_or_build(path: Path, image: str | None = None) -> tuple[ShardIndex, Ch
 
 
 def open_shards(pattern: Pattern, progress: Progress | None = None, image: str | None = None) -> "Shards":
-    """Open the shards that `pattern` stands for (see `expand_shards`), indexing those that have no valid index yet.
+    """Open the shards that match `pattern` (see `expand_shards`); shards without a valid index are indexed.
 
-    A sample may have several images, such as a photograph KEY.png and its mask KEY.jpg. `image` is the extension of
-    the one to use; without it, the first of EXTENSIONS is used, and a warning says so.
+    A sample may have several images, such as a photograph KEY.jpg and its mask KEY.png. `image` is the extension of
+    the one to use; without it, the first of EXTENSIONS is used, with a warning.
 
     Raises:
-        UserError: as `expand_shards`; or shards are damaged, cut, no plain tar files, or hold no image; or `image` is
-            not one of EXTENSIONS.
+        UserError: as `expand_shards`; or shards are damaged, truncated, no plain tar files, or hold no image; or
+            `image` is not one of EXTENSIONS.
     """
     if image is not None and image not in EXTENSIONS:
         raise UserError(f"image extension {image!r} is not known; expected one of {', '.join(EXTENSIONS)}")
@@ -338,14 +340,14 @@ def open_shards(pattern: Pattern, progress: Progress | None = None, image: str |
     shards = Shards(paths, indexes, image)
     if changed:
         shards.changed = describe_changes(changed)
-        _log.warning("%s. If nobody changed them on purpose, copy the shards again", shards.changed)
+        _log.warning("%s. If this was not intended, copy the shards again", shards.changed)
     if shards.several and image is None:
         _log.warning("%s; to use another, set data.image, or --image", describe_several(shards.several))
     return shards
 
 
 def index_shards(pattern: Pattern, progress: Progress | None = None, image: str | None = None) -> IndexReport:
-    """Index shards ahead of a run, and say what they hold. Arguments and errors as `open_shards`."""
+    """Index shards before a run, and report their content. Arguments and errors as `open_shards`."""
     shards = open_shards(pattern, progress, image)
     labels = np.zeros(0, np.int64) if shards.labels is None else shards.labels[shards.labels >= 0]
     found = np.unique(labels).tolist()
@@ -357,16 +359,16 @@ def index_shards(pattern: Pattern, progress: Progress | None = None, image: str 
 
 
 class Shards:
-    """The samples of all shards, in order. Made by `open_shards`; safe to fork and to pickle, not for threads.
+    """The samples of all shards, in order. Made by `open_shards`. Safe to fork and to pickle; not thread-safe.
 
     Attributes:
         paths: the shards.
-        labels: int64 (len,), -1 for samples without one; None where no sample has a label.
+        labels: int64 (len,), -1 for samples without one; None if no sample has a label.
         num_classes: the largest label + 1; 0 without labels.
         ignored: samples left out because they have no image.
-        several: samples with more than one image, counted by their extensions; the first is used.
-        image: the extension that was asked for where a sample has several images, or None.
-        changed: how images and labels differ from when the shards were last indexed; "" where they do not.
+        several: number of samples with more than one image, by their extensions; the first extension is used.
+        image: the requested extension for samples with several images, or None.
+        changed: how images and labels differ from the last indexing; "" if they are the same.
     """
 
     def __init__(self, paths: Sequence[Path], indexes: Sequence[ShardIndex], image: str | None = None) -> None:
@@ -387,10 +389,10 @@ class Shards:
         return self._ends[-1]
 
     def read(self, i: int) -> bytes:
-        """The bytes of sample i's image file, unpacked where the member is compressed (.gz).
+        """The bytes of sample i's image file, decompressed if the member is a .gz file.
 
         Raises:
-            DamagedSample: the bytes cannot be read, or are not those that were indexed.
+            DamagedSample: the bytes cannot be read, or differ from those that were indexed.
         """
         shard, size, data = self._shard(i), int(self._sizes[i]), b""
         try:
@@ -398,18 +400,18 @@ class Shards:
         except OSError as error:
             raise self._damaged(i, f"cannot be read: {error.strerror or error}") from None
         if len(data) != size:
-            raise self._damaged(i, f"the shard ends within it ({len(data)} of {size} bytes)")
+            raise self._damaged(i, f"the shard ends inside it ({len(data)} of {size} bytes)")
         if zlib.crc32(data) != self._crcs[i]:
             raise self._damaged(i, "its bytes have changed since they were indexed (CRC-32 differs)")
         return self._unpack(i, data) if data[:2] == _GZIP else data
 
     def key(self, i: int) -> str:
-        """The sample's name within its shard: the member's path up to the first dot of its file name."""
+        """The sample's name within its shard: the path of its members, up to the first dot of the file name."""
         shard = self._shard(i)
-        if self._keys is None or self._keys[0] != shard:  # names stay on the disk: they would fill the memory
+        if self._keys is None or self._keys[0] != shard:  # names are read from the disk when needed, to save memory
             try:
                 self._keys = shard, _load_or_build(self.paths[shard], self.image)[0].names()
-            except UserError:  # the shard went bad after it was opened
+            except UserError:  # the shard was damaged after it was opened
                 self._keys = shard, []
         number, names = i - (self._ends[shard - 1] if shard else 0), self._keys[1]
         return names[number] if number < len(names) else f"sample {number}"
@@ -420,7 +422,7 @@ class Shards:
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hex digits that depend on all images and labels in their order, and on nothing else (paths, times)."""
+        """16 hex digits that depend only on all images and labels and their order, not on paths or times."""
         digest = hashlib.sha256()
         for column in (self._sizes, self._crcs, self.labels):
             digest.update(b"-" if column is None else np.ascontiguousarray(column).tobytes())
@@ -428,19 +430,19 @@ class Shards:
 
     @property
     def contents(self) -> np.ndarray:
-        """uint64 (len,): CRC-32 and size of each image file, equal where the bytes are equal (chance aside)."""
+        """uint64 (len,): CRC-32 and size of each image file. Equal files have equal values; collisions are rare."""
         return self._crcs.astype(np.uint64) << np.uint64(32) | self._sizes
 
     @cached_property
     def digests(self) -> list[str]:
-        """Of each shard: its number of samples and 8 hex digits that depend on its images and labels."""
+        """For each shard: its number of samples and 8 hex digits that depend on its images and labels."""
         labels = np.full(len(self), -1) if self.labels is None else self.labels
         return digests(self._ends, (self._sizes, self._crcs, labels))
 
     def describe_change(self, num_samples: int, before: Sequence[str] | None) -> str:
-        """Say how these shards differ from earlier ones with another fingerprint, which had `num_samples` samples.
+        """A sentence: how these shards differ from earlier ones, which had another fingerprint.
 
-        `before`: the earlier `digests`, where they are known.
+        num_samples: of the earlier shards. before: the earlier `digests`, if they are known.
         """
         parts = [f"there are {len(self):,} images, {num_samples:,} before"] if len(self) != num_samples else []
         parts += [describe_difference(before, self.digests, self.paths)] if before else []
@@ -468,7 +470,7 @@ class Shards:
         except zlib.error as error:
             raise self._damaged(i, f"cannot be unpacked: {error}") from None
         if not unpacker.eof:
-            raise self._damaged(i, f"cannot be unpacked: cut, or more than {MAX_BYTES} bytes")
+            raise self._damaged(i, f"cannot be unpacked: truncated, or more than {MAX_BYTES} bytes")
         return unpacked
 
     def _damaged(self, i: int, reason: str) -> DamagedSample:

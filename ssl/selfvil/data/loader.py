@@ -1,9 +1,9 @@
 """From shards to batches.
 
-Sample positions run on through all epochs: step s of a run covers positions [s·B, (s+1)·B) of the order, whatever the
+Sample positions are counted through all epochs: step s of a run covers positions [s·B, (s+1)·B) of the order, for any
 number of processes. Rank r takes the r-th contiguous part of them, and its micro-batches are contiguous parts of that.
-The position decides which image is read and, with the seed, how it is augmented. So a run resumes at any step at once,
-and the same step sees the same tensors on one process or on many, with workers or without.
+The position determines which image is read and, with the seed, how it is augmented. A run therefore resumes at any step
+immediately, and a step has the same tensors with one process or many, with workers or without.
 """
 
 import itertools
@@ -26,7 +26,7 @@ from selfvil.data.index import Shards
 from selfvil.data.ledger import BadSample
 from selfvil.data.order import Order
 from selfvil.data.read import DamagedImage, decode_image
-from selfvil.data.render import Drawn, drawable
+from selfvil.data.render import Drawn, require_renderable
 from selfvil.data.views import RandomCropFlip, preserved_randomness, seed_randomness
 from selfvil.errors import UserError
 from selfvil.stop import SIGNALS
@@ -37,20 +37,20 @@ View = Callable[[Image], Tensor]
 Span = tuple[int, int]
 """First and last position of a batch, the last one excluded."""
 
-_TRIES = 16  # replacements for one damaged sample; with more damage than that there is nothing to train on
+_TRIES = 16  # replacements that are tried for one damaged sample
 
 
 class WorkerDied(UserError):
-    """A data worker was killed, as by the system when memory runs out."""
+    """A data worker was killed, for example by the system because memory ran out."""
 
 
 @dataclass
 class Batch:
     """B samples. `views[i]` float32 (B, C, H_i, W_i); `positions`, `ids`, `labels` int64 (B,), labels -1 for none.
 
-    `ids` name what was really read, replacements included; `bad` lists what was replaced. A batch that is augmented on
-    the device has no views until it gets there, but `drawn`, from which they are made. `problem` is a sentence for the
-    user where no more batches should be taken after this optimizer step: a worker died.
+    ids: the samples that were read, replacements included. bad: the samples that were replaced. drawn: for a batch that
+    is augmented on the device, images and random numbers from which `to` makes the views; `views` is empty before.
+    problem: a sentence for the user if a worker died; training should stop after this optimizer step.
     """
 
     views: list[Tensor]
@@ -62,7 +62,7 @@ class Batch:
     problem: str | None = None
 
     def to(self, device: torch.device | str) -> "Batch":
-        """A batch with views and labels on `device`; positions and ids stay on the CPU, where they are used."""
+        """The batch with views and labels on `device`; positions and ids stay on the CPU."""
         if self.drawn is not None:
             views = self.drawn.render(device)
         else:
@@ -70,7 +70,7 @@ class Batch:
         return replace(self, views=views, labels=self.labels.to(device, non_blocking=True), drawn=None)
 
     def pin_memory(self) -> "Batch":
-        """Called by DataLoader: views and labels in pinned memory, from which a GPU copies without waiting."""
+        """Called by DataLoader: views and labels in pinned memory, for asynchronous copies to a GPU."""
         return replace(
             self,
             views=[view.pin_memory() for view in self.views],
@@ -95,23 +95,23 @@ def train_batches(
     channels: int = 3,
     augment: Literal["workers", "device"] = "workers",
 ) -> Generator[Batch, None, None]:
-    """Micro-batches of steps [start_step, stop_step) for one rank: `accumulate` of them for each step, in order.
+    """Micro-batches of steps [start_step, stop_step) for one rank, in order: `accumulate` of them for each step.
 
     Args:
         batch_size: samples in one optimizer step, over all ranks and micro-batches together.
-        micro_batch: for one rank: at most so many samples in a micro-batch, as many of these as a step takes, the last
-            one smaller where it must be. None: equal parts by `accumulate`.
+        micro_batch: largest number of samples in a micro-batch of one rank; the last micro-batch of a step may be
+            smaller. None: `accumulate` equal parts.
         workers: processes that decode and augment; 0 does it in this process. Results are the same.
         channels: of the decoded images: 1 (grey), 3 (RGB) or 4 (RGBA).
-        augment: where views are made: by the workers; or by `Batch.to` on the device, from what the workers decoded and
-            drew, which is the same to the rounding of 8 bits.
+        augment: where augmentation runs: in the workers, or on the device in `Batch.to`, with the images and random
+            numbers of the workers. Both give the same views to the rounding of 8 bits.
 
-    Where a worker dies, the next batches are made in this process, more slowly, and have the reason in `problem`: so
-    all processes of a run can finish the step, save and stop together.
+    If a worker dies, this process makes the next batches itself, more slowly, with the reason in `problem`. All
+    processes of a run can then finish the step, save and stop together.
 
     Raises:
-        UserError: batch_size is not divisible by world_size * accumulate, or a view cannot be made on the device; or,
-            while iterating, images are damaged in such numbers that no replacement is found.
+        UserError: batch_size is not divisible by world_size * accumulate, or a view cannot be made on the device; while
+            iterating: so many images are damaged that no replacement is found.
     """
     parts = world_size * accumulate
     if batch_size < 1 or batch_size % parts:
@@ -119,7 +119,7 @@ def train_batches(
             f"a batch size of {batch_size} is not divisible by {parts} ({world_size} processes × {accumulate} "
             "micro-batches); change optim.batch_size, optim.accumulate or the number of processes"
         )
-    crops = drawable(views) if augment == "device" else None
+    crops = require_renderable(views) if augment == "device" else None
     samples = _Samples(shards, views, channels, seed, Order(len(shards), seed), crops)
     share = batch_size // world_size
     micro = micro_batch or share // accumulate
@@ -130,7 +130,7 @@ def train_batches(
             for first in range(begin, begin + share, micro):
                 yield first, min(first + micro, begin + share)
 
-    return _without_workers_at_last(samples, spans, workers)
+    return _batches_despite_worker_death(samples, spans, workers)
 
 
 def ordered_batches(
@@ -145,8 +145,9 @@ def ordered_batches(
 ) -> Generator[Batch, None, None]:
     """All samples once, in the order of the shards, for evaluation; the last batch may be short.
 
-    Rank r takes the r-th contiguous part, so the parts in the order of the ranks are the whole; it may be empty where
-    there are more ranks than samples. Damaged samples are replaced, and listed, as in training.
+    Rank r takes the r-th contiguous part of the batches, so the parts in the order of the ranks are the whole, and each
+    batch is the same for any number of ranks; a part is empty where there are more ranks than batches. Damaged samples
+    are replaced, and listed, as in training.
 
     Raises:
         UserError: as `train_batches`.
@@ -154,8 +155,9 @@ def ordered_batches(
     """
     if batch_size < 1:
         raise UserError(f"a batch size of {batch_size} is not possible; it must be at least 1")
-    first, last = len(shards) * rank // world_size, len(shards) * (rank + 1) // world_size
-    ranges = ((start, min(start + batch_size, last)) for start in range(first, last, batch_size))
+    count = -(-len(shards) // batch_size)
+    first, last = count * rank // world_size, count * (rank + 1) // world_size
+    ranges = ((i * batch_size, min((i + 1) * batch_size, len(shards))) for i in range(first, last))
     return _batches(_Samples(shards, [view], channels, seed=0, order=None), ranges, workers)
 
 
@@ -163,7 +165,7 @@ def ordered_batches(
 class _Samples(Dataset):
     """Map-style data set whose item is a whole batch: positions [first, last) of the order, or of the shards.
 
-    With `crops`, the same views, they are only drawn.
+    crops: the same views, if the device makes them; then only their random numbers are drawn here.
     """
 
     shards: Shards
@@ -183,7 +185,7 @@ class _Samples(Dataset):
             for row, position in enumerate(positions.tolist()):
                 try:
                     image, ids[row] = self._image(position, int(ids[row]), bad)
-                except UserError as error:  # returned, not raised: DataLoader would wrap it in a worker's traceback
+                except UserError as error:  # DataLoader would add the traceback of the worker to a raised error
                     return error
                 for number, view in enumerate(self.views):
                     seed_randomness(self.seed, position, number)
@@ -197,8 +199,8 @@ class _Samples(Dataset):
         return Batch(stacked, torch.from_numpy(positions), torch.from_numpy(ids), torch.from_numpy(labels), bad, drawn)
 
     def _image(self, position: int, first: int, bad: list[BadSample]) -> tuple[Image, int]:
-        """The image for a position, and its id. Where `first` is damaged, what another seed's order has at the position
-        takes its place: every topology finds the same."""
+        """The image for a position, and its id. A damaged sample is replaced by the sample that the order of another
+        seed has at this position, which is the same for any number of processes."""
         failed: list[tuple[int, str]] = []
         id = first
         for hop in range(_TRIES):
@@ -219,10 +221,10 @@ class _Samples(Dataset):
         )
 
 
-def _without_workers_at_last(
+def _batches_despite_worker_death(
     samples: _Samples, spans: Callable[[], Iterator[Span]], workers: int
 ) -> Generator[Batch, None, None]:
-    """A batch for each span. From the death of a worker on, they are made here and have the reason in `problem`."""
+    """A batch for each span. After the death of a worker, batches are made in this process, with `problem` set."""
     made = 0
     try:
         with closing(_batches(samples, spans(), workers)) as batches:
@@ -240,19 +242,19 @@ def _batches(samples: _Samples, spans: Iterator[Span], workers: int) -> Generato
     loader: DataLoader[Any] = DataLoader(
         samples,
         batch_size=None,  # an item is a batch
-        sampler=spans,  # any iterable serves; a sampler with a length would cost memory
+        sampler=spans,  # an iterable is enough; a sampler with a length would need memory
         num_workers=workers,
-        # Forked workers share the index and start at once; they touch neither CUDA nor threads of the parent.
+        # Forked workers share the index and start quickly; they use neither CUDA nor threads of the parent.
         multiprocessing_context="fork" if workers else None,
-        worker_init_fn=_leave_signals_to_main,
+        worker_init_fn=_ignore_signals,
         pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(),  # else DataLoader draws its workers' seeds from the run's own randomness
+        generator=torch.Generator(),  # else DataLoader draws its workers' seeds from the run's generator
     )
     batches: Iterator[Batch | UserError] | None = None
     processes: set[Any] = set()
     try:
         while True:
-            # Errors leave outside of any `except`: a traceback that held the iterator would keep its workers alive.
+            # Errors are raised outside of `except`: a traceback that refers to the iterator keeps its workers alive.
             batch, death = None, ""
             try:
                 with _worker_deaths_raised():
@@ -262,7 +264,7 @@ def _batches(samples: _Samples, spans: Iterator[Span], workers: int) -> Generato
                         processes = set(multiprocessing.active_children()) - others
                     death = _death_among(processes)
                     batch = None if death else next(batches, None)
-            except (RuntimeError, OSError, EOFError) as error:  # a worker killed while it sent a batch: a broken pipe
+            except (RuntimeError, OSError, EOFError) as error:  # a worker that is killed while sending breaks the pipe
                 death = str(error) if str(error).startswith("DataLoader worker") else _death_among(processes, wait=1.0)
                 if not death:
                     raise
@@ -277,11 +279,11 @@ def _batches(samples: _Samples, spans: Iterator[Span], workers: int) -> Generato
                 return
             yield batch
     finally:
-        del batches  # ends the workers now, not when the garbage collector comes by
+        del batches  # ends the workers now, not at the next garbage collection
 
 
 def _death_among(processes: Iterable[Any], wait: float = 0.0) -> str:
-    """How the first of the workers that are gone ended; "" where none is gone within `wait` seconds for each."""
+    """How the first dead worker ended; "" if none ends within `wait` seconds for each."""
     for process in processes:
         process.join(wait)
         if process.exitcode is not None:
@@ -290,24 +292,24 @@ def _death_among(processes: Iterable[Any], wait: float = 0.0) -> str:
 
 
 _torch_handler: Callable[[int, FrameType | None], Any] | None = None
-_batch_awaited = False
+_fetching = False
 
 
 @contextmanager
 def _worker_deaths_raised() -> Iterator[None]:
-    """Within it, and nowhere else, the death of a worker raises RuntimeError in the main thread.
+    """In this context, and only here, the death of a worker raises RuntimeError in the main thread.
 
-    The handler of SIGCHLD that DataLoader sets raises wherever the main thread is, such as in the model's forward pass.
+    DataLoader's own handler of SIGCHLD raises anywhere in the main thread, for example in the model's forward pass.
     """
-    global _batch_awaited, _torch_handler
+    global _fetching, _torch_handler
     if threading.current_thread() is not threading.main_thread():  # signal handlers run in the main thread
         yield
         return
-    _batch_awaited = True
+    _fetching = True
     try:
         yield
     finally:
-        _batch_awaited = False
+        _fetching = False
         current = signal.getsignal(signal.SIGCHLD)
         if callable(current) and current is not _on_child_exit and "torch" in getattr(current, "__module__", ""):
             _torch_handler = current
@@ -319,12 +321,12 @@ def _on_child_exit(number: int, frame: FrameType | None) -> None:
         if _torch_handler is not None:
             _torch_handler(number, frame)
     except RuntimeError:
-        if _batch_awaited:
+        if _fetching:
             raise
 
 
-def _leave_signals_to_main(worker: int) -> None:
-    """Ctrl-C reaches every process of the terminal, a scheduler's signals every process of the job; only the main one
-    acts on them, and still gets its batches. A worker ends when the main process ends it or is gone."""
+def _ignore_signals(worker: int) -> None:
+    """Make a worker ignore signals. Ctrl-C goes to all processes of a terminal, a scheduler's signals to all processes
+    of a job; only the main process handles them, and it still needs batches. It ends its workers."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)

@@ -1,20 +1,20 @@
 """The order of samples: a permutation of each epoch that needs no memory.
 
-Position p of a run that never ends belongs to epoch p // length; within an epoch the positions are permuted by a
-Feistel network (Luby and Rackoff, 1988) keyed by seed and epoch. The network permutes a power of four; ids that fall
-outside `length` are sent through it again until they fall inside (cycle walking: Black and Rogaway, 2002), which keeps
-it a bijection. So a run resumes at any position at once, and any rank or worker can compute its own part.
+Position p, counted through all epochs, belongs to epoch p // length. Within an epoch, a Feistel network (Luby and
+Rackoff, 1988) keyed by seed and epoch permutes the positions. The network permutes a power of four; an id outside
+`length` goes through it again until it is inside (cycle walking: Black and Rogaway, 2002), which keeps the map a
+bijection. A run therefore resumes at any position immediately, and each rank or worker computes its own part.
 """
 
 import numpy as np
 
 _ROUNDS = 6
-_SMALLEST_HALF = 3  # bits; a network on fewer reaches too few permutations to look random
+_SMALLEST_HALF = 3  # bits; with fewer, the network gives too few permutations to be pseudo-random
 _GOLDEN = 0x9E3779B97F4A7C15
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """Scramble uint64 values, elementwise and bijectively: SplitMix64's finaliser (Steele, Lea and Flood, 2014)."""
+    """Elementwise bijection of uint64 values: SplitMix64's finaliser (Steele, Lea and Flood, 2014)."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))

@@ -1,11 +1,11 @@
-"""Pack images into WebDataset shards: checked, shuffled once, indexed, and the same bytes every time.
+"""Pack images into WebDataset shards: checked, shuffled once and indexed. The same input gives the same bytes.
 
 OUT/NAME-000000.tar ...   members KEY.jpg (or png ...); with labels, KEY.cls; with masks, KEY.mask.png
 OUT/NAME-000000.tar.index.npz ...
 OUT/classes.txt           the classes in the order of their labels
 OUT/sources.tsv           KEY and the file it was made from
 OUT/skipped.txt           files that were not packed, and why
-OUT/warnings.txt          images that were packed, although something is wrong with their files
+OUT/warnings.txt          images that were packed although their files have a problem
 """
 
 import itertools
@@ -34,22 +34,22 @@ from selfvil.data.order import Order
 from selfvil.data.sources import MASK, Source, open_source
 from selfvil.errors import UserError, shorten
 
-_CHUNK = 32  # images a worker takes at once
+_CHUNK = 32  # images in one task of a worker
 _LARGE = 640  # pixels of the shorter side, well above what training at 224 needs
-_TRIED = 8  # images to measure decoding with
+_TRIED = 8  # images whose decoding is timed
 
 
 @dataclass(frozen=True)
 class PackReport:
-    """What was packed into the folder `out`.
+    """Result of `pack`, in the folder `out`.
 
     Attributes:
-        shards, samples: how many.
-        classes: names in classes.txt, or different labels where there are no names.
-        bytes: of the shards.
+        shards, samples: their numbers.
+        classes: number of names in classes.txt, or of different labels if there are no names.
+        bytes: size of the shards.
         skipped: (source, reason) of images that could not be read.
-        warnings: (source, what is wrong) of images that were packed all the same.
-        notes: sentences about the whole.
+        warnings: (source, problem) of images that were packed nevertheless.
+        notes: sentences about the whole data set.
     """
 
     out: Path
@@ -91,25 +91,25 @@ def pack(
 ) -> PackReport:
     """Pack an image folder, or existing shards, into new shards OUT/NAME-000000.tar.
 
-    Files are kept as they are, but for the name of their member, which tells their real format. Each image is decoded
-    fully; `selfvil.data.check` lists which damage can be found. The result does not depend on the number of workers.
-    Whatever fails, `out` appears whole or not at all.
+    The bytes of the files are kept; the member's extension is that of the real format. Each image is decoded fully:
+    `selfvil.data.check` lists which damage this detects. The result does not depend on the number of workers. If
+    anything fails, `out` is not created.
 
     Args:
-        source: a folder of images (its rules: `selfvil.data.sources`), or a pattern of shards (see `expand_shards`), of
-            which the image, the label and the mask of each sample are kept.
+        source: a folder of images (its rules: `selfvil.data.sources`), or a pattern of shards (see `expand_shards`);
+            the image, the label and the mask of each sample are kept.
         out: a new or empty folder.
-        samples_per_shard, shard_bytes: a shard is closed when either would be exceeded.
-        size: shrink larger images until their shorter side has this many pixels (bicubic; JPEG and opaque WebP become
-            JPEG of quality 95, all else PNG; masks by nearest neighbour).
+        samples_per_shard, shard_bytes: limits of a shard.
+        size: resize larger images until their shorter side has this many pixels (bicubic; JPEG and opaque WebP become
+            JPEG of quality 95, other formats PNG; masks by nearest neighbour).
         classes: the classes in the order of their labels, so that several folders (train, test) agree.
         labels: whether to store labels.
-        image: the ending of the image where several files or members have one name.
-        mask: the ending of the mask there; it becomes KEY.mask.png. Files KEY.mask.png are masks anyway.
+        image: the extension of the image if several files or members have the same name.
+        mask: the extension of the mask in that case; it becomes KEY.mask.png. Files KEY.mask.png are always masks.
         max_value: the value of white in 16-bit grey whose files do not declare their range, such as 4095 for 12 bits;
             these images are stored with 8 bits. Without it, white is 65535.
-        strict: leave out images that decoders complain about.
-        seed: of the shuffle, which mixes classes and folders over the shards.
+        strict: leave out images for which decoders give warnings.
+        seed: of the shuffle, which distributes classes and folders over the shards.
         workers: processes; None for all cores.
 
     Raises:
@@ -149,7 +149,7 @@ def pack(
         report = index_shards(aside)
         aside.rename(out)
     except BrokenProcessPool:
-        raise UserError("a packing worker died, most often for want of memory; pack with fewer workers") from None
+        raise UserError("a packing worker died, most often because memory ran out; pack with fewer workers") from None
     except OSError as error:
         raise UserError(f"cannot pack into {out}: {error}") from None
     finally:
@@ -177,7 +177,7 @@ def _write(images: Source, checked: Iterable[tuple[int, Checked]], shards: "_Sha
 
 
 class _ShardFiles:
-    """Consecutive tar files; each sample goes into the current one, or begins the next."""
+    """Consecutive tar files; a sample that would exceed a limit of the current one starts the next."""
 
     def __init__(self, folder: Path, name: str, most_samples: int, most_bytes: int) -> None:
         self.folder, self.name, self.most_samples, self.most_bytes = folder, name, most_samples, most_bytes
@@ -195,7 +195,7 @@ class _ShardFiles:
         if self.file is None or self.samples == self.most_samples or self.bytes + size > self.most_bytes:
             self._close()
             self.file = open(self.folder / f"{self.name}-{self.number:06d}.tar", "xb")  # noqa: SIM115 - closed below
-            # Fixed owner and time: the same images give the same file. The encoder would pickle; bytes need none.
+            # Fixed owner and time, so that the same images give the same file. The default encoder would pickle.
             self.tar = TarWriter(self.file, user="", group="", mode=0o644, mtime=0, encoder=False)
             self.number, self.samples, self.bytes = self.number + 1, 0, 0
         self.tar.write({"__key__": key, **members})
@@ -228,8 +228,8 @@ def _check_all(
 
 def _map_processes(check: _Check, chunks: Iterable[list[int]], workers: int) -> Iterator[list[Checked]]:
     """`map` over processes, in order, with a bounded number of results in memory."""
-    # Even one worker is a process: a checker collects what decoders write to standard error, and a decoder may crash.
-    # Forked workers inherit the list of files instead of receiving it.
+    # A single worker is a process too: the checker redirects standard error, and a decoder may crash. Forked workers
+    # inherit the list of files, so it is not sent to them.
     pool = ProcessPoolExecutor(workers, get_context("fork"), initializer=_begin_worker, initargs=(check,))
     waiting = iter(chunks)
     try:
@@ -248,18 +248,18 @@ def _begin_worker(check: _Check) -> None:
     global _worker_check
     _worker_check = check
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the main one ends the others
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C interrupts all processes; the main one ends the workers
 
 
 def _call_worker(chunk: list[int]) -> list[Checked]:
     return [_worker_check(i) for i in chunk]
 
 
-# --- what was found -----------------------------------------------------------------------------------------------
+# --- the report ---------------------------------------------------------------------------------------------------
 
 
 class _Findings:
-    """What is known of the images that were checked so far, for the report."""
+    """Statistics of the images that were checked so far, for the report."""
 
     def __init__(self, source: Source) -> None:
         self.source = source
@@ -271,7 +271,7 @@ class _Findings:
         self.tried: list[bytes] = []
 
     def add(self, i: int, image: Checked) -> bool:
-        """Whether the image is to be packed."""
+        """Add an image to the statistics; whether it is packed."""
         if image.reason:
             self.skipped.append((self.source.name(i), image.reason))
             return False
@@ -285,7 +285,7 @@ class _Findings:
         self.deep += image.deepest > 0
         self.deepest = max(self.deepest, image.deepest)
         self.sides.extend(image.size)
-        if len(self.tried) < _TRIED:  # a fair sample: the order is shuffled
+        if len(self.tried) < _TRIED:  # the order is shuffled, so these are a random sample
             self.tried.append(image.data)
         return True
 
@@ -295,13 +295,13 @@ class _Findings:
             notes.append(f"{self.masks} samples have a mask, KEY.{MASK}")
         if self.damaged:
             notes.append(
-                f"{self.damaged} images are probably damaged: a decoder complained, but gave pixels; they are listed "
-                "in warnings.txt, and --strict leaves them out"
+                f"{self.damaged} images are probably damaged: a decoder gave warnings and pixels; they are listed in "
+                "warnings.txt, and --strict leaves them out"
             )
         if self.several_pages:
             notes.append(f"{self.several_pages} files hold several pages or frames; only the first is packed")
         if other := len({name for name, _ in self.warnings}) - self.damaged - self.several_pages:
-            notes += [f"{other} images have other oddities, listed in warnings.txt"] * (other > 0)
+            notes += [f"{other} images have other problems, listed in warnings.txt"] * (other > 0)
         return notes + self._describe_classes() + self._describe_depth(max_value) + self._describe_size(size)
 
     def _describe_classes(self) -> list[str]:
@@ -321,7 +321,7 @@ class _Findings:
             return []
         likely = (1 << max(9, self.deepest.bit_length())) - 1
         return [
-            f"{self.deep} images of 16-bit grey have values up to {self.deepest} only, but white is 65535: they will "
+            f"{self.deep} images of 16-bit grey have values up to only {self.deepest}, but white is 65535: they will "
             f"be dark, with at most {self.deepest // 257 + 1} grey levels; if they hold {likely.bit_length()} bits, "
             f"pack them with --max-value {likely}"
         ]
@@ -333,8 +333,8 @@ class _Findings:
         now, then = decoding_rates(self.tried, 320)
         return [
             f"the images are larger than training needs: their median is {np.median(sides.prod(axis=1)) / 1e6:.1f} "
-            f"megapixels, of which one core decodes {_rate(now)} images a second here; packed with --size 320 it would "
-            f"decode {_rate(then)}"
+            f"megapixels, and one core of this machine decodes {_rate(now)} images per second; packed with --size 320, "
+            f"it would decode {_rate(then)}"
         ]
 
 

@@ -1,7 +1,7 @@
-"""Bytes of an image file to pixels, safely: known formats only, sizes checked before anything is decoded.
+"""Decode image files safely: only known formats, and the size is checked before pixels are decoded.
 
 Only the first page of a multi-page file and the first frame of an animation are decoded. Metadata (text, EXIF, colour
-profiles, resolution) is not needed for the pixels: where it is broken or too large, it is ignored.
+profiles, resolution) is not needed for the pixels and is ignored if it is broken or too large.
 """
 
 import io
@@ -17,18 +17,18 @@ from PIL import Image
 from PIL.ImageFile import ImageFile
 
 MAX_PIXELS = 2**26
-"""Largest width × height that is decoded, 67 million: a 20 KB PNG may claim enough pixels to fill the memory.
+"""Largest width × height that is decoded, 67 million: a PNG of 20 KB may declare enough pixels to fill the memory.
 
-Such an image costs a data worker 0.3 GB as an RGB JPEG, 0.6 GB as a PNG with alpha or a palette, and 1.3 GB as a PNG of
-16-bit grey, a view of 224 x 224 included (`benchmarks/decoding.py`)."""
+An image of this size takes 0.3 GB in a data worker as an RGB JPEG, 0.6 GB as a PNG with alpha or a palette, and 1.3 GB
+as a PNG of 16-bit grey, including a view of 224 x 224 (`benchmarks/decoding.py`)."""
 
 MAX_BYTES = 2**28
-"""Largest file that is read or unpacked: MAX_PIXELS in four channels, uncompressed."""
+"""Largest file, in bytes, that is read or decompressed: MAX_PIXELS in four channels, uncompressed."""
 
 EXTENSIONS = (
     "jpg", "jpeg", "jpe", "jfif", "mpo", "png", "apng", "webp", "tif", "tiff", "bmp", "ppm", "pgm", "pbm", "pnm",
 )  # fmt: skip
-"""File name extensions of images. Where a sample has several images, the first of these is used."""
+"""File name extensions of images. If a sample has several images, the first of these is used."""
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
@@ -44,38 +44,38 @@ _UPRIGHT = {
 
 
 class DamagedImage(Exception):
-    """These bytes give no image; the message is the reason, without a file's name."""
+    """The bytes cannot be decoded; the message is the reason, without a file name."""
 
 
 class BrokenMetadata(UserWarning):
-    """An image was decoded without its metadata. Shown only where it is asked for: training need not know."""
+    """An image was decoded without its metadata. Ignored by default; `selfvil pack` reports it."""
 
 
 warnings.simplefilter("ignore", BrokenMetadata)
 
 
 class Loaded(NamedTuple):
-    """An upright image with its own mode, and the value that stands for white if its mode is I or I;16 (None where the
-    file does not declare it)."""
+    """An upright image in its own mode, and the value of white for the modes I and I;16 (None if the file does not
+    declare it)."""
 
     image: Image.Image
     white: int | None
 
 
 def open_image(data: bytes) -> ImageFile:
-    """Read the header of a JPEG, PNG, WebP, TIFF, BMP or PNM file; its pixels are not decoded yet.
+    """Read the header of a JPEG, PNG, WebP, TIFF, BMP or PNM file, without decoding its pixels.
 
     Raises:
-        DamagedImage: no image of these formats, or more than MAX_PIXELS.
+        DamagedImage: not one of these formats, or more than MAX_PIXELS.
     """
     return _despite_metadata(data, _open)
 
 
 def load_image(data: bytes) -> Loaded:
-    """Decode an image file that `open_image` accepts, turned upright by its EXIF orientation, in its own mode.
+    """Decode an image file that `open_image` accepts, in its own mode, and rotate it by its EXIF orientation.
 
     Raises:
-        DamagedImage: as `open_image`; or the data is cut or damaged.
+        DamagedImage: as `open_image`; or the data is truncated or damaged.
     """
     return _despite_metadata(data, _load)
 
@@ -83,16 +83,16 @@ def load_image(data: bytes) -> Loaded:
 def decode_image(data: bytes, channels: int | None = 3) -> Image.Image:
     """Decode an image file that `open_image` accepts.
 
-    Turned upright by its EXIF orientation. 8 bits a channel: mode L for 1 channel, RGB for 3, RGBA for 4; None keeps
-    the image's own number. An alpha channel is dropped for 1 and 3 channels, as torchvision does.
+    The image is rotated by its EXIF orientation and has 8 bits per channel: mode L for 1 channel, RGB for 3, RGBA for
+    4; None keeps the image's own number. An alpha channel is dropped for 1 and 3 channels, as torchvision does.
 
-    More than 8 bits are scaled by the depth that the file format declares, never by the content of the image: 12-bit
+    Deeper images are scaled by the depth that the file format declares, never by the content of the image: 12-bit
     TIFF by 255/4095, PNM by its maxval, other 16-bit grey by 255/65535. Tags about the values in use (MaxSampleValue
-    of TIFF, sBIT of PNG) do not change the range, by their specifications. Files that hold 12 bits in 16 without a
+    of TIFF, sBIT of PNG) do not change the range, by their specifications. Files that store 12 bits in 16 without a
     declaration must be packed with `selfvil pack --max-value 4095`.
 
     Raises:
-        DamagedImage: as `load_image`; or of a kind without a known range (floating point).
+        DamagedImage: as `load_image`; or the pixels have no known range (floating point).
     """
     if channels is not None and channels not in _MODES:
         raise ValueError(f"channels must be 1, 3 or 4, not {channels}")
@@ -100,9 +100,9 @@ def decode_image(data: bytes, channels: int | None = 3) -> Image.Image:
 
 
 def convert_image(loaded: Loaded, channels: int | None, max_value: int | None = None) -> Image.Image:
-    """An image with 8 bits a channel, as `decode_image` describes.
+    """Convert an image to 8 bits per channel, as `decode_image` describes.
 
-    `max_value` stands for white in 16-bit grey whose file does not declare another depth; 65535 without it.
+    max_value: the value of white in 16-bit grey whose file does not declare a depth; None means 65535.
 
     Raises:
         DamagedImage: pixels without a known range, or above `max_value`.
@@ -116,16 +116,16 @@ def convert_image(loaded: Loaded, channels: int | None, max_value: int | None = 
 
 
 def turn_upright(image: Image.Image, header: Image.Image) -> Image.Image:
-    """`image` turned by the EXIF orientation of `header`, which may be itself. Without a readable one, as it is."""
+    """`image` rotated by the EXIF orientation of `header`, which may be the same image; unchanged without one."""
     try:
         turn = _UPRIGHT.get(header.getexif().get(_ORIENTATION, 1))
-    except Exception:  # broken EXIF raises nearly anything; the pixels are sound
+    except Exception:  # broken EXIF raises many classes; the pixels can be used
         turn = None
     return image if turn is None else image.transpose(turn)
 
 
 def raw_modes(image: ImageFile) -> list[str]:
-    """How the pixels are stored, in Pillow's names such as I;16; for an image that is not loaded yet."""
+    """Storage formats of the pixels by Pillow's names, such as I;16, of an image that is not loaded yet."""
     args = [tile.args if isinstance(tile.args, tuple) else (tile.args,) for tile in image.tile]
     return [part for parts in args for part in parts if isinstance(part, str)]
 
@@ -152,7 +152,7 @@ def _load(data: bytes) -> Loaded:
 
 @contextmanager
 def _damage() -> Iterator[None]:
-    """On hostile bytes Pillow raises nearly anything (OSError, SyntaxError, struct.error ...): say it in one way."""
+    """Raise DamagedImage for every exception: on hostile bytes, Pillow raises OSError, SyntaxError, struct.error ..."""
     try:
         yield
     except DamagedImage:
@@ -164,7 +164,7 @@ def _damage() -> Iterator[None]:
 
 
 def _despite_metadata(data: bytes, function: Callable[[bytes], _T]) -> _T:
-    """`function(data)`; where that fails, the same without the metadata, which may be all that is broken."""
+    """`function(data)`; if that fails, `function` of the same data without metadata, which may be the broken part."""
     try:
         return function(data)
     except DamagedImage as damage:
@@ -183,7 +183,7 @@ def _despite_metadata(data: bytes, function: Callable[[bytes], _T]) -> _T:
 
 
 class Chunk(NamedTuple):
-    """A chunk of a PNG: its type, the bytes of the whole chunk, and whether its CRC-32 holds."""
+    """A chunk of a PNG: its type, the bytes of the whole chunk, and whether its CRC-32 is correct."""
 
     kind: bytes
     content: bytes
@@ -191,7 +191,7 @@ class Chunk(NamedTuple):
 
 
 def png_chunks(data: bytes) -> Iterator[Chunk]:
-    """The chunks of a PNG up to IEND, or to where the data is cut. (PNG specification, section 5.3)"""
+    """The chunks of a PNG up to IEND, or up to the last complete one. (PNG specification, section 5.3)"""
     offset = len(PNG_SIGNATURE)
     while offset + 12 <= len(data):
         (length,) = struct.unpack_from(">I", data, offset)
@@ -206,7 +206,7 @@ def png_chunks(data: bytes) -> Iterator[Chunk]:
 
 
 def without_metadata(data: bytes) -> bytes:
-    """A PNG or JPEG with only what its pixels and its orientation need; other data as it is."""
+    """A PNG or JPEG with only the parts that pixels and orientation need; other data unchanged."""
     if data.startswith(PNG_SIGNATURE):
         kept = [chunk.content for chunk in png_chunks(data) if _needed(chunk)]
         return PNG_SIGNATURE + b"".join(kept)
@@ -218,7 +218,7 @@ def _needed(chunk: Chunk) -> bool:
 
 
 def _jpeg_without_metadata(data: bytes) -> bytes:
-    """Leaves out comments and application segments, except EXIF (APP1) and Adobe's, which names the colour space."""
+    """Remove comments and application segments, except EXIF (APP1) and Adobe's, which gives the colour space."""
     kept, offset = [data[:2]], 2
     while data[offset : offset + 1] == b"\xff" and offset + 4 <= len(data):
         marker, length = data[offset + 1], int.from_bytes(data[offset + 2 : offset + 4], "big")
@@ -249,6 +249,6 @@ def _convert(image: Image.Image, mode: str, white: int) -> Image.Image:
         if pixels.max() > white:
             raise DamagedImage(f"it has a pixel of {pixels.max()}, above the maximum value {white}")
         image = Image.fromarray(((pixels * 510 + white) // (2 * white)).astype(np.uint8))
-    if image.mode in ("P", "PA"):  # through the palette's own alpha, which a direct conversion may misread
+    if image.mode in ("P", "PA"):  # RGBA first: a direct conversion may misread the palette's alpha
         image = image.convert("RGBA")
     return image if image.mode == mode else image.convert(mode)

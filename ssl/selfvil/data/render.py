@@ -1,19 +1,19 @@
-"""The views of a whole batch at once, on any device: what `views.py` draws, applied by torch as Pillow applies it.
+"""Augmentation of a whole batch on any device: the draws of `views.py`, applied by torch with Pillow's arithmetic.
 
-Pixels are whole numbers from 0 to 255 in float32, rounded after every operation where Pillow rounds to its 8 bits:
-changes of colour are equal, resampled pixels differ where a value lies at the edge of two levels. By more where what
-comes after magnifies that (a saturation turned up, a division by a small alpha), or where Pillow 13 begins to resize a
-tall part with its height: here the width is always first, as in earlier ones, and what is cut in between differs.
+Pixels are integers from 0 to 255 in float32, rounded after every operation for which Pillow rounds to 8 bits. Changes
+of colour are equal to Pillow's. Resampled pixels may differ by one level where a value is close to the boundary of two
+levels. The difference is larger if a later operation magnifies it (a higher saturation, a division by a small alpha),
+or if Pillow 13 resizes the height of a tall crop first: here the width is always first, as in earlier versions.
 
-It is meant for small images: all of a batch are padded to the largest sides, and every pixel takes part in the
-products. Longer images are reduced first, so that no image's shape fills the memory.
+This is meant for small images: all images of a batch are padded to the largest sides, and every pixel takes part in the
+products. Large images are reduced first, which bounds the memory.
 
-Resampling is a product with a matrix for each side of each row. Its weights are whole multiples of 2^-15, so that every
-sum of their products with pixels is below 2^24 units and exact in float32, in any order: a view does not depend on the
-batch it is in, nor on the kernel that a product gets. The same step sees the same tensors on one process or on many.
+Resampling is a product with one matrix for each side of each row. The weights are multiples of 2^-15, so every sum of
+their products with pixels is below 2^24 units and exact in float32, in any order. A view therefore depends neither on
+its batch nor on the kernel of the product, and a step has the same tensors with one process or many.
 
-Shapes: B images padded to (H, W), V views of each, R rows (views times images, an image's neighbours last), C channels
-of an image, (h, w) sides of a view.
+Shapes: B images padded to (H, W), V views of each, R = V·B rows (the images of one view are adjacent), C channels of an
+image, (h, w) sides of a view.
 """
 
 import math
@@ -31,31 +31,31 @@ from selfvil.errors import UserError
 
 _ONE = 2.0**15  # units of a resampling weight of 1
 _LONGEST_SIDE = 1024  # pixels of an image
-_BLURS = 3  # passes of a box that stand for a Gaussian
+_BLURS = 3  # passes of a box filter that approximate a Gaussian
 
-# The numbers of a draw: the box 0 to 3, flip, four kinds of change, four values of them, grey, radius, solarise.
+# Columns of a draw: the box 0 to 3, flip, the kinds of four colour changes, their values, grey, radius, solarise.
 _FLIP, _KINDS, _VALUES, _GREY, _RADIUS, _SOLARISE = 4, 5, 9, 13, 14, 15
-_CONTRAST, _SATURATION, _HUE = 2, 3, 4  # kinds; 1 is brightness, 0 no change in this place
+_CONTRAST, _SATURATION, _HUE = 2, 3, 4  # kinds; 1 is brightness, 0 no change
 
 
-def drawable(views: Sequence[object]) -> list[RandomCropFlip]:
-    """The same views. Raises UserError if there is one among them that this file cannot render."""
+def require_renderable(views: Sequence[object]) -> list[RandomCropFlip]:
+    """The same views. Raises UserError if this module cannot render one of them."""
     crops = [view for view in views if type(view) in (RandomCropFlip, DINOCrop)]
     if len(crops) < len(views):
         other = next(view for view in views if type(view) not in (RandomCropFlip, DINOCrop))
         raise UserError(
-            f"data.augment = device: {type(other).__name__} is a view that only workers can make, and RandomCropFlip "
-            "and DINOCrop are those that a device can: set data.augment to workers"
+            f"data.augment = device: {type(other).__name__} cannot be made on a device, only RandomCropFlip and "
+            "DINOCrop can: set data.augment to workers"
         )
     return crops  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """The images of a batch, and what was drawn for each of their views; on the CPU.
+    """The images of a batch and the random draws of their views, on the CPU.
 
-    images: uint8 (B, C, H, W), smaller ones in the upper left corner. draws: float32 (V, B, 16), amounts in the terms
-    of this file: factors of blending, turns of hue in 255ths, radii of boxes.
+    images: uint8 (B, C, H, W), smaller ones in the upper left corner. draws: float32 (V, B, 16), with amounts as this
+    module needs them: factors of blending, turns of hue in 255ths, radii of boxes.
     """
 
     images: Tensor
@@ -66,9 +66,9 @@ class Drawn:
     def collate(
         cls, images: Sequence[Image], draws: Sequence[Sequence[Draw]], views: Sequence[RandomCropFlip]
     ) -> "Drawn":
-        """Of images of one mode, whose sizes may differ; `draws[v][b]` is of view v of image b.
+        """From images of one mode, whose sizes may differ. `draws[v][b]` belongs to view v of image b.
 
-        Sides longer than 1,024 pixels, and twice those of the largest view, are reduced by a whole number first.
+        Images with a side longer than 1,024 pixels and than twice the largest view are reduced by an integer first.
         """
         most = max(_LONGEST_SIDE, *(2 * max(view.height, view.width) for view in views))
         reductions = [(-(-image.width // most), -(-image.height // most)) for image in images]
@@ -88,7 +88,7 @@ class Drawn:
 
     @torch.no_grad()
     def render(self, device: torch.device | str) -> list[Tensor]:
-        """The views, each float32 (B, C, h, w), normalised, on `device`; the host does not wait for it.
+        """The views, each float32 (B, C, h, w), normalised, on `device`. The host does not synchronise with it.
 
         Raises ValueError if a view's mean and std have not one value for each channel.
         """
@@ -98,11 +98,11 @@ class Drawn:
             images = self.images.to(device, non_blocking=True).float()
             on_device = self.draws.to(device, non_blocking=True)
             for height, width in dict.fromkeys((view.height, view.width) for view in self.views):
-                # Views of one size go together: small images keep no device busy, and kernels take time to start.
+                # All views of one size in one batch: for small images, starting kernels takes most of the time.
                 numbers = [i for i, view in enumerate(self.views) if (view.height, view.width) == (height, width)]
-                there = torch.stack([on_device[i] for i in numbers])
-                pixels = _crop(images, there, height, width)
-                colours = _disturb(pixels[:, :3], self.draws[numbers].flatten(0, 1), there.flatten(0, 1))
+                of_size = torch.stack([on_device[i] for i in numbers])
+                pixels = _crop(images, of_size, height, width)
+                colours = _distort(pixels[:, :3], self.draws[numbers].flatten(0, 1), of_size.flatten(0, 1))
                 pixels = torch.cat([colours, pixels[:, 3:]], 1) if channels == 4 else colours
                 for number, rows in zip(numbers, pixels.split(len(images))):
                     rendered[number] = _normalised(rows, self.views[number])
@@ -110,7 +110,7 @@ class Drawn:
 
 
 def _reduced(draw: Draw, across: int, down: int) -> Draw:
-    """The same view of an image whose sides were divided by these numbers: all pixels that the box touches."""
+    """The same view of an image whose sides were divided by these numbers; its box covers the whole old box."""
     left, top, width, height = draw.box
     first, last = (left // across, top // down), (-(-(left + width) // across), -(-(top + height) // down))
     return draw._replace(box=(*first, last[0] - first[0], last[1] - first[1]))
@@ -126,9 +126,11 @@ def _numbers(draw: Draw) -> list[float]:
 
 
 def _box_radius(deviation: float) -> float:
-    """Of the box whose passes have this standard deviation, in pixels; the share beyond a whole number weighs on the
-    pixels at both ends (Gwosdek et al., "Theoretical Foundations of Gaussian Convolution by Extended Box Filtering",
-    2011)."""
+    """Radius in pixels of the box filter whose passes have this standard deviation.
+
+    Its fractional part is the weight of the pixels at both ends (Gwosdek et al., "Theoretical Foundations of Gaussian
+    Convolution by Extended Box Filtering", 2011).
+    """
     variance = deviation**2 / _BLURS
     whole = math.floor((math.sqrt(12 * variance + 1) - 1) / 2)
     share = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1) ** 2))
@@ -137,7 +139,7 @@ def _box_radius(deviation: float) -> float:
 
 @contextmanager
 def _exact_products() -> Iterator[None]:
-    """Float32 matrix products with all of their digits, also where the run allows TF32 or bfloat16 for its own."""
+    """Float32 matrix products in full precision, even if the run allows TF32 or bfloat16."""
     settings = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = [setting.fp32_precision for setting in settings]
     try:
@@ -150,7 +152,7 @@ def _exact_products() -> Iterator[None]:
 
 
 def _send(tensor: Tensor, device: torch.device) -> Tensor:
-    """A small tensor to the device, without waiting for what that has to do before."""
+    """Copy a small tensor to the device without synchronising with it."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
@@ -165,9 +167,9 @@ def _normalised(pixels: Tensor, view: RandomCropFlip) -> Tensor:
 
 
 def _crop(images: Tensor, draws: Tensor, height: int, width: int) -> Tensor:
-    """Boxes of images (B, C, H, W), resized and flipped as `draws` (V, B, 16) say: (R, C, h, w)."""
+    """Boxes of images (B, C, H, W), resized and flipped by `draws` (V, B, 16): (R, C, h, w)."""
     left, top, wide, high, flip = draws[..., : _FLIP + 1].unbind(-1)
-    if images.shape[1] == 4:  # Pillow resizes colours times alpha, but leaves alone what has its size already
+    if images.shape[1] == 4:  # Pillow resizes colours times alpha, unless the size is already correct
         images = torch.cat([(images[:, :3] * images[:, 3:] / 255 + 0.5).floor_(), images[:, 3:], images[:, :3]], 1)
     across = _bicubic(left, wide, width, images.shape[3], flip)
     down = _bicubic(top, high, height, images.shape[2], torch.zeros_like(flip))
@@ -175,17 +177,17 @@ def _crop(images: Tensor, draws: Tensor, height: int, width: int) -> Tensor:
     pixels = pixels.unflatten(-1, (len(draws), width)).permute(3, 0, 1, 4, 2).flatten(0, 1)
     pixels = _product(pixels, down.flatten(0, 1)).transpose(-1, -2).contiguous()
     if images.shape[1] == 7:
-        colours, alpha, as_they_are = pixels.split([3, 1, 3], 1)
+        colours, alpha, unresized = pixels.split([3, 1, 3], 1)
         divided = torch.where((alpha == 0) | (alpha == 255), colours, (255 * colours / alpha).floor().clamp(max=255))
         resized = ((wide != width) | (high != height)).flatten().view(-1, 1, 1, 1)
-        pixels = torch.cat([torch.where(resized, divided, as_they_are), alpha], 1)
+        pixels = torch.cat([torch.where(resized, divided, unresized), alpha], 1)
     return pixels
 
 
 def _bicubic(first: Tensor, length: Tensor, out: int, size: int, flip: Tensor) -> Tensor:
     """Weights (V, B, out, size) that resize pixels [first, first + length) of `size` to `out`, in units of 1 / _ONE.
 
-    Keys' cubic (a = -1/2), as wide as a pixel of the result where that is the wider one, cut at the ends of the box.
+    Keys' cubic (a = -1/2), scaled to the larger of the pixels of source and result, truncated at the ends of the box.
     """
     scale = (length / out)[..., None, None]
     place = torch.arange(out, device=first.device)
@@ -195,12 +197,12 @@ def _bicubic(first: Tensor, length: Tensor, out: int, size: int, flip: Tensor) -
     near, far = (1.5 * x - 2.5) * x * x + 1, ((2.5 - 0.5 * x) * x - 4) * x + 2
     weights = torch.where(x < 1, near, torch.where(x < 2, far, 0))
     weights = torch.where((pixel >= 0) & (pixel < length[..., None, None]), weights, 0)
-    weights = (weights * 2**16).round_()  # whole numbers, whose sum does not depend on its order
+    weights = (weights * 2**16).round_()  # integers, whose sum does not depend on the order of summation
     return (weights / weights.sum(-1, keepdim=True)).mul_(_ONE).round_()
 
 
 def _product(pixels: Tensor, weights: Tensor) -> Tensor:
-    """Each row of pixels (R, C, h, w) resampled by weights (R, out, w) of its own: (R, C, h, out), in 8 bits."""
+    """Resample each row of pixels (R, C, h, w) by its own weights (R, out, w): (R, C, h, out), rounded to 8 bits."""
     flat = pixels.flatten(1, 2)
     return _to_8_bits(torch.bmm(flat, weights.transpose(1, 2)).mul_(1 / _ONE).add_(0.5)).unflatten(1, pixels.shape[1:3])
 
@@ -212,39 +214,38 @@ def _to_8_bits(pixels: Tensor) -> Tensor:
 # --- colours ------------------------------------------------------------------------------------------------------
 
 
-def _disturb(pixels: Tensor, draws: Tensor, there: Tensor) -> Tensor:
-    """Pixels (R, C, h, w), C 1 or 3, with changes of colour, grey, blur and solarisation where they are due. What is
-    given may be written to.
+def _distort(pixels: Tensor, draws: Tensor, on_device: Tensor) -> Tensor:
+    """Apply changes of colour, grey, blur and solarisation to pixels (R, C, h, w) with C 1 or 3, possibly in place.
 
-    `draws` (R, 16) is on the CPU, to know which rows are due without asking the device; `there` the same on it.
+    draws (R, 16): on the CPU, to select the affected rows without a synchronisation. on_device: the same on the device.
     """
 
-    def due(column: int, kind: int | None = None) -> Tensor:
+    def affected(column: int, kind: int | None = None) -> Tensor:
         found = draws[:, column] > 0 if kind is None else draws[:, column] == kind
         return found.nonzero().flatten()
 
-    columns = there[:, :, None, None, None].unbind(1)
+    columns = on_device[:, :, None, None, None].unbind(1)
     for place in range(4):
         kind, value = columns[_KINDS + place], columns[_VALUES + place]
-        if len(due(_KINDS + place)):
+        if len(affected(_KINDS + place)):
             grey = _luminance(pixels)
             base = _mean(grey) * (kind == _CONTRAST) + grey * (kind == _SATURATION)  # brightness: black
             pixels = _blend(base, pixels, torch.where(kind == _HUE, 1, value))
-        if len(turned := due(_KINDS + place, _HUE)):
+        if len(turned := affected(_KINDS + place, _HUE)):
             rows = _send(turned, pixels.device)
             pixels.index_copy_(0, rows, _turn_hue(pixels[rows], value[rows]))
-    if len(due(_GREY)):
+    if len(affected(_GREY)):
         pixels = torch.where(columns[_GREY] > 0, _luminance(pixels), pixels)
-    if len(blurred := due(_RADIUS)):
+    if len(blurred := affected(_RADIUS)):
         rows = _send(blurred, pixels.device)
         pixels.index_copy_(0, rows, _blur(pixels[rows], columns[_RADIUS][rows]))
-    if len(due(_SOLARISE)):
+    if len(affected(_SOLARISE)):
         pixels = torch.where((columns[_SOLARISE] > 0) & (pixels >= 128), 255 - pixels, pixels)
     return pixels
 
 
 def _luminance(pixels: Tensor) -> Tensor:
-    """(R, 1, h, w): the weights of ITU-R 601 in 65536ths, rounded."""
+    """Luminance (R, 1, h, w) with the weights of ITU-R 601 in 65536ths, rounded."""
     if pixels.shape[1] == 1:
         return pixels
     red, green, blue = pixels.split(1, 1)
@@ -252,21 +253,21 @@ def _luminance(pixels: Tensor) -> Tensor:
 
 
 def _mean(grey: Tensor) -> Tensor:
-    """Of each row (R, 1, 1, 1), rounded; in whole numbers, which are exact for any size."""
+    """Mean of each row (R, 1, 1, 1), rounded, by integer arithmetic, which is exact for any size."""
     count = grey.shape[-2] * grey.shape[-1]
     total = grey.sum((1, 2, 3), keepdim=True, dtype=torch.int64)
     return ((2 * total + count) // (2 * count)).float()
 
 
 def _blend(base: Tensor, pixels: Tensor, factor: Tensor) -> Tensor:
-    """From base (factor 0) through pixels (1) and beyond, cut to 8 bits without rounding."""
+    """Interpolate from base (factor 0) to pixels (factor 1), or extrapolate, and truncate to 8 bits."""
     return _to_8_bits(base + factor * (pixels - base))
 
 
 def _turn_hue(pixels: Tensor, turn: Tensor) -> Tensor:
-    """Hues of RGB pixels moved on by `turn` 255ths of the colour wheel, through Pillow's HSV of 8 bits.
+    """Rotate the hue of RGB pixels by `turn` 255ths of the colour wheel, in Pillow's HSV of 8 bits.
 
-    Float64 where Pillow's arithmetic has it, since hues and saturations are cut, not rounded.
+    Float64 where Pillow uses it, since hues and saturations are truncated, not rounded.
     """
     red, green, blue = pixels.split(1, 1)
     value, low = pixels.amax(1, keepdim=True), pixels.amin(1, keepdim=True)
@@ -279,7 +280,7 @@ def _turn_hue(pixels: Tensor, turn: Tensor) -> Tensor:
     hue = ((hue.float().double() / 6 + 1) % 1).float().double().mul_(255).floor_()
     hue = torch.where(value == low, 0, hue)
     sixth = ((hue + turn) % 256).float() * 6 / 255
-    # Each colour falls from the value to its lowest and rises again around the wheel, red a third before green.
+    # Around the wheel, each colour falls from `value` to its minimum and rises again; red is a third ahead of green.
     share = torch.cat([(sixth + offset) % 6 for offset in (5, 3, 1)], 1)
     share = torch.minimum(share, 4 - share).clamp_(0, 1)
     turned = value * (1 - (saturation.float() / 255) * share)
@@ -287,7 +288,7 @@ def _turn_hue(pixels: Tensor, turn: Tensor) -> Tensor:
 
 
 def _blur(pixels: Tensor, radius: Tensor) -> Tensor:
-    """Three passes of a box along each side, edge pixels going on beyond the edge; radius (R, 1, 1, 1)."""
+    """Three passes of a box filter along each side, with edge pixels repeated; radius (R, 1, 1, 1)."""
     for _ in range(2):  # along the width, then along the height
         weights = _box(radius[:, 0], pixels.shape[-1])
         for _ in range(_BLURS):
@@ -297,7 +298,7 @@ def _blur(pixels: Tensor, radius: Tensor) -> Tensor:
 
 
 def _box(radius: Tensor, size: int) -> Tensor:
-    """Weights (R, size, size) of the mean over `radius` + 1/2 to both sides, in units of 1 / _ONE; radius (R, 1, 1)."""
+    """Weights (R, size, size) of the mean over `radius` + 1/2 on both sides, in units of 1 / _ONE; radius (R, 1, 1)."""
     edges = torch.arange(size + 1, device=radius.device) - 0.5
     edges[0], edges[-1] = -math.inf, math.inf
     reach = radius + 0.5

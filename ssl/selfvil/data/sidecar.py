@@ -1,8 +1,8 @@
-"""The index of one shard, and its sidecar: the file `SHARD.index.npz` that it is saved in, beside the shard or in the
-user's cache folder.
+"""The index of one shard, and its sidecar: the file `SHARD.index.npz` in the folder of the shard or in the user's cache
+folder.
 
-A sidecar may come from someone else, together with its shard. Nothing in it is unpickled or decompressed, and it is
-read only if it describes what a shard of this size can hold.
+A sidecar may come from an untrusted source, together with its shard. Nothing in it is unpickled or decompressed, and
+its content is used only if it is possible for a shard of this size.
 """
 
 import errno
@@ -25,19 +25,22 @@ from selfvil.data.tar import BLOCK
 SIDECAR = ".index.npz"
 
 LARGEST_LABEL = 1_000_000
-"""Labels above are no class numbers: tables of classes, whose length is the largest label, would fill the memory."""
+"""Larger labels are refused: tables with one row per class would fill the memory."""
 
 _log = logging.getLogger(__name__)
-_FORMAT = 2  # of the sidecar; another number means: rebuild
+_FORMAT = 2  # of the sidecar; with another number, the index is built again
 _EXTRA_BYTES = 1 << 20
 _MOST_COMBINATIONS = 1 << 16  # bytes of JSON
 
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """One shard of n samples. `blocks`, `sizes`, `crcs` (n,) uint32: where the image member begins (in blocks of 512
-    bytes), its length in bytes, its CRC-32; `labels` (n,) int64, -1 for none; `keys` the n names, joined by NUL;
-    `ignored` () the number of samples without an image; `several` JSON: how many samples have which several images."""
+    """One shard of n samples.
+
+    blocks, sizes, crcs (n,) uint32: offset of the image member in blocks of 512 bytes, its size in bytes, its CRC-32.
+    labels (n,) int64, -1 for none. keys: the n names, joined by NUL. ignored (): number of samples without an image.
+    several: JSON, the number of samples for each combination of several images.
+    """
 
     blocks: np.ndarray
     sizes: np.ndarray
@@ -55,7 +58,7 @@ class ShardIndex:
 
 
 class Stamp(NamedTuple):
-    """The version of a shard that an index was made of."""
+    """Size and time of the shard that an index was built from."""
 
     size: int
     """Bytes."""
@@ -69,23 +72,24 @@ class Stamp(NamedTuple):
 
 
 def sidecars(path: Path, image: str | None = None) -> list[Path]:
-    """Where the index of a shard may be: beside it, or in the cache folder, under a hash of its path. With another
-    choice of images the shard has another index."""
+    """Possible paths of the index of a shard: in its folder, or in the cache folder under a hash of its path.
+
+    image: the requested extension for samples with several images; each has an index of its own."""
     suffix = SIDECAR if image is None else f".{image}{SIDECAR}"
     beside = path.with_name(path.name + suffix)
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    if not os.path.isabs(cache):  # nobody's home, or a setting that the XDG specification tells to ignore
+    if not os.path.isabs(cache):  # no home folder; the XDG specification ignores relative paths
         return [beside]
     name = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32]
     return [beside, Path(cache, "selfvil", "index", name + suffix)]
 
 
 def load(sidecar: Path, stamp: Stamp) -> tuple[ShardIndex, bool] | None:
-    """The saved index, and whether it is of this version of its shard. None where there is none, or it is damaged."""
+    """The saved index, and whether it belongs to this version of its shard. None if it is absent or damaged."""
     if not sidecar.is_file():
         return None
     try:
-        # No header of a tar describes more than the bytes it takes: an index is smaller than its shard.
+        # An index is smaller than its shard: its entry for a member is smaller than the header of the member.
         columns = _read(sidecar, stamp.size + _EXTRA_BYTES)
         format, *of = columns.pop("stamp").tolist()
         if format != _FORMAT:
@@ -96,13 +100,13 @@ def load(sidecar: Path, stamp: Stamp) -> tuple[ShardIndex, bool] | None:
             _log.info("%s is not a valid index (%s); building it again", sidecar, fault)
             return None
         return index, tuple(of) == stamp
-    except Exception as error:  # a damaged zip raises nearly anything
+    except Exception as error:  # a damaged zip raises many classes
         _log.info("%s cannot be read (%s); building it again", sidecar, error)
     return None
 
 
 def save(sidecar: Path, stamp: Stamp, index: ShardIndex) -> None:
-    """Write aside, then rename: other processes may build the same index at this moment. Raises OSError."""
+    """Write under a temporary name and rename: other processes may write the same index. Raises OSError."""
     sidecar.parent.mkdir(parents=True, exist_ok=True)
     if not sidecar.parent.stat().st_mode & 0o222:  # respect read-only permissions even as root
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(sidecar.parent))
@@ -120,18 +124,18 @@ def save(sidecar: Path, stamp: Stamp, index: ShardIndex) -> None:
 def _read(sidecar: Path, most_bytes: int) -> dict[str, np.ndarray]:
     """The arrays of a file that `numpy.savez` wrote, in memory not much larger than the file.
 
-    `numpy.load` decompresses a member, or allocates what its header states, before it compares anything.
+    `numpy.load` would decompress a member, or allocate the size that its header states, without a check.
     """
     with open(sidecar, "rb") as file:
         if (size := os.fstat(file.fileno()).st_size) > most_bytes:
             raise ValueError(f"its {size} bytes are more than an index of this shard can have")
         file.seek(max(0, size - 42))
         end = file.read()[-42:]
-        # The last 22 bytes end a zip file and say how many members it lists; before them may be the ZIP64 form of them.
+        # The last 22 bytes of a zip file hold the number of its members; a ZIP64 record may stand before them.
         entries = int.from_bytes(end[-12:-10], "little")
         if end[-22:-18] != b"PK\5\6" or entries != len(fields(ShardIndex)) + 1 or end[:4] == b"PK\6\7":
             raise ValueError("no zip file with the members of an index")
-        with zipfile.ZipFile(file) as archive:  # whose CRC-32 detects flipped bits
+        with zipfile.ZipFile(file) as archive:  # its CRC-32 detects flipped bits
             members = archive.infolist()
             stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)
             if not stored or sum(member.file_size for member in members) > size:
@@ -151,7 +155,7 @@ def _array(data: bytes) -> np.ndarray:
 
 
 def _fault(index: ShardIndex, size: int) -> str | None:
-    """What a shard of `size` bytes cannot have, or None."""
+    """The first property of an index that is impossible for a shard of `size` bytes, or None."""
     columns = {"blocks": np.uint32, "sizes": np.uint32, "crcs": np.uint32, "labels": np.int64}
     count = len(index.sizes)
     if not 0 < count <= size // BLOCK:

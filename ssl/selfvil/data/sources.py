@@ -1,11 +1,11 @@
-"""Where images to pack come from: a folder of files, or existing shards.
+"""The images to pack: a folder of files, or existing shards.
 
 Rules for a folder:
 
-- Images are the files whose ending is one of EXTENSIONS; other files are listed, hidden ones are not.
-- KEY.mask.png is the mask of the image KEY.jpg (or png ...) beside it.
-- Where all images lie in two or more subfolders, every visible subfolder is a class, in alphabetical order, even one
-  without images: so it keeps its number, and the other classes keep theirs.
+- Files with one of EXTENSIONS are images. Other files are reported; hidden files are ignored.
+- KEY.mask.png is the mask of the image KEY.jpg (or png ...) in the same folder.
+- If all images are in two or more subfolders, every visible subfolder is a class, in alphabetical order. A subfolder
+  without images is a class too, so that the other classes keep their numbers.
 """
 
 import os
@@ -23,7 +23,7 @@ from selfvil.data.read import EXTENSIONS, MAX_BYTES, DamagedImage
 from selfvil.errors import UserError, shorten
 
 MASK = "mask.png"
-"""Extension of a mask: class ids, 255 where pixels are not labelled."""
+"""Extension of a mask: class ids, 255 for pixels without a label."""
 
 _SUFFIXES = tuple(f".{name}" for name in EXTENSIONS)
 
@@ -34,12 +34,12 @@ class Source:
 
     Attributes:
         size: N.
-        read: gives the bytes of image i; raises DamagedImage.
-        read_mask: gives those of its mask, or None.
-        name: what to call image i.
+        read: returns the bytes of image i; raises DamagedImage.
+        read_mask: returns the bytes of its mask, or None.
+        name: returns the name of image i for messages.
         labels: int64 (N,), -1 for none.
-        classes: the names of the labels; empty where they are unknown.
-        left_out: files that are not images to pack, and why.
+        classes: the names of the labels; empty if they are unknown.
+        left_out: (file, reason) of files that are not packed.
         notes: sentences for the report.
     """
 
@@ -60,10 +60,10 @@ def open_source(
     for option, value in (("image", image), ("mask", mask)):
         if value is not None and value not in EXTENSIONS:
             raise UserError(
-                f"--{option} {shorten(value, 50)} is no ending of images; choose from {', '.join(EXTENSIONS)}"
+                f"--{option} {shorten(value, 50)} is no extension of images; choose from {', '.join(EXTENSIONS)}"
             )
     if image is not None and image == mask:
-        raise UserError(f"--image and --mask are both {image}; expected two different endings")
+        raise UserError(f"--image and --mask are both {image}; expected two different extensions")
     if classes is not None:
         _check_classes(classes, labels)
     folder = Path(source).expanduser() if isinstance(source, (str, os.PathLike)) else None
@@ -73,7 +73,7 @@ def open_source(
         if files.images and tars:
             raise UserError(f"{folder} holds both images and .tar files; give the images' folder, or {folder}/*.tar")
         if not files.images and not tars:
-            found = f" ({_by_ending(files.others)})" if files.others else ""
+            found = f" ({_by_extension(files.others)})" if files.others else ""
             raise UserError(
                 f"{folder} holds no images{found}; expected files ending in {', '.join(_SUFFIXES)}, or shards"
             )
@@ -99,12 +99,12 @@ def _check_classes(classes: Sequence[str], labels: bool) -> None:
 
 
 class _Files:
-    """The visible files of a folder at any depth, links followed but not in circles.
+    """The visible files of a folder at any depth. Links are followed, except to a folder that contains them.
 
     Attributes:
-        folder: it.
-        images: paths relative to it, sorted by folder; likewise others.
-        masks: KEY of KEY.mask.png, and that path.
+        folder: the folder.
+        images, others: paths relative to the folder, sorted by folder.
+        masks: KEY -> path of KEY.mask.png.
         tops: its visible subfolders.
     """
 
@@ -145,8 +145,8 @@ class _Files:
 def _open_folder(
     files: _Files, classes: Sequence[str] | None, labels: bool, image: str | None, mask: str | None
 ) -> Source:
-    left_out = [(name, f"not packed: its ending is none of {', '.join(EXTENSIONS)}") for name in files.others]
-    notes = [f"{len(files.others)} files are not images that can be packed: {_by_ending(files.others)}"] * bool(
+    left_out = [(name, f"not packed: its extension is not one of {', '.join(EXTENSIONS)}") for name in files.others]
+    notes = [f"{len(files.others)} files are not images that can be packed: {_by_extension(files.others)}"] * bool(
         left_out
     )
     images, masks = _choose(files, image, mask, left_out, notes)
@@ -175,27 +175,27 @@ def _open_folder(
 def _choose(
     files: _Files, image: str | None, mask: str | None, left_out: list[tuple[str, str]], notes: list[str]
 ) -> tuple[list[str], list[str | None]]:
-    """The images to pack, and the mask of each; says what happens to files of one name and several endings."""
+    """The images to pack, and the mask of each; adds notes on files with one name and several extensions."""
     names = [(path, *_split(path)) for path in files.images]
-    endings: dict[str, set[str]] = {}
-    for _, key, ending in names:
-        endings.setdefault(key, set()).add(ending)
+    extensions: dict[str, set[str]] = {}
+    for _, key, extension in names:
+        extensions.setdefault(key, set()).add(extension)
     masks, together = dict(files.masks), Counter[tuple[str, ...]]()
     images: list[str] = []
-    for path, key, ending in names:
-        others = endings[key] - {ending}
-        if ending == mask and others:
+    for path, key, extension in names:
+        others = extensions[key] - {extension}
+        if extension == mask and others:
             masks.setdefault(key, path)
-        elif ending != image and image in others:
+        elif extension != image and image in others:
             left_out.append((path, f"not packed: of this name the .{image} file is the image"))
         else:
             images.append(path)
-            if image not in endings[key] and others - {mask}:
-                together[tuple(sorted(endings[key]))] += 1
+            if image not in extensions[key] and others - {mask}:
+                together[tuple(sorted(extensions[key]))] += 1
     for kinds, count in together.most_common(3):
         notes.append(
             f"{count} images share their name with another ({', '.join(f'.{kind}' for kind in kinds)}), and all "
-            "are packed; if one is the mask of the other, name its ending, as in --mask png"
+            "are packed; if one is the mask of the other, give its extension, as in --mask png"
         )
     found = [masks.get(_split(path)[0]) for path in images]
     unused = sorted(set(masks.values()) - set(found))
@@ -206,16 +206,16 @@ def _choose(
 
 
 def _split(path: str) -> tuple[str, str]:
-    """The path without its ending, and the ending in lower case."""
-    key, _, ending = path.rpartition(".")
-    return key, ending.lower()
+    """The path without its extension, and the extension in lower case."""
+    key, _, extension = path.rpartition(".")
+    return key, extension.lower()
 
 
-def _by_ending(names: Sequence[str]) -> str:
-    """For a message: how many files there are of each ending, the most frequent first."""
-    endings = Counter(shorten(os.path.splitext(name)[1].lower(), 30) or "without an ending" for name in names)
-    shown = ", ".join(f"{count} {ending}" for ending, count in endings.most_common(10))
-    return shown + (f" and {len(endings) - 10} other endings" if len(endings) > 10 else "")
+def _by_extension(names: Sequence[str]) -> str:
+    """For a message: the number of files of each extension, the most frequent first."""
+    extensions = Counter(shorten(os.path.splitext(name)[1].lower(), 30) or "without an extension" for name in names)
+    shown = ", ".join(f"{count} {extension}" for extension, count in extensions.most_common(10))
+    return shown + (f" and {len(extensions) - 10} other extensions" if len(extensions) > 10 else "")
 
 
 def _read_file(folder: Path, names: Sequence[str], i: int) -> bytes:
@@ -256,7 +256,7 @@ def _open_shards(shards: Shards, labels: bool, mask: str | None) -> Source:
 
 
 def _find_masks(shards: Shards, mask: str | None) -> list[tuple[Path, int, int] | None]:
-    """Shard, offset and bytes of each sample's mask: the member `mask` unless it is the image, else mask.png."""
+    """Shard, offset and size of each sample's mask: the member `mask` unless it is the image, else mask.png."""
     found: list[tuple[Path, int, int] | None] = []
     for path in shards.paths:
         with open(path, "rb") as file:

@@ -1,8 +1,8 @@
-"""Walk the members of a tar file, strictly.
+"""List the members of a tar file, strictly.
 
-`tarfile`, and so every reader built on it, takes a damaged header for the end of the archive: one flipped byte loses
-the rest of a shard without a word. Here each header's checksum must hold, each member must lie within the file, and the
-end-of-archive mark must be there and be the end.
+`tarfile`, and every reader built on it, treats a damaged header as the end of the archive: one flipped byte loses the
+rest of a shard silently. Here, each header's checksum must be correct, each member must be inside the file, and the
+end-of-archive mark must be present and be the end.
 
 Formats: POSIX.1-1988 ustar, POSIX.1-2001 pax (`path` and `size` records), GNU long names, pre-POSIX v7.
 """
@@ -20,7 +20,7 @@ BLOCK = 512
 _ZEROS = bytes(BLOCK)
 _REGULAR = b"0\x007"  # regular, regular in v7, contiguous
 _WITHOUT_DATA = b"123456"  # links, devices, folders, pipes
-_LARGEST_EXTENSION = 1 << 20  # bytes of a long name or a pax header; real ones are far below
+_LARGEST_EXTENSION = 1 << 20  # bytes of a long name or a pax header; real ones are far smaller
 _FOREIGN = {
     b"\x1f\x8b": "it is compressed with gzip; unpack it with gunzip",
     b"BZh": "it is compressed with bzip2; unpack it with bunzip2",
@@ -32,7 +32,7 @@ _FOREIGN = {
 
 
 class Member(NamedTuple):
-    """A regular file within a tar: its name, and where its bytes begin and how many there are."""
+    """A regular file in a tar: its name, the offset of its bytes, and their number."""
 
     name: str
     offset: int
@@ -45,17 +45,17 @@ def members(file: BinaryIO, path: Path) -> Iterator[Member]:
     The caller may move the file's position between two members.
 
     Raises:
-        UserError: the file is no tar, was cut, or holds a damaged header; names the file and the offset in bytes.
+        UserError: the file is no tar, is truncated, or has a damaged header; names the file and the offset in bytes.
     """
     length = os.fstat(file.fileno()).st_size
     if length == 0:
         raise UserError(f"{path} is empty (0 bytes), not a tar file; copy it again")
-    offset, name, size = 0, None, None  # name and size: what an extension header says of the next member
+    offset, name, size = 0, None, None  # name and size: of the next member, from an extension header
     while True:
         file.seek(offset)
         header = file.read(BLOCK)
         if len(header) < BLOCK:
-            raise _cut(path, offset, f"the file ends at byte {length} without the end-of-archive mark")
+            raise _truncated(path, offset, f"the file ends at byte {length} without the end-of-archive mark")
         if header == _ZEROS:
             return _check_end(file, path, offset)
         if not _checksum_holds(header):
@@ -65,7 +65,7 @@ def members(file: BinaryIO, path: Path) -> Iterator[Member]:
         data = offset + BLOCK
         end = data if kind in _WITHOUT_DATA else data + -(-stored // BLOCK) * BLOCK
         if end > length:
-            raise _cut(path, offset, f"the member there needs {end - length} bytes more than the file has")
+            raise _truncated(path, offset, f"the member at this byte needs {end - length} bytes more than the file has")
         if kind in b"Lx":
             if stored > _LARGEST_EXTENSION:
                 raise _damaged(path, offset, f"an extension header of {stored} bytes")
@@ -78,7 +78,7 @@ def members(file: BinaryIO, path: Path) -> Iterator[Member]:
                 size = _number(records["size"].encode(), path, offset, base=10) if "size" in records else size
         elif kind == b"S":
             raise _sparse(path, offset)
-        elif kind not in b"Kg":  # a long link name and global pax records say nothing about a regular file's bytes
+        elif kind not in b"Kg":  # long link names and global pax records do not concern regular files
             if kind in _REGULAR:
                 own = _name(header)
                 if not (kind == b"\0" and own.endswith("/")):  # a folder, in v7
@@ -93,7 +93,7 @@ def _checksum_holds(header: bytes) -> bool:
         expected = int(field, 8)
     except ValueError:
         return False
-    # The field itself counts as eight spaces. Some old writers summed signed bytes; they differ from 128 up only.
+    # The field itself counts as eight spaces. Some old writers summed signed bytes, which differs for bytes from 128.
     unsigned = sum(header) - sum(header[148:156]) + 8 * 32
     if unsigned == expected:
         return True
@@ -116,7 +116,7 @@ def _number(field: bytes, path: Path, offset: int, base: int = 8) -> int:
 
 def _name(header: bytes) -> str:
     name, prefix = _text(header[:100]), _text(header[345:500])
-    return f"{prefix}/{name}" if prefix and header[257:263] == b"ustar\0" else name  # GNU keeps other things there
+    return f"{prefix}/{name}" if prefix and header[257:263] == b"ustar\0" else name  # GNU uses this field differently
 
 
 def _text(field: bytes) -> str:
@@ -124,7 +124,7 @@ def _text(field: bytes) -> str:
 
 
 def _pax(data: bytes, path: Path, offset: int) -> dict[str, str]:
-    """Records of the form `LENGTH KEY=VALUE\\n`, LENGTH counting the whole record."""
+    """Records of the form `LENGTH KEY=VALUE\\n`; LENGTH includes itself."""
     records: dict[str, str] = {}
     while data:
         digits, space, _ = data.partition(b" ")
@@ -140,22 +140,22 @@ def _pax(data: bytes, path: Path, offset: int) -> dict[str, str]:
 
 
 def _check_end(file: BinaryIO, path: Path, mark: int) -> None:
-    """After the end-of-archive mark only zeros may follow; anything else would be lost silently."""
+    """Raise UserError unless only zeros follow the end-of-archive mark: other data would be lost silently."""
     file.seek(mark)
     offset = mark
     while chunk := file.read(1 << 20):
         if chunk.count(0) != len(chunk):
             first = offset + len(chunk) - len(chunk.lstrip(b"\0"))
             raise UserError(
-                f"{path} goes on at byte {first}, after the end-of-archive mark at byte {mark}: a block was zeroed, or "
-                "tar files were joined with `cat`. Copy it again, or pack its images anew with `selfvil pack`"
+                f"{path} continues at byte {first}, after the end-of-archive mark at byte {mark}: a block was zeroed, "
+                "or tar files were joined with `cat`. Copy it again, or pack its images again with `selfvil pack`"
             )
         offset += len(chunk)
 
 
 def _no_header(path: Path, offset: int, header: bytes) -> UserError:
     if offset:
-        return _damaged(path, offset, "a header whose checksum does not hold")
+        return _damaged(path, offset, "a header with a wrong checksum")
     for magic, advice in _FOREIGN.items():
         if header.startswith(magic):
             return UserError(f"{path} is not a plain tar file: {advice}")
@@ -166,7 +166,7 @@ def _damaged(path: Path, offset: int, what: str) -> UserError:
     return UserError(f"{path} is damaged: {what} at byte {offset}; copy the shard again, or leave it out")
 
 
-def _cut(path: Path, offset: int, what: str) -> UserError:
+def _truncated(path: Path, offset: int, what: str) -> UserError:
     return UserError(f"{path} was cut at byte {offset}: {what}; copy the shard again, or leave it out")
 
 

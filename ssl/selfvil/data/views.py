@@ -1,9 +1,9 @@
-"""Views: callables from a decoded image to a float32 tensor (C, H, W), normalised.
+"""Views: callables from a decoded image to a normalised float32 tensor (C, H, W).
 
-A view takes its randomness from the global generators of torch, numpy and Python. The loader seeds them by (seed,
-position, view) before each call, so what a sample looks like depends on nothing else: not on workers, ranks or resumes.
+A view uses the global generators of torch, numpy and Python. The loader seeds them by (seed, position, view) before
+each call, so a view depends on nothing else: not on workers, ranks or resumes.
 
-A random view draws first and applies afterwards, so that `render.py` can do the second part for a whole batch.
+A random view draws all random numbers first, and then applies them. `render.py` does the second part for a whole batch.
 """
 
 import math
@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageFilter
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from torch import Tensor
 
 Size = int | Sequence[int]
@@ -25,7 +25,7 @@ Size = int | Sequence[int]
 
 @contextmanager
 def preserved_randomness() -> Iterator[None]:
-    """Leave the global generators of torch (CPU), numpy and Python as they were. Takes 90 µs: once around a batch."""
+    """Restore the global generators of torch (CPU), numpy and Python at the end. Takes 90 µs: once for a batch."""
     states = torch.default_generator.get_state(), np.random.get_state(legacy=False), random.getstate()  # noqa: NPY002
     try:
         yield
@@ -36,7 +36,7 @@ def preserved_randomness() -> Iterator[None]:
 
 
 def seed_randomness(seed: int, position: int, view: int) -> None:
-    """Make the global generators of torch (CPU), numpy and Python a function of these three numbers. Takes 8 µs."""
+    """Seed the global generators of torch (CPU), numpy and Python from these three numbers. Takes 8 µs."""
     key = int.from_bytes(blake2b(pack("<3q", seed, position, view), digest_size=8).digest(), "little")
     torch.default_generator.manual_seed(key)
     np.random.seed(key & 0xFFFFFFFF)  # noqa: NPY002
@@ -44,11 +44,11 @@ def seed_randomness(seed: int, position: int, view: int) -> None:
 
 
 class _Normalise:
-    """Pixels of 8 bits to (value / 255 - mean) / std, channels first."""
+    """8-bit pixels to (value / 255 - mean) / std, channels first."""
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         if len(mean) != len(std) or min(std) <= 0:
-            raise ValueError(f"mean {list(mean)} and std {list(std)} must have one value a channel, std above 0")
+            raise ValueError(f"mean {list(mean)} and std {list(std)} must have one value per channel, std above 0")
         centre, spread = np.array(mean, np.float64)[:, None, None], np.array(std, np.float64)[:, None, None]
         self.factor = (1 / (255 * spread)).astype(np.float32)
         self.shift = (centre / spread).astype(np.float32)
@@ -66,25 +66,25 @@ class _Normalise:
 
 
 class Draw(NamedTuple):
-    """All that is random in one view of one image."""
+    """All random numbers of one view of one image."""
 
     box: tuple[int, int, int, int]
-    """Left, top, width and height of the part that is shown, in pixels of the image."""
+    """Left, top, width and height of the crop, in pixels of the image."""
     flip: bool
     changes: tuple[tuple[int, float], ...] = ()
-    """Changes of colour in their order: 0 brightness, 1 contrast, 2 saturation or 3 hue, and the amount of each."""
+    """Changes of colour in their order: 0 brightness, 1 contrast, 2 saturation or 3 hue, each with its amount."""
     grey: bool = False
     blur: float = 0.0
-    """Standard deviation of the Gaussian, in pixels of the view; 0 for none."""
+    """Standard deviation of the Gaussian blur, in pixels of the view; 0 for none."""
     solarise: bool = False
 
 
 class RandomCropFlip:
-    """A random part of the image, resized by bicubic interpolation, flipped left to right half of the time.
+    """A random crop, resized by bicubic interpolation, and flipped left to right with probability 0.5.
 
-    MAE's augmentation (He et al., 2021). The part covers a share of the area drawn from `scale`, with a width/height
-    ratio drawn log-uniformly from `ratio` (Szegedy et al., 2015, as torchvision's RandomResizedCrop draws it). `flip`
-    False never flips, for images whose mirror image means something else: letters, digits, organs.
+    MAE's augmentation (He et al., 2021). The share of the area is drawn from `scale`, the width/height ratio
+    log-uniformly from `ratio` (Szegedy et al., 2015; torchvision's RandomResizedCrop draws the same way). flip=False
+    never flips, for images whose mirror image means something else: letters, digits, organs.
     """
 
     def __init__(
@@ -106,11 +106,11 @@ class RandomCropFlip:
         return self.apply(image, self.draw(*image.size, image.mode))
 
     def draw(self, width: int, height: int, mode: str) -> Draw:
-        """Of a view of an image of this size, in pixels, and Pillow's mode (L, RGB or RGBA)."""
+        """Draw a view of an image of this size in pixels and Pillow's mode (L, RGB or RGBA)."""
         return Draw(self._box(width, height), self._flips())
 
     def apply(self, image: Image.Image, draw: Draw) -> Tensor:
-        """The view (C, H, W) that `draw` describes, for an image of the size and mode it was drawn for."""
+        """The view (C, H, W) by `draw`, which was made for the size and mode of this image."""
         return self.normalise(self._crop(image, draw), flip=draw.flip)
 
     def _flips(self) -> bool:
@@ -132,19 +132,19 @@ class RandomCropFlip:
             w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
             if 0 < w <= width and 0 < h <= height:
                 return random.randrange(width - w + 1), random.randrange(height - h + 1), w, h
-        # No try fitted, as happens for very long images: the largest central part with an allowed ratio.
+        # No box fitted, as happens for very long images: use the largest central one with an allowed ratio.
         w = min(width, max(1, round(height * self.ratio[1])))
         h = min(height, max(1, round(width / self.ratio[0])))
         return (width - w) // 2, (height - h) // 2, w, h
 
 
 class DINOCrop(RandomCropFlip):
-    """A random part of the image with its colours disturbed: the augmentation of DINO (Caron et al., 2021) and BYOL.
+    """A random crop with colour jitter, blur and solarisation: the augmentation of DINO (Caron et al., 2021) and BYOL.
 
-    After crop and flip: with probability 0.8 brightness, contrast, saturation and hue are changed, in random order, by
-    amounts drawn within `jitter`; with 0.2 colours become grey; with `blur`, a Gaussian of 0.1 to 2 pixels; with
-    `solarise`, values of 128 and more are inverted. Grey images (L) keep what has a meaning for them; an alpha channel
-    (RGBA) is left as the crop gives it.
+    After crop and flip: with probability 0.8, brightness, contrast, saturation and hue change, in random order, by
+    amounts up to `jitter`; with probability 0.2, colours become grey; with probability `blur`, a Gaussian blur of 0.1
+    to 2 pixels; with probability `solarise`, values from 128 are inverted. Grey images (L) skip the changes that need
+    colours. An alpha channel (RGBA) is only cropped and resized.
     """
 
     def __init__(
@@ -162,7 +162,7 @@ class DINOCrop(RandomCropFlip):
         super().__init__(size, scale, mean, std, flip=flip)
         if not (0 <= blur <= 1 and 0 <= solarise <= 1 and min(jitter) >= 0 and jitter[3] <= 0.5):
             raise ValueError(
-                f"blur {blur} and solarise {solarise} must lie within [0, 1], jitter {jitter} above 0, hue's up to 0.5"
+                f"blur {blur} and solarise {solarise} must lie within [0, 1], jitter {jitter} above 0, hue at most 0.5"
             )
         self.blur, self.solarise, self.jitter = blur, solarise, jitter
 
@@ -181,59 +181,46 @@ class DINOCrop(RandomCropFlip):
     def apply(self, image: Image.Image, draw: Draw) -> Tensor:
         image = self._crop(image, draw)
         if image.mode == "RGBA":
-            alpha, image = image.getchannel("A"), self._disturb(image.convert("RGB"), draw)
+            alpha, image = image.getchannel("A"), self._distort(image.convert("RGB"), draw)
             image.putalpha(alpha)
         else:
-            image = self._disturb(image, draw)
+            image = self._distort(image, draw)
         return self.normalise(image, flip=draw.flip)
 
-    def _disturb(self, image: Image.Image, draw: Draw) -> Image.Image:
-        kinds = (_brightness, _contrast, _saturation, _hue)
-        for change, amount in draw.changes:
-            image = kinds[change](image, amount)
+    def _distort(self, image: Image.Image, draw: Draw) -> Image.Image:
+        for kind, amount in draw.changes:
+            image = _change(image, kind, amount)
         if draw.grey:
             image = image.convert("L").convert("RGB")
         if draw.blur:
             image = image.filter(ImageFilter.GaussianBlur(draw.blur))
         if draw.solarise:
-            image = image.point(_SOLARISED * len(image.getbands()))
+            image = ImageOps.solarize(image)
         return image
 
 
-# Changes of colour by an amount, 0 for none, in Pillow's arithmetic: 8 bits after every change, as published.
-
-
-def _brightness(image: Image.Image, amount: float) -> Image.Image:
-    return Image.blend(Image.new(image.mode, image.size), image, max(0.0, 1 + amount))
-
-
-def _contrast(image: Image.Image, amount: float) -> Image.Image:
-    level = int(np.asarray(image.convert("L")).mean() + 0.5)
-    uniform = Image.new("L", image.size, level).convert(image.mode)
-    return Image.blend(uniform, image, max(0.0, 1 + amount))
-
-
-def _saturation(image: Image.Image, amount: float) -> Image.Image:
-    return Image.blend(image.convert("L").convert("RGB"), image, max(0.0, 1 + amount))
+def _change(image: Image.Image, kind: int, amount: float) -> Image.Image:
+    """One of `Draw.changes`, rounded to 8 bits, as in the published augmentation. An amount of 0 changes nothing."""
+    if kind == 3:
+        return _hue(image, amount)
+    enhancer = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)[kind](image)
+    return enhancer.enhance(max(0.0, 1 + amount))
 
 
 def _hue(image: Image.Image, amount: float) -> Image.Image:
-    """`amount` in turns of the colour wheel."""
+    """Rotate the hue by `amount` turns of the colour wheel."""
     hue, saturation, value = image.convert("HSV").split()
-    turned = Image.fromarray(np.asarray(hue) + np.uint8(int(amount * 255) % 256))  # wraps around, as hues do
+    turned = Image.fromarray(np.asarray(hue) + np.uint8(int(amount * 255) % 256))  # the hue is periodic
     return Image.merge("HSV", (turned, saturation, value)).convert("RGB")
 
 
-_SOLARISED = [level if level < 128 else 255 - level for level in range(256)]
-
-
 class CenterCrop:
-    """The centre of the image, without randomness: for evaluation.
+    """The centre of the image, without randomness, for evaluation.
 
-    The image is resized (bicubic) to the smallest size that covers `size / crop_pct` at its own aspect ratio, and
-    `size` is cut from its centre. `crop_pct` 1 keeps all of the shorter side; the usual ImageNet protocol is 224/256.
-    An image that has the size already is not resampled. Of an image more than `LONGEST` times as long as the crop, only
-    the part that is shown is resized, so that the memory of a view does not depend on its image's shape.
+    The image is resized (bicubic, aspect ratio kept) to the smallest size that covers `size / crop_pct`, and `size` is
+    cropped from its centre. `crop_pct` 1 keeps all of the shorter side; the usual ImageNet protocol is 224/256. Images
+    of the right size are not resampled. If an image is more than `LONGEST` times as long as the crop, only the cropped
+    part is resized, which bounds the memory.
     """
 
     LONGEST = 16
@@ -254,7 +241,7 @@ class CenterCrop:
             resized[0] * self.crop_pct > self.LONGEST * self.width
             or resized[1] * self.crop_pct > self.LONGEST * self.height
         ):
-            # The same pixels to a rounding error: a box has coordinates in single precision.
+            # The same pixels up to rounding: a box has coordinates in single precision.
             across, down = width / resized[0], height / resized[1]
             box = left * across, top * down, (left + self.width) * across, (top + self.height) * down
             image = image.resize((self.width, self.height), Image.Resampling.BICUBIC, box)
@@ -269,5 +256,5 @@ class CenterCrop:
 def _pair(size: Size) -> tuple[int, int]:
     height, width = (size, size) if isinstance(size, int) else size
     if min(height, width) < 1:
-        raise ValueError(f"a view needs at least one pixel a side, not {size}")
+        raise ValueError(f"a view needs at least one pixel per side, not {size}")
     return height, width

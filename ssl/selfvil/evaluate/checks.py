@@ -1,10 +1,8 @@
-"""What can be known to be wrong with labelled shards before any feature is computed.
+"""Errors in labelled shards that can be found before any feature is computed.
 
-`selfvil eval` makes these checks before it computes features, and a run that scores its backbone before the first step.
-The images a backbone was pretrained on are not compared with the test images: pretraining uses no labels.
+`selfvil eval` makes these checks before it computes features, and a run with evaluations makes them before its first
+step. The images of pretraining are not compared with the test images: pretraining uses no labels.
 """
-
-from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -12,24 +10,17 @@ import torch
 from selfvil.data.classes import class_names
 from selfvil.data.index import Shards
 from selfvil.errors import UserError
-from selfvil.evaluate.features import Features, names, need_labels, shared_classes
-from selfvil.evaluate.knn import need_neighbours
-from selfvil.evaluate.linear import need_for_probe
+from selfvil.evaluate.features import Features, names, require_labels, shared_classes
 
 
-def check_parts(
-    train: Shards, test: Shards, *, protocols: Sequence[str], labels_per_class: int | None = None
-) -> list[str]:
-    """Check labels, classes, numbers of images and contents of two parts of a data set; returns warnings, a sentence
-    each.
-
-    protocols: of "knn" and "linear". labels_per_class: labels that the linear probe is fitted on; None for all.
+def check_parts(train: Shards, test: Shards) -> list[str]:
+    """Check labels, classes and contents of two parts of a data set; returns warnings, a sentence each.
 
     Raises UserError if images have no label, a label means different classes in two folders, the test images have a
-    class that training lacks, there are too few training images for a protocol, or all test images are training images.
+    class that training lacks, or all test images are training images.
     """
-    need_labels(train)
-    need_labels(test)
+    require_labels(train)
+    require_labels(test)
     class_names(train, test)
     warnings = _compare_contents(train, test)
     named, unnamed = sorted((train, test), key=lambda part: class_names(part) is None)
@@ -38,12 +29,7 @@ def check_parts(
             f"there is no classes.txt beside {names(unnamed)}, so whether its labels mean the same classes as those of "
             f"{names(named)} is not known"
         )
-    parts = [Features(torch.zeros(len(part), 1), torch.as_tensor(part.labels)) for part in (train, test)]
-    shared_classes(*parts)
-    if "knn" in protocols:
-        need_neighbours(len(train))
-    if "linear" in protocols:
-        need_for_probe(parts[0].y, labels_per_class)
+    shared_classes(*(Features(torch.zeros(len(part), 1), torch.as_tensor(part.labels)) for part in (train, test)))
     return warnings
 
 
@@ -52,7 +38,7 @@ def _compare_contents(train: Shards, test: Shards) -> list[str]:
     if shared == len(test):
         raise UserError(
             f"all {shared:,} test images in {names(test)} are also training images in {names(train)} (equal CRC-32 and "
-            f"size), so a score would not tell how new images are classified: give a test part with images of its own"
+            f"size), so a score would not measure how new images are classified: give test images that are not in train"
         )
     if shared:
         return [

@@ -1,8 +1,8 @@
 """A network with a linear head, fine-tuned on labelled images.
 
-A step is divided into micro-batches that fit into memory. The gradient is that of the whole step to rounding: each
-micro-batch is weighted by its number of images, and stochastic depth draws once for all images of a step. Only networks
-with batch normalisation differ, since its statistics are those of a micro-batch.
+A step is divided into micro-batches that fit into memory. The gradient equals that of the whole step to rounding: each
+micro-batch is weighted by its number of images, and stochastic depth is drawn once for all images of a step. Networks
+with batch normalisation are the exception, since its statistics are those of a micro-batch.
 """
 
 import logging
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from timm.layers import DropPath
 from torch import Tensor, nn
@@ -25,85 +26,69 @@ from selfvil.data.loader import train_batches
 from selfvil.data.views import CenterCrop, RandomCropFlip
 from selfvil.errors import UserError
 from selfvil.evaluate.features import Precision, labelled_rows
+from selfvil.settings import Section
 from selfvil.weights import Network, Normalisation
 
 log = logging.getLogger(__name__)
 
-# What a head can be put on: its name among the readouts -> timm's `global_pool`.
+# Readouts that a head can be put on -> timm's `global_pool`.
 HEADS = {"bilateral_concat": "bilateral_concat", "cls": "token", "registers": "registers", "mean": "avg"}
 
 _BETAS = (0.9, 0.999)
-_REPORT_EVERY = 10  # steps; reading the loss waits for a GPU
-_CPU_MICRO_BATCH = 64  # images; more are slower on a CPU, and a fixed number makes results repeatable there
-_SHARE_OF_FREE = 0.5  # for what autograd keeps; the rest is for temporary tensors and for data workers
+_REPORT_EVERY = 10  # steps; reading the loss synchronises with the GPU
+_CPU_MICRO_BATCH = 64  # images; more are slower on a CPU, and a fixed number makes results repeatable
+_SHARE_OF_FREE = 0.5  # for tensors that autograd saves; the rest is for temporary tensors and data workers
 
 
-@dataclass(frozen=True)
-class Settings:
+class TrainingSettings(Section):
     """How a network is fine-tuned.
 
-    The defaults are the published ones of MAE's fine-tuning of ViT-B (He et al., "Masked Autoencoders", 2021, and its
-    code), but for its RandAugment, mixup, cutmix and erasing, which are left out, and the clipping, which Vision-LSTM's
-    authors advise. They are meant for 100,000 steps: a run of some hundred wants a higher base_lr, a layer_decay nearer
-    1 and smaller batches.
-
-    epochs: passes over the training images. batch_size: images in a step, at most all. base_lr: for 256 images a step;
-    the peak is base_lr · batch_size / 256, reached after the share `warmup` of all steps, and falls by a cosine to
-    min_lr. layer_decay: the head learns at that rate, each layer below it at `layer_decay` times that of the one above
-    (Bao et al., "BEiT", 2021); a block pair of a Vision-LSTM is one layer. drop_path: stochastic depth, as the
-    architecture distributes it. min_crop: smallest share of an image's area that a crop shows.
-
-    Raises UserError for a value out of range.
+    The defaults are those of MAE's fine-tuning of ViT-B (He et al., "Masked Autoencoders", 2021, and its code), without
+    its RandAugment, mixup, cutmix and erasing, and with the gradient clipping that Vision-LSTM's authors recommend.
+    They are meant for 100,000 steps: for some hundred steps, raise base_lr, move layer_decay towards 1 and use smaller
+    batches.
     """
 
-    epochs: int = 100
-    batch_size: int = 1024
-    base_lr: float = 5e-4
-    min_lr: float = 1e-6
-    warmup: float = 0.05
-    layer_decay: float = 0.65
-    weight_decay: float = 0.05
-    drop_path: float = 0.1
-    label_smoothing: float = 0.1
-    min_crop: float = 0.08
-    clip_norm: float | None = 1.0
-
-    def __post_init__(self) -> None:
-        for name, fits, expected in (
-            ("epochs", self.epochs >= 1, "at least 1"),
-            ("batch_size", self.batch_size >= 1, "at least 1"),
-            ("base_lr", 0 < self.base_lr < math.inf, "above 0"),
-            ("min_lr", 0 <= self.min_lr < math.inf, "0 or more"),
-            ("warmup", 0 <= self.warmup < 1, "a share of the steps, from 0 to less than 1"),
-            ("layer_decay", 0 < self.layer_decay <= 1, "above 0, and 1 at most"),
-            ("weight_decay", 0 <= self.weight_decay < math.inf, "0 or more"),
-            ("drop_path", 0 <= self.drop_path < 1, "a probability, from 0 to less than 1"),
-            ("label_smoothing", 0 <= self.label_smoothing < 1, "from 0 to less than 1"),
-            ("min_crop", 0 < self.min_crop <= 1, "a share of the area, above 0, and 1 at most"),
-            ("clip_norm", self.clip_norm is None or self.clip_norm > 0, "above 0"),
-        ):
-            if not fits:
-                raise UserError(
-                    f"Fine-tuning with {name} = {getattr(self, name)} is not possible: it must be {expected}."
-                )
+    epochs: int = Field(100, ge=1)
+    """Passes over the training images."""
+    batch_size: int = Field(1024, ge=1)
+    """Images in a step; at most all training images."""
+    base_lr: float = Field(5e-4, gt=0)
+    """Peak learning rate for 256 images a step; the peak is base_lr * batch_size / 256."""
+    min_lr: float = Field(1e-6, ge=0)
+    """Learning rate at the end of the cosine schedule."""
+    warmup: float = Field(0.05, ge=0, lt=1)
+    """Fraction of the steps over which the learning rate rises linearly from 0."""
+    layer_decay: float = Field(0.65, gt=0, le=1)
+    """Learning rate of a layer over that of the layer above (Bao et al., "BEiT", 2021); a ViL block pair is a layer."""
+    weight_decay: float = Field(0.05, ge=0)
+    """Decoupled weight decay of matrices."""
+    drop_path: float = Field(0.1, ge=0, lt=1)
+    """Probability of skipping a block for a sample (stochastic depth), as the architecture distributes it."""
+    label_smoothing: float = Field(0.1, ge=0, lt=1)
+    """Fraction of a target that is spread over all classes."""
+    min_crop: float = Field(0.08, gt=0, le=1)
+    """Smallest fraction of an image's area that a random crop covers."""
+    clip_norm: float | None = Field(1.0, gt=0)
+    """Largest norm of the gradient; null never clips."""
 
     def length(self, num_images: int) -> tuple[int, int]:
-        """Images in a step, and steps, when there are so many training images."""
+        """Images in a step, and number of steps, for `num_images` training images."""
         batch_size = min(self.batch_size, num_images)
         return batch_size, max(1, round(self.epochs * num_images / batch_size))
 
 
 @dataclass(frozen=True)
 class Classifier:
-    """A fine-tuned network; classes: int64 (K,), the label that each of its outputs stands for."""
+    """A fine-tuned network; classes: int64 (K,), the label of each of its outputs."""
 
     model: nn.Module
     classes: Tensor
-    look: Normalisation
+    normalisation: Normalisation
     precision: Precision
 
     def accuracy(self, test: Shards, *, batch_size: int = 256, workers: int = 0, title: str | None = None) -> float:
-        """Top-1 on the readable images of `test`, in percent, each seen once, cropped at its centre."""
+        """Top-1 on the readable images of `test`, in percent; each image is cropped at its centre."""
         device = self.classes.device
 
         def predict(images: Tensor) -> Tensor:
@@ -111,8 +96,9 @@ class Classifier:
                 return self.model(images.to(device))
 
         self.model.eval()
-        view = CenterCrop(self.look.img_size, self.look.mean, self.look.std)
-        scores = labelled_rows(predict, test, view, self.look.channels, batch_size, workers, title)
+        view = CenterCrop(self.normalisation.img_size, self.normalisation.mean, self.normalisation.std)
+        scores = labelled_rows(predict, test, view, self.normalisation.channels, batch_size, workers, title)
+        assert scores is not None  # this process alone computes them
         return 100 * float((self.classes.cpu()[scores.x.argmax(dim=1)] == scores.y).double().mean())
 
 
@@ -120,7 +106,7 @@ def train_classifier(
     network: Network,
     readout: str,
     train: Shards,
-    settings: Settings,
+    settings: TrainingSettings,
     *,
     seed: int = 0,
     workers: int = 0,
@@ -131,14 +117,16 @@ def train_classifier(
 ) -> Classifier:
     """Train all of `network` and a new linear head on labelled images; its backbone is changed in place.
 
-    readout: where the head sits, one of `HEADS`. Images are seen in the keyed order of pretraining, so the weights
-    depend on `seed` alone, and on micro_batch by rounding. micro_batch: images in a forward pass; None takes what
-    `plan_micro_batch` finds. title: shown with a progress bar on a terminal.
+    readout: the tokens that the head gets, one of `HEADS`. Images come in the keyed order of pretraining: the weights
+    depend on `seed` only, and on micro_batch by rounding. micro_batch: images in a forward pass; None takes the result
+    of `plan_micro_batch`. title: shown with a progress bar on a terminal.
 
     Raises UserError if the loss is no longer finite, or as `plan_micro_batch`.
     """
-    device, look = torch.device(device), network.normalisation
+    device, normalisation = torch.device(device), network.normalisation
     model: Any = network.backbone
+    crop = settings.min_crop, 1.0
+    view = RandomCropFlip(normalisation.img_size, crop, normalisation.mean, normalisation.std)
     classes = torch.from_numpy(np.unique(train.labels)).to(device)  # type: ignore[arg-type]  # all have a label
     batch_size, total = settings.length(len(train))
     warmup = round(settings.warmup * total)
@@ -149,15 +137,15 @@ def train_classifier(
         torch.manual_seed(seed)
         model.reset_classifier(len(classes), HEADS[readout])
         model.to(device).train()
-        micro_batch = micro_batch or plan_micro_batch(model, look, batch_size, device, precision)
+        micro_batch = micro_batch or plan_micro_batch(model, normalisation, batch_size, device, precision)
         parts = math.ceil(batch_size / micro_batch)
         drop_paths = _draw_for_whole_batch(model)
         exempt: set[str] = getattr(model, "no_weight_decay", set)()
         scales = optim.layer_lr_scales(model, settings.layer_decay)
         optimizer = optim.adamw(optim.parameter_groups(model, exempt, lr_scales=scales), _BETAS)
         batches = train_batches(
-            train, [RandomCropFlip(look.img_size, (settings.min_crop, 1.0), look.mean, look.std)], seed=seed,
-            batch_size=batch_size, micro_batch=micro_batch, stop_step=total, workers=workers, channels=look.channels,
+            train, [view], seed=seed, batch_size=batch_size, micro_batch=micro_batch, stop_step=total,
+            workers=workers, channels=normalisation.channels,
         )  # fmt: skip
         with closing(batches), _progress(title) as bar:
             task = bar.add_task(title or "", total=total, note="")
@@ -196,20 +184,20 @@ def train_classifier(
     if damaged:
         log.warning("%d of %d training images cannot be read and were replaced (first: %s)",
                     len(damaged), len(train), next(iter(damaged.values())))  # fmt: skip
-    return Classifier(model, classes, look, precision)
+    return Classifier(model, classes, normalisation, precision)
 
 
 def plan_micro_batch(
-    model: nn.Module, look: Normalisation, batch_size: int, device: torch.device, precision: Precision
+    model: nn.Module, normalisation: Normalisation, batch_size: int, device: torch.device, precision: Precision
 ) -> int:
-    """Images in a forward pass for steps of `batch_size`, so that what autograd keeps of them fits into free memory.
+    """Images in a forward pass for steps of `batch_size`, so that the tensors saved by autograd fit into free memory.
 
-    Measured on one image and on two. On a CPU at most 64, elsewhere at most the whole step, in parts of equal size.
+    Measured with one image and with two. At most 64 on a CPU, at most the whole step elsewhere, in parts of equal size.
     Raises UserError if one image does not fit.
     """
 
     def saved(count: int) -> int:
-        images = torch.zeros(count, look.channels, *look.img_size, device=device)
+        images = torch.zeros(count, normalisation.channels, *normalisation.img_size, device=device)
         with autocast(device, precision):
             return footprint.saved_bytes(model, lambda: model(images))
 
@@ -218,11 +206,11 @@ def plan_micro_batch(
     fixed = max(0, one - each) + footprint.update_bytes(model)
     most = int((_SHARE_OF_FREE * free - fixed) / each)
     if most < 1:
-        height, width = look.img_size
+        height, width = normalisation.img_size
         raise UserError(
             f"fine-tuning on images of {height} x {width} pixels needs at least "
             f"{(each + fixed) / _SHARE_OF_FREE / 2**30:,.2f} GiB, and {free / 2**30:,.2f} GiB are free on {device}: "
-            "take smaller images (--img-size), or end other programs"
+            "use smaller images (img_size), or end other programs"
         )
     if device.type == "cpu":
         most = min(most, _CPU_MICRO_BATCH)
@@ -230,7 +218,7 @@ def plan_micro_batch(
 
 
 class _DropPath(nn.Module):
-    """Stochastic depth as timm's, with one draw for all images of a step, of which a micro-batch takes its part."""
+    """timm's stochastic depth, with one draw for all images of a step, of which a micro-batch takes its part."""
 
     def __init__(self, drop_prob: float, scale_by_keep: bool) -> None:
         super().__init__()
@@ -238,7 +226,7 @@ class _DropPath(nn.Module):
         self.seed, self.first, self.batch_size = 0, 0, 0
 
     def draw_for(self, seed: int, first: int, batch_size: int) -> None:
-        """From now on images are those from number `first` of a step of `batch_size`."""
+        """The next images are those from index `first` on, of a step of `batch_size`."""
         self.seed, self.first, self.batch_size = seed, first, batch_size
 
     def forward(self, x: Tensor) -> Tensor:
@@ -251,7 +239,7 @@ class _DropPath(nn.Module):
 
 
 def _draw_for_whole_batch(model: nn.Module) -> list[_DropPath]:
-    """Replace every stochastic depth of `model`, in place; they have no weights."""
+    """Replace every DropPath module of `model`, in place; they have no weights."""
     replaced = []
     for module in list(model.modules()):
         for name, child in list(module.named_children()):

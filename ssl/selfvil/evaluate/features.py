@@ -1,7 +1,7 @@
 """Features of frozen backbones: one row for each labelled image.
 
-A readout (`selfvil.models.heads`) turns the tokens of an image into its row. Shapes: B images, N images of a data set,
-D features.
+A readout (`selfvil.models.adapter`) turns the tokens of an image into its row. Shapes: B images, N images of a data
+set, D features.
 """
 
 import logging
@@ -9,25 +9,27 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import AfterValidator
 from rich.progress import track
 from torch import Tensor, nn
 
 from selfvil import terminal
 from selfvil.data.index import Shards
+from selfvil.data.ledger import BadSample
 from selfvil.data.loader import ordered_batches
 from selfvil.data.views import CenterCrop
 from selfvil.errors import UserError
-from selfvil.models import VisionLSTM
-from selfvil.models.heads import READOUTS, has_class_token, read_out, usable_readouts
-from selfvil.weights import Network, create_backbone, load_export, load_network, open_checkpoint
+from selfvil.evaluate.processes import Processes
+from selfvil.models.adapter import READOUTS, adapt
+from selfvil.settings import Section
 
 log = logging.getLogger(__name__)
 
 Precision = Literal["fp32", "bf16"]
+ALONE = Processes()
 
 
 @dataclass(frozen=True)
@@ -44,24 +46,33 @@ class Features:
         return Features(self.x.to(device), self.y.to(device))
 
 
+def _known(readout: str) -> str:
+    if readout not in READOUTS:
+        raise ValueError(f"there is no readout {readout!r}; choose one of: {', '.join(READOUTS)}")
+    return readout
+
+
+class FeatureSettings(Section):
+    """Settings of an evaluation that fits on frozen features."""
+
+    readout: Annotated[str, AfterValidator(_known)] | None = None
+    """How tokens become features: mean, cls, first_last_mean ...; null takes the architecture's usual readout."""
+
+
 def choose_readout(backbone: nn.Module, readout: str | None = None) -> str:
     """`readout` if `backbone` has the tokens for it; for None, the architecture's usual one for frozen features.
 
-    A Vision-LSTM reads from both ends, so its first and last token have seen the whole image; a ViT, and a Vision-LSTM
-    built so, has a class token or registers for that; for anything else the mean is left.
+    A Vision-LSTM: its first and last token, each of which ends a scan over the whole image, and the mean. With a class
+    token or, in a Vision-LSTM, registers: these and the mean. Any other network: the mean.
 
     Raises UserError for an unknown readout, or one without its tokens.
     """
     if readout is None:
-        if has_class_token(backbone):
-            return "cls_mean"
-        if isinstance(backbone, VisionLSTM):
-            return "registers_mean" if backbone.global_pool == "registers" else "first_last_mean"
-        return "mean"
+        return adapt(backbone).frozen_readout
     if readout not in READOUTS:
         raise UserError(f"There is no readout {readout!r}; choose one of: {', '.join(READOUTS)}.")
-    if readout not in usable_readouts(backbone):
-        needed = "a class token" if readout.startswith("cls") else "registers to be read from"
+    if readout not in adapt(backbone).usable_readouts():
+        needed = "a class token" if readout.startswith("cls") else "registers as its output"
         raise UserError(f"The readout {readout!r} needs {needed}, which {type(backbone).__name__} does not have.")
     return readout
 
@@ -82,30 +93,34 @@ def extract(
     device: torch.device | str | None = None,
     precision: Precision = "fp32",
     title: str | None = None,
-) -> Features:
-    """Features of every readable image in `shards`, in their order, on the CPU.
+    processes: Processes = ALONE,
+) -> Features | None:
+    """Features of every readable image in `shards`, in their order, on the CPU of the main process; None on others.
 
     Each image is resized and cropped at its centre to `img_size` (H, W), and normalised with mean and std per channel.
     The backbone moves to `device` (None: a GPU if there is one) and runs in evaluation mode, without gradients, in
-    float32 or bf16 autocast; afterwards its mode is as before. batch_size: images in a pass (None: 64 on a CPU, 256
-    elsewhere). title: shown with a progress bar on a terminal.
+    float32 or bf16 autocast; its mode is restored afterwards. batch_size: images in a pass (None: 64 on a CPU, 256
+    elsewhere). title: shown with a progress bar on a terminal. Several processes share the batches; each batch is the
+    same as with one process, so features are the same too. A collective where there are several.
 
-    Raises UserError if images have no labels, or for a readout the backbone cannot give.
+    Raises UserError if images have no labels, or for a readout the backbone does not have.
     """
     readout = choose_readout(backbone, readout)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if batch_size is None:
-        batch_size = 64 if device.type == "cpu" else 256  # what a CPU's caches hold is a third faster
+        batch_size = 64 if device.type == "cpu" else 256  # batches that fit into a CPU's caches are a third faster
     was_training = backbone.training
     backbone.to(device).eval()
     autocast: Any = torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
 
     def row(images: Tensor) -> Tensor:
         with autocast:
-            return read_out(backbone, images.to(device), readout)
+            return adapt(backbone).read_out(images.to(device), readout)
 
+    view = CenterCrop(img_size, mean, std)
     try:
-        return labelled_rows(row, shards, CenterCrop(img_size, mean, std), len(mean), batch_size, workers, title)
+        with processes.same_buffers(backbone):
+            return labelled_rows(row, shards, view, len(mean), batch_size, workers, title, processes)
     finally:
         backbone.train(was_training)
 
@@ -118,16 +133,18 @@ def raw_pixels(
     batch_size: int = 256,
     workers: int = 2,
     title: str | None = None,
-) -> Features:
-    """The pixels themselves, 0 to 1, of images resized and cropped to `img_size`: what a probe gets without a network.
+    processes: Processes = ALONE,
+) -> Features | None:
+    """The pixels themselves, 0 to 1, of images resized and cropped to `img_size`: the features of no network.
 
-    x is (N, channels · H · W). Raises UserError if images have no labels.
+    x is (N, channels · H · W); None but on the main process. Raises UserError if images have no labels.
     """
     view = CenterCrop(img_size, [0.0] * channels, [1.0] * channels)
-    return labelled_rows(lambda images: images.flatten(1), shards, view, channels, batch_size, workers, title)
+    return labelled_rows(
+        lambda images: images.flatten(1), shards, view, channels, batch_size, workers, title, processes
+    )
 
 
-@torch.no_grad()
 def labelled_rows(
     row: Callable[[Tensor], Tensor],
     shards: Shards,
@@ -136,41 +153,58 @@ def labelled_rows(
     batch_size: int,
     workers: int,
     title: str | None,
-) -> Features:
+    processes: Processes = ALONE,
+) -> Features | None:
     """`row` of every readable image in `shards`, in their order, on the CPU: images (B, channels, H, W) to rows (B, D).
 
+    Each process computes the rows of its part of the batches; the main process gathers them, the others return None.
     Raises UserError if images have no labels.
     """
-    need_labels(shards)
-    batches = ordered_batches(shards, view, batch_size=batch_size, workers=workers, channels=channels)
-    xs, ys, bad = [], [], []
-    for batch in track(
-        batches,
-        description=title or "",
-        total=-(-len(shards) // batch_size),
-        console=terminal.console(stderr=True),
-        transient=True,
-        disable=title is None or not sys.stderr.isatty(),
-    ):
-        bad += batch.bad
-        replaced = {sample.position for sample in batch.bad}
-        kept = torch.tensor([position not in replaced for position in batch.positions.tolist()])
-        xs.append(row(batch.views[0][kept]).float().cpu())
-        ys.append(batch.labels[kept].cpu())
+
+    @torch.no_grad()
+    def own_part() -> tuple[Tensor, Tensor, list[BadSample]]:
+        require_labels(shards)
+        batches = ordered_batches(
+            shards, view, batch_size=batch_size, workers=workers, channels=channels, rank=processes.rank,
+            world_size=processes.world_size,
+        )  # fmt: skip
+        xs, ys, bad = [], [], []
+        for batch in track(
+            batches,
+            description=title or "",
+            total=-(-len(shards) // batch_size // processes.world_size),
+            console=terminal.console(stderr=True),
+            transient=True,
+            disable=title is None or not sys.stderr.isatty() or not processes.is_main,
+        ):
+            bad += batch.bad
+            replaced = {sample.position for sample in batch.bad}
+            kept = torch.tensor([position not in replaced for position in batch.positions.tolist()])
+            xs.append(row(batch.views[0][kept]).float().cpu())
+            ys.append(batch.labels[kept].cpu())
+        if not xs:  # more processes than batches
+            return torch.zeros(0, 0), torch.zeros(0, dtype=torch.int64), bad
+        return torch.cat(xs), torch.cat(ys), bad
+
+    x, y, bad = processes.together(own_part)
+    bad = [sample for part in processes.exchange(bad) for sample in part]
+    everyones_x, everyones_y = processes.gather_rows(x), processes.gather_rows(y)
+    if everyones_x is None or everyones_y is None:
+        return None
     if bad:
         first = bad[0]
         log.warning("%d of %d images cannot be read and are left out (first: %s in %s: %s)",
                     len(bad), len(shards), first.key, first.shard, first.reason)  # fmt: skip
-    return Features(torch.cat(xs), torch.cat(ys))
+    return Features(everyones_x, everyones_y)
 
 
-def need_labels(shards: Shards) -> None:
+def require_labels(shards: Shards) -> None:
     """Raises UserError if any image has no label."""
     unlabelled = len(shards) if shards.labels is None else int((shards.labels < 0).sum())
     if unlabelled:
         raise UserError(
-            f"{unlabelled} of the {len(shards)} images in {names(shards)} have no label, and a probe needs one (.cls) "
-            f"for each: pack a folder with one subfolder for each class, `selfvil pack SOURCE OUT`."
+            f"{unlabelled} of the {len(shards)} images in {names(shards)} have no label, and an evaluation needs one "
+            f"(.cls) for each: pack a folder with one subfolder for each class, `selfvil pack SOURCE OUT`."
         )
 
 
@@ -180,7 +214,7 @@ def names(shards: Shards) -> str:
     return f"{shards.paths[0]}{f' and {more} more shard' if more else ''}{'s' if more > 1 else ''}"
 
 
-# --- what a protocol needs -------------------------------------------------------------------------------------------
+# --- what an evaluation needs ----------------------------------------------------------------------------------------
 
 
 def shared_classes(train: Features, test: Features) -> tuple[Tensor, Tensor, Tensor]:
@@ -206,25 +240,3 @@ def shared_classes(train: Features, test: Features) -> tuple[Tensor, Tensor, Ten
             f"{int(classes[-1])}. Give both parts of the same data set."
         )
     return classes, train_ids, torch.searchsorted(classes, test.y.to(classes.device))
-
-
-def load_backbone(
-    source: str | Path, *, network: str | None = None, untrained: bool = False, seed: int = 0, **overrides: Any
-) -> Network:
-    """The backbone that `source` holds, how its images were presented, and how many it saw.
-
-    source: an export folder, a run folder (its newest valid checkpoint) or a checkpoint folder. network: which one of
-    a run; None takes its choice. untrained=True gives the same architecture, freshly initialised from `seed`.
-    overrides: arguments of `timm.create_model` that change no weight's shape, such as drop_path_rate.
-    Raises UserError as `selfvil.export` does.
-    """
-    source = Path(source)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        if (source / "config.json").is_file():
-            if network is not None:
-                raise UserError(f"{source} is an export and holds one network: leave out the choice of {network!r}.")
-            return load_export(source, pretrained=not untrained, **overrides)
-        saved = open_checkpoint(source)
-        saved.meta["model"]["kwargs"].update(overrides)
-        return create_backbone(saved.meta) if untrained else load_network(saved, network)

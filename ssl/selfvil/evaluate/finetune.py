@@ -1,41 +1,38 @@
 """Fine-tune a backbone with a linear head, and compare it with a linear probe on the same tokens, frozen.
 
-    rows = finetune("exported", "train-{000..009}.tar", "test-000.tar", settings=Settings(epochs=5), baselines=True)
-
-A Vision-LSTM's head sees its first and last token side by side (Bilateral Concat: Alkin et al., "Vision-LSTM", 2024), a
-ViT's the class token; beside it stands the mean of all patch tokens. What is scored is the network after its last
-step: the test images choose nothing.
+The head of a Vision-LSTM gets its first and last token, concatenated (Bilateral Concat: Alkin et al., "Vision-LSTM",
+2024), that of a ViT the class token; a second head gets the mean of all patch tokens. The network after the last step
+is scored: nothing is chosen on the test images. One process fine-tunes on one device. On a CPU, the same seed and
+number of threads give the same weights bit for bit, unless memory is too short for the same micro-batches.
 """
 
-import logging
+import copy
 import time
 from collections import OrderedDict
-from collections.abc import Callable
-from dataclasses import asdict, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import nn
 
-from selfvil import runtime
-from selfvil.data.index import Pattern, Shards, open_shards
+from selfvil.data.index import Shards
 from selfvil.errors import UserError
-from selfvil.evaluate.checks import check_parts
-from selfvil.evaluate.classifier import Settings, plan_micro_batch, train_classifier
-from selfvil.evaluate.features import Features, Precision, extract, load_backbone
-from selfvil.evaluate.linear import few_label_probe, linear_probe
+from selfvil.evaluate.classifier import TrainingSettings, plan_micro_batch, train_classifier
+from selfvil.evaluate.features import Features
+from selfvil.evaluate.few_label import few_label_probe
+from selfvil.evaluate.linear import linear_probe, require_probe_labels
 from selfvil.evaluate.saved import add_score, export_classifier
-from selfvil.evaluate.score import Row
-from selfvil.export import need_new_folder
-from selfvil.models.heads import choose_readout
-from selfvil.version import __version__
+from selfvil.evaluate.task import Score, Task
+from selfvil.models.adapter import adapt
+from selfvil.settings import PathText, Size
+from selfvil.timm_folder import require_new_folder
 from selfvil.weights import Network
 
-log = logging.getLogger(__name__)
-
-# Two heads' tokens, read in one pass.
+# Readouts of two heads -> the readout that has the tokens of both.
 _TOGETHER: dict[tuple[str, ...], str] = {
     ("bilateral_concat", "mean"): "first_last_mean",
     ("cls", "mean"): "cls_mean",
@@ -44,125 +41,121 @@ _TOGETHER: dict[tuple[str, ...], str] = {
 _FEW_STEPS = 100
 
 
-def finetune(
-    source: str | Path,
-    train: Pattern,
-    test: Pattern,
-    *,
-    settings: Settings | None = None,
-    labels_per_class: int | None = None,
-    baselines: bool = False,
-    readout: str | None = None,
-    network: str | None = None,
-    image: str | None = None,
-    img_size: int | tuple[int, int] | None = None,
-    workers: int = 2,
-    device: torch.device | str | None = None,
-    precision: Precision = "fp32",
-    seed: int = 0,
-    keep: Callable[[list[Row]], None] | None = None,
-    out: str | Path | None = None,
-) -> list[Row]:
-    """Accuracy of the backbone in `source`, fine-tuned and frozen, under each head; and of the same one untrained.
+class Settings(TrainingSettings):
+    """Accuracy after fine-tuning the whole network, and of a linear probe on the same tokens, frozen."""
 
-    Args:
-        source: an export folder, a run folder or a checkpoint folder.
-        train, test: patterns of labelled shards.
-        settings: of the fine-tuning; None takes the published ones.
-        labels_per_class: learn from so few images of each class, drawn by `seed`; None takes all.
-        baselines: also do all of it with the untrained network.
-        readout: the only head wanted, one of `HEADS`; None takes the architecture's own, and the mean beside it.
-        network: which network of a run ("student", "teacher"); None takes the run's choice.
-        image: extension of the image to use where samples have several, as in `open_shards`.
-        img_size: side of the images, or height and width, in pixels; None takes that of pretraining. Learned positions
-            are resampled.
-        precision: float32 or bf16 autocast, in training and in scoring.
-        seed: of the order of images, their augmentation, stochastic depth, the draw of labels, the untrained network.
-        keep: called with all rows so far after each new one, so that a later failure loses none.
-        out: a new folder for the fine-tuned network with the first head, which timm loads. It is written before the
-            network is scored.
+    readout: Literal["bilateral_concat", "cls", "registers", "mean"] | None = None
+    """The only head; null takes the one that the architecture is made for, and one on the mean of the patch tokens."""
+    labels_per_class: int | None = Field(None, ge=1)
+    """Images of each class to learn from, drawn by the seed; null uses all."""
+    img_size: Size | None = None
+    """Height and width of the images in pixels; null takes those of pretraining. Learned positions are resampled."""
+    out: PathText | None = None
+    """New folder for the fine-tuned network with the first head, which timm loads; written before it is scored."""
 
-    One process on one device. On a CPU, the same seed and number of threads give the same weights bit for bit, unless
-    memory is so short that micro-batches must be smaller.
-    Raises UserError for anything wrong with source, shards, labels or settings, before training starts.
-    """
-    settings = settings or Settings()
-    out = None if out is None else need_new_folder(out)
-    if precision not in ("fp32", "bf16"):
-        raise UserError(f"There is no precision {precision!r}; choose one of: fp32, bf16.")
-    given = load_backbone(source, network=network, drop_path_rate=settings.drop_path)
-    heads = choose_heads(given.backbone, readout)
-    given = resize(given, img_size)
-    all_train, test_shards = open_shards(train, image=image), open_shards(test, image=image)
-    for warning in check_parts(all_train, test_shards, protocols=["linear"], labels_per_class=labels_per_class):
-        log.warning(warning)
-    train_shards = all_train if labels_per_class is None else _FewLabels(all_train, labels_per_class, seed)
-    batch_size, steps = settings.length(len(train_shards))
+
+def check(task: Task, settings: Settings) -> list[str]:
+    """Raises UserError for too few labels, a readout or size the network does not allow, too little memory, or a folder
+    that cannot be written; warns of few steps."""
+    if settings.out is not None:
+        require_new_folder(settings.out)
+    require_probe_labels(torch.as_tensor(task.train.labels), settings.labels_per_class)
+    batch_size, steps = settings.length(len(_training_images(task, settings)))
+    if task.network is not None:
+        choose_heads(task.network.backbone, settings.readout)
+        network = resize(copy.deepcopy(task.network), settings.img_size)
+        model = network.backbone.to(task.device)
+        plan_micro_batch(model, network.normalisation, batch_size, task.device, task.precision)
     if steps < _FEW_STEPS:
-        log.warning("Fine-tuning takes only %d steps of %d images: smaller batches give more.", steps, batch_size)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    plan_micro_batch(given.backbone.to(device), given.normalisation, batch_size, device, precision)  # or refuse now
-    size = given.normalisation.img_size
-    del given
-    how_tuned = asdict(settings) | {"precision": precision, "img_size": list(size)}
-    few = "" if labels_per_class is None else f", {labels_per_class} labels per class"
+        return [f"Fine-tuning takes only {steps} steps of {batch_size} images: smaller batches give more."]
+    return []
+
+
+def evaluate(task: Task, settings: Settings) -> Iterator[Score]:
+    """Top-1 accuracy for each head: of linear probes on the frozen network, then of the fine-tuned networks.
+
+    Every process extracts features; the main process alone fits and fine-tunes. Raw pixels have no score.
+    """
+    if task.network is None:
+        return
+    train = _training_images(task, settings)
+    heads = choose_heads(task.network.backbone, settings.readout)
+    began = time.monotonic()
+    frozen = task.processes.together(lambda: _new_network(task, settings))
+    joint = _TOGETHER.get(tuple(heads), heads[0])
+    parts = [task.extract(frozen, shards, joint, part) for part, shards in (("train", train), ("test", task.test))]
+    if parts[0] is None or parts[1] is None:
+        return
+    extracted = time.monotonic() - began
+    tuning = settings.model_dump(mode="json", include=set(TrainingSettings.model_fields))
+    tuning |= {"precision": task.precision, "img_size": list(frozen.normalisation.img_size)}
+    few = "" if settings.labels_per_class is None else f", {settings.labels_per_class} labels per class"
     epochs = f"{settings.epochs} epoch{'s' if settings.epochs > 1 else ''}"
 
-    def row(
-        network: Network, protocol: str, value: float, head: str, seconds: float, how: dict[str, Any] | None = None
-    ) -> Row:
-        return Row(
-            name, protocol + few, value, None, head, len(train_shards), len(test_shards), seed, round(seconds, 1),
-            str(source), network.samples_seen, runtime.device_name(device),
-            {"selfvil": __version__, "torch": torch.__version__}, runtime.commit(), how or {},
-        )  # fmt: skip
+    def score(kind: str, protocol: str, head: str, value: float, seconds: float, how: dict[str, Any]) -> Score:
+        return Score(f"{kind}_{head}", protocol + few, value, None, head, len(train), len(task.test), seconds, how)
 
-    rows: list[Row] = []
-
-    def add(new: Row) -> None:
-        rows.append(new)
-        if keep is not None:
-            keep(rows)
-
-    for name in ("pretrained", "untrained") if baselines else ("pretrained",):
-        how: dict[str, Any] = {
-            "network": network, "untrained": name == "untrained", "seed": seed, "drop_path_rate": settings.drop_path
-        }  # fmt: skip
-        frozen, began = resize(load_backbone(source, **how), img_size), time.monotonic()
-        seen = _frozen(frozen, heads, train_shards, test_shards, workers, device, precision, name)
-        extracted = time.monotonic() - began
-        for head, (train_features, test_features) in seen.items():
-            began = time.monotonic()
-            if labels_per_class is None:
-                value = linear_probe(train_features, test_features, seed=seed).accuracy
+    for head, (train_features, test_features) in _split(frozen, heads, parts[0], parts[1], task.device).items():
+        began = time.monotonic()
+        with task.processes.interrupts():
+            if settings.labels_per_class is None:
+                value = linear_probe(train_features, test_features, seed=task.seed).accuracy
             else:
-                value, _ = few_label_probe(train_features, test_features, labels_per_class, draws=1)
-            add(row(frozen, "linear probe", value, head, extracted + time.monotonic() - began))
-        for head in heads:
-            began, title = time.monotonic(), f"{name}, {head}"
-            tuned = resize(load_backbone(source, **how), img_size)
-            classifier = train_classifier(
-                tuned, head, train_shards, settings, seed=seed, workers=workers, device=device, precision=precision,
-                title=title,
-            )  # fmt: skip
-            wanted = out is not None and name == "pretrained" and head == heads[0]
-            if out is not None and wanted:
-                export_classifier(
-                    classifier, out, source=source, network=tuned, readout=head, train=train_shards, settings=how_tuned
-                )
-            value = classifier.accuracy(test_shards, workers=workers, title=f"{title}, test images")
-            if out is not None and wanted:
-                add_score(out, value, test_shards)
-            add(row(tuned, f"fine-tuning, {epochs}", value, head, time.monotonic() - began, how_tuned))
-    return rows
+                value, _ = few_label_probe(train_features, test_features, settings.labels_per_class, draws=1)
+        yield score("frozen", "linear probe", head, value, extracted + time.monotonic() - began, {})
+    for head in heads:
+        began = time.monotonic()
+        with task.processes.interrupts():
+            value = _fine_tune(task, settings, train, head, tuning, save=head == heads[0])
+        yield score("finetune", f"fine-tuning, {epochs}", head, value, time.monotonic() - began, tuning)
+
+
+def _fine_tune(task: Task, settings: Settings, train: Shards, head: str, tuning: dict[str, Any], save: bool) -> float:
+    """Accuracy of a new copy of the network, fine-tuned with `head`, and written to `settings.out` if `save`."""
+    network, title = _new_network(task, settings), f"{task.name}, {head}"
+    classifier = train_classifier(
+        network, head, train, settings, seed=task.seed, workers=task.workers, device=task.device,
+        precision=task.precision, title=title,
+    )  # fmt: skip
+    out = Path(settings.out) if settings.out is not None and save and task.name == "pretrained" else None
+    if out is not None:
+        export_classifier(
+            classifier, out, source=task.source, network=network, readout=head, train=train, settings=tuning
+        )
+    accuracy = classifier.accuracy(task.test, workers=task.workers, title=f"{title}, test images")
+    if out is not None:
+        add_score(out, accuracy, task.test)
+    return accuracy
+
+
+def _new_network(task: Task, settings: Settings) -> Network:
+    return resize(task.create(drop_path_rate=settings.drop_path), settings.img_size)
+
+
+def _training_images(task: Task, settings: Settings) -> Shards:
+    if settings.labels_per_class is None:
+        return task.train
+    return _FewLabels(task.train, settings.labels_per_class, task.seed)
+
+
+def _split(
+    network: Network, heads: list[str], train: Features, test: Features, device: torch.device
+) -> dict[str, tuple[Features, Features]]:
+    """The features of each head, from those of all heads together."""
+    widths = [adapt(network.backbone).readout_dim(head) for head in heads]
+    columns = zip(*(features.x.split(widths, dim=1) for features in (train, test)))
+    return {
+        head: (Features(train_x, train.y).to(device), Features(test_x, test.y).to(device))
+        for head, (train_x, test_x) in zip(heads, columns)
+    }
 
 
 def choose_heads(backbone: nn.Module, readout: str | None = None) -> list[str]:
-    """The head `backbone` is made for, and the mean of its patch tokens beside it; or `readout` alone.
+    """The readout that `backbone` is made for, and the mean of its patch tokens; or `readout` alone.
 
-    Raises UserError for a readout no head can be put on, or one whose token the backbone lacks.
+    Raises UserError for a readout that no head can be put on, or one whose token the backbone lacks.
     """
-    own = choose_readout(backbone)[0]
+    own = adapt(backbone).default_readout
     usable = list(dict.fromkeys([own, "mean"]))
     if readout is None:
         return usable
@@ -174,36 +167,8 @@ def choose_heads(backbone: nn.Module, readout: str | None = None) -> list[str]:
     return [readout]
 
 
-def _frozen(
-    network: Network,
-    heads: list[str],
-    train: Shards,
-    test: Shards,
-    workers: int,
-    device: torch.device,
-    precision: Precision,
-    name: str,
-) -> dict[str, tuple[Features, Features]]:
-    """What each head sees of the frozen network's training and test images, from one pass over them."""
-    look = network.normalisation
-    both = [
-        extract(
-            network.backbone, shards, img_size=look.img_size, mean=look.mean, std=look.std,
-            readout=_TOGETHER.get(tuple(heads), heads[0]), workers=workers, device=device, precision=precision,
-            title=f"{name}, {part} images",
-        )
-        for part, shards in (("train", train), ("test", test))
-    ]  # fmt: skip
-    widths = [choose_readout(network.backbone, head)[1] for head in heads]
-    columns = zip(*(features.x.split(widths, dim=1) for features in both))
-    return {
-        head: (Features(train_x, both[0].y).to(device), Features(test_x, both[1].y).to(device))
-        for head, (train_x, test_x) in zip(heads, columns)
-    }
-
-
 def resize(network: Network, img_size: int | tuple[int, int] | None) -> Network:
-    """`network` for images of another side, or height and width, in pixels; None leaves it as it is.
+    """`network` for images of another side, or height and width, in pixels; None changes nothing.
 
     Its backbone is changed in place: learned positions are resampled. Raises UserError if it cannot take such images.
     """
@@ -221,13 +186,13 @@ def resize(network: Network, img_size: int | tuple[int, int] | None) -> Network:
     except (AssertionError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"{type(backbone).__name__} cannot take images of {height} x {width} pixels (--img-size): {reason}"
+            f"{type(backbone).__name__} cannot take images of {height} x {width} pixels (img_size): {reason}"
         ) from None
     return network._replace(normalisation=replace(network.normalisation, img_size=(height, width)))
 
 
 class _FewLabels(Shards):
-    """As many images of each class of `shards` as asked for, drawn by `seed`, as shards of their own."""
+    """`labels_per_class` images of each class of `shards`, drawn by `seed`, as shards of their own."""
 
     def __init__(self, shards: Shards, labels_per_class: int, seed: int) -> None:
         self.all, self.paths = shards, shards.paths
@@ -237,7 +202,7 @@ class _FewLabels(Shards):
         ]
         self.ids = np.sort(np.concatenate(drawn))
         self.labels = labels[self.ids]
-        self._descriptors = OrderedDict()  # none of its own
+        self._descriptors = OrderedDict()  # it opens no file
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -6,12 +6,15 @@ and 200.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any
 
 import torch.nn.functional as F
+from pydantic import BeforeValidator, Field
 
 from selfvil.errors import UserError
-from selfvil.evaluate.features import Features, shared_classes
+from selfvil.evaluate.features import Features, FeatureSettings, shared_classes
+from selfvil.evaluate.task import Figure, Score, Task
 
 log = logging.getLogger(__name__)
 
@@ -19,13 +22,42 @@ KS = (10, 20, 100, 200)
 _CHUNK_ELEMENTS = 2**26  # similarities held at once: 256 MiB
 
 
+def _list(value: Any) -> Any:
+    return [value] if isinstance(value, int) else value
+
+
+class Settings(FeatureSettings):
+    """Accuracy of weighted k-nearest-neighbour classification of frozen features."""
+
+    k: Annotated[list[Annotated[int, Field(ge=1)]], BeforeValidator(_list), Field(min_length=1)] = list(KS)  # noqa: RUF012
+    """Numbers of neighbours that vote, one accuracy each; a number, or a list of them."""
+    temperature: float = Field(0.07, gt=0)
+    """A neighbour of cosine similarity s has the weight exp(s / temperature)."""
+
+
+def check(task: Task, settings: Settings) -> list[str]:
+    """Raises UserError if there are fewer training images than neighbours."""
+    require_neighbours(len(task.train), settings.k)
+    return []
+
+
+def evaluate(task: Task, settings: Settings) -> Iterator[Score]:
+    """Top-1 accuracy for each k."""
+
+    def fit(train: Features, test: Features) -> Iterator[Figure]:
+        for k, accuracy in knn(train, test, settings.k, settings.temperature).items():
+            yield Figure(f"knn_{k}", f"k-NN, k = {k}", accuracy)
+
+    return task.score_features(settings.readout, fit, settings.model_dump(mode="json"))
+
+
 def knn(train: Features, test: Features, ks: Sequence[int] = KS, temperature: float = 0.07) -> dict[int, float]:
     """Top-1 accuracy on `test` in percent, for each k, with `train` as the neighbours.
 
-    Computed in float32 where `train.x` lies. Any k beyond the number of training images is left out, with a note.
+    Computed in float32 on the device of `train.x`. Any k beyond the number of training images is left out, with a note.
     Raises UserError if none is left, the features do not fit each other, or a test label is not among train's.
     """
-    need_neighbours(len(train), ks)
+    require_neighbours(len(train), ks)
     fitting = sorted({k for k in ks if 1 <= k <= len(train)})
     if len(fitting) < len(set(ks)):
         log.warning("k-NN leaves out k = %s: there are %d training images", sorted({*ks} - {*fitting}), len(train))
@@ -36,16 +68,16 @@ def knn(train: Features, test: Features, ks: Sequence[int] = KS, temperature: fl
     chunk = max(1, _CHUNK_ELEMENTS // len(bank))
     for part, truth in zip(queries.split(chunk), test_labels.to(bank.device).split(chunk)):
         similarity, neighbours = (part @ bank.T).topk(fitting[-1], dim=1)
-        # Only ratios of votes count; relative to the nearest neighbour no temperature can overflow.
+        # Only ratios of votes matter; relative to the nearest neighbour, no temperature can overflow.
         votes = ((similarity - similarity[:, :1]) / temperature).exp()
-        voted = bank_labels.to(bank.device)[neighbours]
+        labels = bank_labels.to(bank.device)[neighbours]
         for k in fitting:
-            scores = votes.new_zeros(len(part), len(classes)).scatter_add_(1, voted[:, :k], votes[:, :k])
+            scores = votes.new_zeros(len(part), len(classes)).scatter_add_(1, labels[:, :k], votes[:, :k])
             correct[k] += int((scores.argmax(dim=1) == truth).sum())
-    return {k: 100 * hits / len(test) for k, hits in correct.items()}
+    return {k: 100 * count / len(test) for k, count in correct.items()}
 
 
-def need_neighbours(num_train: int, ks: Sequence[int] = KS) -> None:
+def require_neighbours(num_train: int, ks: Sequence[int] = KS) -> None:
     """Raises UserError if no k is possible with so few training images."""
     if not any(1 <= k <= num_train for k in ks):
         raise UserError(f"k-NN with k in {sorted(ks)} needs at least {min(ks)} training images, found {num_train}.")

@@ -2,24 +2,28 @@
 
     minimise over W (D, K), b (K,):   mean_n CE(x_n W + b, y_n) + strength/2 · ‖W‖²
 
-The problem is convex, so its optimum is the answer and the solver only a matter of time. L-BFGS runs in coordinates in
-which the curvature at W = 0 is one: the Hessian there is (XᵀX/N) ⊗ (I - 1/K)/K + strength, so features are rotated to
-the principal axes of X, where the penalty keeps its form, and each axis is divided by the root of its curvature. That
-takes a third to a fifth of the steps. With fewer images than features the rotation also leaves out the directions
-that no image has, where the optimum is zero.
+The problem is convex: the solver changes the time, not the optimum. L-BFGS runs in coordinates in which the curvature
+at W = 0 is one. The Hessian there is (XᵀX/N) ⊗ (I - 1/K)/K + strength, so features are rotated to the principal axes
+of X, where the penalty keeps its form, and each axis is divided by the root of its curvature. This takes a third to a
+fifth of the steps. With fewer images than features, the rotation also removes the directions in which no image has a
+component; there the optimum is zero.
 """
 
 import logging
+import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor
 
 from selfvil.errors import UserError
-from selfvil.evaluate.features import Features, shared_classes
+from selfvil.evaluate.features import Features, FeatureSettings, shared_classes
+from selfvil.evaluate.task import Figure, Score, Task
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +31,40 @@ STRENGTHS = tuple(10.0 ** (power / 2) for power in range(0, -11, -1))  # 1, 10^-
 _TOLERANCE = 1e-5  # on the largest gradient entry, in the solver's coordinates
 _TOLERANCE_OF_CHOICE = 1e-4  # enough to rank strengths
 _MAX_STEPS = 500
-_SMALL = 2**23  # entries of a matrix on which threads wait for each other longer than they work
+_SMALL = 2**23  # entries of a matrix; below this, synchronising threads takes longer than the arithmetic
+
+
+class Settings(FeatureSettings):
+    """Accuracy of a linear probe: a logistic regression on frozen features, its strength chosen on held-out images."""
+
+    probe_seeds: int = Field(1, ge=1)
+    """Number of probes, whose mean and deviation are reported: seeds seed, seed + 1, ... of the held-out images."""
+    strengths: list[Annotated[float, Field(gt=0)]] = Field(list(STRENGTHS), min_length=1)
+    """Strengths of the L2 penalty to choose from."""
+    holdout: float = Field(0.1, gt=0, lt=1)
+    """Fraction of the training images of each class on which the strength is chosen."""
+
+
+def check(task: Task, settings: Settings) -> list[str]:
+    """Raises UserError if there are fewer than two classes, or no images to hold out."""
+    require_probe_labels(torch.as_tensor(task.train.labels), None)
+    return []
+
+
+def evaluate(task: Task, settings: Settings) -> Iterator[Score]:
+    """Top-1 accuracy, the mean over `probe_seeds`."""
+
+    def fit(train: Features, test: Features) -> Iterator[Figure]:
+        seeds = range(task.seed, task.seed + settings.probe_seeds)
+        probes = [
+            linear_probe(train, test, strengths=settings.strengths, holdout=settings.holdout, seed=seed)
+            for seed in seeds
+        ]
+        values = [probe.accuracy for probe in probes]
+        deviation = statistics.stdev(values) if len(values) > 1 else None
+        yield Figure("linear", "linear probe", statistics.mean(values), deviation)
+
+    return task.score_features(settings.readout, fit, settings.model_dump(mode="json"))
 
 
 @dataclass(frozen=True)
@@ -50,77 +87,36 @@ def linear_probe(
 ) -> LinearResult:
     """Fit on `train`, score on `test`.
 
-    Features are standardised by train's statistics. The strength is the best on a held-out share of train (drawn by
-    `seed`, the same share of every class; the stronger one of equals); the fit that is scored is on all of train.
-    Computed in float32 where `train.x` lies.
+    Features are standardised by the statistics of train. The chosen strength is the best on a held-out part of train
+    (drawn by `seed`, the same fraction of every class; of equals, the stronger). The scored fit is on all of train.
+    Computed in float32 on the device of `train.x`.
 
-    Raises UserError for strengths or shares out of range, features that do not fit each other, test labels that train
-    lacks, fewer than two classes, or too few images to hold any out.
+    Raises UserError for strengths or a holdout out of range, features that do not fit each other, test labels absent
+    from train, fewer than two classes, or too few images to hold any out.
     """
     if not strengths or min(strengths) <= 0 or not 0 < holdout < 1:
         raise UserError(f"A probe needs strengths above 0 and 0 < holdout < 1, got {list(strengths)} and {holdout}.")
     classes, y, truth = shared_classes(train, test)
-    need_for_probe(train.y, None)
-    x, queries = _standardised(train, test)
-    with _threads_for(x.numel()):
-        axes, spread = _principal_axes(x)
+    require_probe_labels(train.y, None)
+    x, queries = standardised(train, test)
+    with threads_for(x.numel()):
+        axes, spread = principal_axes(x)
         x, queries = x @ axes, queries @ axes
         fitted, held = _stratified_split(y, holdout, seed)
         x_fitted, y_fitted, x_held, y_held = x[fitted], y[fitted], x[held], y[held]
         start, path, held_out = None, {}, {}
         for strength in sorted(set(strengths), reverse=True):  # each fit starts from the one before
-            start = _fit(x_fitted, y_fitted, len(classes), strength, spread, start, _TOLERANCE_OF_CHOICE)
-            path[strength], held_out[strength] = start, _accuracy(start, x_held, y_held)
+            start = solve(x_fitted, y_fitted, len(classes), strength, spread, start, _TOLERANCE_OF_CHOICE)
+            path[strength], held_out[strength] = start, accuracy(start, x_held, y_held)
         best = max(held_out, key=lambda strength: (held_out[strength], strength))
-        weights = _fit(x, y, len(classes), best, spread, path[best])
+        weights = solve(x, y, len(classes), best, spread, path[best])
     if len(held_out) > 2 and best == min(held_out):
         log.warning("The linear probe chose its weakest strength, %g: a weaker one may do better.", best)
-    return LinearResult(_accuracy(weights, queries, truth.to(queries.device)), best, held_out)
+    return LinearResult(accuracy(weights, queries, truth.to(queries.device)), best, held_out)
 
 
-def few_label_probe(
-    train: Features,
-    test: Features,
-    labels_per_class: int = 5,
-    draws: int = 20,
-    seed: int = 0,
-    strength: float | None = None,
-) -> tuple[float, float]:
-    """Mean and standard deviation, over `draws`, of the test accuracy in percent with a few labels for each class.
-
-    Each draw takes `labels_per_class` training images of every class at random; draws depend on `seed` and labels
-    alone, so networks are compared on the same ones. So few labels leave nothing to choose a strength on: it is fixed,
-    1 / (number of labels) unless given, which is scikit-learn's C = 1. Standardised by the statistics of the whole of
-    train, which needs no labels.
-
-    Raises UserError as `linear_probe`, or if a class has too few images.
-    """
-    if labels_per_class < 1 or draws < 1 or (strength is not None and strength <= 0):
-        raise UserError(
-            f"labels_per_class, draws and strength must be above 0, got {labels_per_class}, {draws}, {strength}."
-        )
-    classes, y, truth = shared_classes(train, test)
-    need_for_probe(train.y, labels_per_class)
-    x, queries = _standardised(train, test)
-    strength = strength or 1 / (labels_per_class * len(classes))
-    generator = torch.Generator().manual_seed(seed)
-    accuracies = []
-    labels = y.cpu()
-    starts = F.pad(labels.bincount().cumsum(0), (1, 0))[:-1]
-    with _threads_for(labels_per_class * len(classes) * x.shape[1]):
-        for _ in range(draws):
-            order = torch.randperm(len(labels), generator=generator)
-            order = order[labels[order].argsort(stable=True)]  # by class, at random within
-            chosen = order[(starts[:, None] + torch.arange(labels_per_class)).flatten()].to(x.device)
-            axes, spread = _principal_axes(x[chosen])
-            weights = _fit(x[chosen] @ axes, y[chosen], len(classes), strength, spread)
-            accuracies.append(_accuracy(weights, queries @ axes, truth.to(queries.device)))
-    values = torch.tensor(accuracies, dtype=torch.float64)
-    return float(values.mean()), float(values.std()) if draws > 1 else 0.0
-
-
-def need_for_probe(labels: Tensor, labels_per_class: int | None) -> None:
-    """Raises UserError if training labels (N,) are too few: for a probe on all of them, or on some of each class."""
+def require_probe_labels(labels: Tensor, labels_per_class: int | None) -> None:
+    """Raises UserError if training labels (N,) are too few for a probe on all, or on some of each class."""
     classes, counts = labels.unique(return_counts=True)
     if len(classes) < 2:
         raise UserError(f"All training images have the label {int(classes[0])}; a probe needs at least two classes.")
@@ -138,7 +134,7 @@ def need_for_probe(labels: Tensor, labels_per_class: int | None) -> None:
 # --- the solver ------------------------------------------------------------------------------------------------------
 
 
-def _fit(
+def solve(
     x: Tensor,
     y: Tensor,
     num_classes: int,
@@ -167,7 +163,7 @@ def _fit(
     def objective() -> Tensor:
         w = weight * scale
         log_p = F.log_softmax(x @ w + bias * bias_scale, dim=1)
-        # Summed in float64: the rounding of a float32 sum is what would stop the line search too early.
+        # The sum is in float64: the rounding of a float32 sum would stop the line search too early.
         loss = F.nll_loss(log_p, y, reduction="none").double().mean() + strength / 2 * w.double().square().sum()
         residual = log_p.exp_()
         residual[torch.arange(len(y), device=y.device), y] -= 1
@@ -186,8 +182,8 @@ def _fit(
 
 
 @contextmanager
-def _threads_for(entries: int) -> Iterator[None]:
-    """One thread within, if matrices are small: over ten times faster on a busy machine, no slower on an idle one."""
+def threads_for(entries: int) -> Iterator[None]:
+    """One thread within, if matrices are small: over ten times faster on a busy machine, as fast on an idle one."""
     before = torch.get_num_threads()
     torch.set_num_threads(1 if entries < _SMALL else before)
     try:
@@ -196,8 +192,8 @@ def _threads_for(entries: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _principal_axes(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Orthonormal axes (D, R), R = min(N, D), whose span holds every row of x (N, D), and the mean squares on them."""
+def principal_axes(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Orthonormal axes (D, R), R = min(N, D), that span the rows of x (N, D), and the mean squares along them."""
     wide = x.double()
     if len(x) < x.shape[1]:
         _, singular, axes = torch.linalg.svd(wide, full_matrices=False)
@@ -206,8 +202,8 @@ def _principal_axes(x: Tensor) -> tuple[Tensor, Tensor]:
     return axes.to(x.dtype), spread.clamp_min(0).to(x.dtype)
 
 
-def _standardised(train: Features, test: Features) -> tuple[Tensor, Tensor]:
-    """Both, less train's mean and divided by its standard deviation; a feature that never changes becomes zero."""
+def standardised(train: Features, test: Features) -> tuple[Tensor, Tensor]:
+    """Both, minus the mean of train, divided by its standard deviation; a constant feature becomes zero."""
     x = train.x.float()
     mean = x.mean(dim=0)
     std = x.std(dim=0, correction=0)
@@ -215,16 +211,16 @@ def _standardised(train: Features, test: Features) -> tuple[Tensor, Tensor]:
     return (x - mean) / std, (test.x.to(x) - mean) / std
 
 
-def _accuracy(weights: tuple[Tensor, Tensor], x: Tensor, y: Tensor) -> float:
+def accuracy(weights: tuple[Tensor, Tensor], x: Tensor, y: Tensor) -> float:
     return 100 * float(((x @ weights[0] + weights[1]).argmax(dim=1) == y).double().mean())
 
 
-def _stratified_split(y: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Rows to fit on and rows held out: of each class about `share` of its images, at least one, but never all."""
+def _stratified_split(y: Tensor, holdout: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Rows to fit on and rows held out: of each class about the fraction `holdout`, at least one row, but never all."""
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
     held = torch.zeros(len(y), dtype=torch.bool)
     labels = y.cpu()
     for label in range(int(labels.max()) + 1):
         rows = order[labels[order] == label]
-        held[rows[: min(max(1, round(share * len(rows))), len(rows) - 1)]] = True
+        held[rows[: min(max(1, round(holdout * len(rows))), len(rows) - 1)]] = True
     return (~held).nonzero()[:, 0].to(y.device), held.nonzero()[:, 0].to(y.device)

@@ -1,15 +1,15 @@
-"""Score a backbone: features once for each network, then every protocol that was asked for on them.
+"""Score a backbone by the evaluations of the table; features are computed once for each network and readout.
 
     rows = score("exported", "train-{000..009}.tar", "test-000.tar", baselines=True)
+    rows = score("exported", ..., {"few_label": settings("few_label", {"labels_per_class": 10})})
 
-Two baselines say what pretraining was worth: the same architecture untrained, and the pixels themselves.
+Two baselines show what pretraining gained: the same architecture untrained, and the pixels themselves.
 """
 
 import logging
-import statistics
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,25 +18,17 @@ from rich.table import Table
 
 from selfvil.data.index import Pattern, open_shards
 from selfvil.errors import UserError
+from selfvil.evaluate import ALL, evaluation, settings
 from selfvil.evaluate.checks import check_parts
-from selfvil.evaluate.features import (
-    Features,
-    Precision,
-    choose_readout,
-    extract,
-    load_backbone,
-    raw_pixels,
-)
-from selfvil.evaluate.knn import knn
-from selfvil.evaluate.linear import few_label_probe, linear_probe
+from selfvil.evaluate.features import ALONE, Precision
+from selfvil.evaluate.processes import Processes
+from selfvil.evaluate.task import Task
 from selfvil.runtime import commit, device_name
+from selfvil.settings import Section
 from selfvil.version import __version__
-from selfvil.weights import Network, Normalisation
+from selfvil.weights import load_pretrained
 
 log = logging.getLogger(__name__)
-
-PROTOCOLS = ("knn", "linear")
-_RAW_SIDE = 32  # pixels; the longer side of images whose pixels are probed
 
 
 @dataclass(frozen=True)
@@ -45,7 +37,7 @@ class Row:
 
     value: top-1 accuracy in percent, or its mean over draws or seeds; deviation: standard deviation over these, if any.
     seconds: wall time of features and protocol together. samples_seen: images seen in pretraining. settings: of the
-    protocol, where it has any.
+    evaluation.
     """
 
     network: str
@@ -69,13 +61,9 @@ def score(
     source: str | Path,
     train: Pattern,
     test: Pattern,
+    evaluations: Mapping[str, Section] | None = None,
     *,
-    protocols: Sequence[str] = PROTOCOLS,
-    labels_per_class: int | None = None,
-    draws: int = 20,
-    probe_seeds: int = 1,
     baselines: bool = False,
-    readout: str | None = None,
     network: str | None = None,
     image: str | None = None,
     batch_size: int | None = None,
@@ -84,73 +72,68 @@ def score(
     precision: Precision = "fp32",
     seed: int = 0,
     keep: Callable[[list[Row]], None] | None = None,
+    processes: Processes = ALONE,
 ) -> list[Row]:
-    """Accuracy of the backbone in `source` on labelled shards, and of the baselines if asked for.
+    """Scores of the backbone in `source` on labelled shards, and of the baselines if `baselines` is set.
 
     Args:
         source: an export folder, a run folder or a checkpoint folder.
         train, test: shard patterns.
-        protocols: of "knn" (DINO's k-NN, four values of k) and "linear" (logistic regression).
-        labels_per_class: fit the linear probe on so few labels, mean over `draws`; None uses all labels.
-        probe_seeds: linear probes on all labels, of which the mean is reported: seeds seed, seed + 1, ...
-        readout: how tokens become features, one of `models.heads.READOUTS`; None takes the architecture's usual one.
+        evaluations: names of `evaluate.EVALUATIONS` and their settings; None: knn and linear with their defaults.
         network: which network of a run ("student", "teacher"); None takes the run's choice.
         image: extension of the image to use where samples have several, as in `open_shards`.
-        seed: of the untrained network, of the held-out part and of the draws.
-        keep: called with all rows so far after each protocol, so that a later failure loses none.
+        batch_size: images in a forward pass of feature extraction; None: 64 on a CPU, 256 elsewhere.
+        precision: float32 or bf16 autocast.
+        seed: of the untrained network, of held-out images, of draws and of fine-tuning.
+        keep: called with all rows so far after each new one, so that a later failure loses none.
+        processes: which share the images; every one calls this, and the main process alone has rows.
 
-    Raises UserError for anything wrong with source, shards or labels, before features are computed.
+    Raises UserError for anything wrong with source, shards, labels or settings, before features are computed.
     """
-    if unknown := [protocol for protocol in protocols if protocol not in PROTOCOLS]:
-        raise UserError(f"There is no protocol {unknown[0]!r}; choose of: {', '.join(PROTOCOLS)}.")
-    if probe_seeds < 1:
-        raise UserError(f"There must be at least one probe, got probe_seeds = {probe_seeds}.")
-    pretrained = load_backbone(source, network=network)
-    readout = choose_readout(pretrained.backbone, readout)
-    shards = open_shards(train, image=image), open_shards(test, image=image)
-    for warning in check_parts(*shards, protocols=protocols, labels_per_class=labels_per_class):
-        log.warning(warning)
+    chosen = {name: settings(name) for name in ALL} if evaluations is None else evaluations
+    if precision not in ("fp32", "bf16"):
+        raise UserError(f"There is no precision {precision!r}; choose one of: fp32, bf16.")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    load = partial(load_pretrained, source, network=network, seed=seed)
 
-    def features(name: str, subject: Network | Normalisation) -> Iterator[Features]:
-        for part, each in zip(("train", "test"), shards):
-            title = f"{name}, {part} images"
-            if isinstance(subject, Normalisation):
-                yield raw_pixels(
-                    each, _raw_size(subject), channels=subject.channels, workers=workers, title=title,
-                )  # fmt: skip
-            else:
-                look = subject.normalisation
-                yield extract(
-                    subject.backbone, each, img_size=look.img_size, mean=look.mean, std=look.std, readout=readout,
-                    batch_size=batch_size, workers=workers, device=device, precision=precision, title=title,
-                )  # fmt: skip
+    def task(name: str) -> Task:
+        create = partial(load, untrained=name == "untrained")
+        loaded = create()
+        return Task(
+            name, None if name == "raw pixels" else loaded, loaded.normalisation,
+            open_shards(train, image=image), open_shards(test, image=image), create, device=device,
+            precision=precision, batch_size=batch_size, workers=workers, seed=seed, source=str(source),
+            processes=processes,
+        )  # fmt: skip
 
-    subjects: dict[str, tuple[Network | Normalisation, str]] = {"pretrained": (pretrained, readout)}
-    if baselines:
-        untrained = load_backbone(source, network=network, untrained=True, seed=seed)
-        height, width = _raw_size(pretrained.normalisation)
-        subjects["untrained"] = untrained, readout
-        subjects["raw pixels"] = pretrained.normalisation, f"{height} x {width} pixels"
-    rows = []
-    for name, (subject, how) in subjects.items():
-        began = time.monotonic()
-        train_features, test_features = (part.to(device) for part in features(name, subject))
-        extracted = time.monotonic() - began
-        for protocol in protocols:
-            began = time.monotonic()
-            results = _run(protocol, train_features, test_features, labels_per_class, draws, probe_seeds, seed)
-            seconds = extracted + time.monotonic() - began
-            rows += [
-                Row(
-                    name, label, value, deviation, how, len(train_features), len(test_features), seed,
-                    round(seconds, 1), str(source), subject.samples_seen if isinstance(subject, Network) else 0,
-                    device_name(device), {"selfvil": __version__, "torch": torch.__version__}, commit(),
-                )
-                for label, (value, deviation) in results.items()
-            ]  # fmt: skip
-            if keep is not None:
-                keep(rows)
+    def checked() -> Task:
+        first = task("pretrained")
+        warnings = check_parts(first.train, first.test)
+        for name, each in chosen.items():
+            warnings += evaluation(name).check(first, each)
+        for warning in warnings:
+            log.log(logging.WARNING if processes.is_main else logging.DEBUG, warning)
+        return first
+
+    rows: list[Row] = []
+    subject = processes.together(checked)
+    for name in ("pretrained", "untrained", "raw pixels") if baselines else ("pretrained",):
+        if name != "pretrained":
+            subject = processes.together(partial(task, name))
+        for evaluated, each in chosen.items():
+            for found in evaluation(evaluated).evaluate(subject, each):
+                values = {key: value for key, value in vars(found).items() if key != "metric"}
+                values["seconds"] = round(found.seconds, 1)
+                rows.append(
+                    Row(
+                        network=name, seed=seed, source=str(source),
+                        samples_seen=subject.network.samples_seen if subject.network is not None else 0,
+                        device=device_name(device), versions={"selfvil": __version__, "torch": torch.__version__},
+                        commit=commit(), **values,
+                    )
+                )  # fmt: skip
+                if keep is not None:
+                    keep(rows)
     return rows
 
 
@@ -172,28 +155,3 @@ def as_table(rows: Sequence[Row]) -> Table:
 def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """The rows as plain values."""
     return [asdict(row) for row in rows]
-
-
-def _run(
-    protocol: str,
-    train: Features,
-    test: Features,
-    labels_per_class: int | None,
-    draws: int,
-    probe_seeds: int,
-    seed: int,
-) -> dict[str, tuple[float, float | None]]:
-    """What was measured -> (percent, deviation)."""
-    if protocol == "knn":
-        return {f"k-NN, k = {k}": (value, None) for k, value in knn(train, test).items()}
-    if labels_per_class is None:
-        values = [linear_probe(train, test, seed=each).accuracy for each in range(seed, seed + probe_seeds)]
-        return {"linear probe": (statistics.mean(values), statistics.stdev(values) if probe_seeds > 1 else None)}
-    label = f"linear probe, {labels_per_class} labels per class, {draws} draws"
-    return {label: few_label_probe(train, test, labels_per_class, draws, seed)}
-
-
-def _raw_size(look: Normalisation) -> tuple[int, int]:
-    shrink = min(1.0, _RAW_SIDE / max(look.img_size))
-    height, width = (max(1, round(side * shrink)) for side in look.img_size)
-    return height, width

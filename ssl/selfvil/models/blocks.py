@@ -1,8 +1,10 @@
-"""Blocks of Vision-LSTM, in pairs, and the orders in which they read.
+"""Blocks of Vision-LSTM, in pairs, and their scan orders.
 
-The traversals beside "alternating" are those of the published ablations (Alkin et al., "Vision-LSTM", 2024, version 1).
+The traversals other than "alternating" are those of the published ablations (Alkin et al., "Vision-LSTM", 2024,
+version 1).
 
-Shapes: B images, K tokens of the sequence (kept patches of a grid, and extra tokens if there are any), C channels.
+Shapes: B images, L tokens of the sequence (kept patches and extra tokens), C channels. Where tokens stand:
+`selfvil.models.layout`.
 """
 
 from typing import Any, NamedTuple
@@ -11,18 +13,19 @@ from timm.layers import DropPath, LayerScale, PatchEmbed
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
-from selfvil.models.layers import Grid, ResidualLayerNorm, ViLLayer
+from selfvil.models.layers import ResidualLayerNorm, ViLLayer
+from selfvil.models.layout import TokenLayout
 from selfvil.models.mlp_block import MLPBlock
-from selfvil.models.order import Columns
 
 
 class Traversal(NamedTuple):
-    """How blocks read.
+    """The scans of a network's blocks.
 
-    directions: readings within each block: 1, 2 (both ways) or 4 (rows and columns, both ways).
-    shared: they share their parameters.
-    alternates: with one reading, every second block reads backwards.
-    columns: and every second pair reads columns instead of rows.
+    Attributes:
+        directions: scans within each block: 1, 2 (both directions) or 4 (rows and columns, in both directions).
+        shared: the scans of a block share their parameters.
+        alternates: every second block scans from the last token to the first.
+        columns: every second pair scans columns instead of rows.
     """
 
     directions: int = 1
@@ -44,9 +47,9 @@ TRAVERSALS = {
 
 @register_notrace_module
 class OverlappingPatchEmbed(PatchEmbed):
-    """timm's patch embedding with a stride, in pixels, that may be less than the patch; None takes the patch.
+    """timm's patch embedding with a stride, in pixels, which may be smaller than the patch; None takes the patch size.
 
-    `grid_size` stays that of patches without overlap: it is the grid for which positions are learned, as published.
+    `grid_size` remains that of patches without overlap: it is the grid for which positions are learned, as published.
     """
 
     def __init__(self, img_size, patch_size, in_chans: int, embed_dim: int, stride: int | None = None) -> None:
@@ -56,12 +59,13 @@ class OverlappingPatchEmbed(PatchEmbed):
             self.proj.stride = (stride, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images (B, C, H, W) to tokens (B, H', W', dim). Raises ValueError if sides are not whole patches."""
-        # timm's own has the sizes in its assertions' messages, for which torch.compile would compile each size anew.
+        """Images (B, C, H, W) to tokens (B, H', W', dim). Raises ValueError if the patch does not divide the sides."""
+        # timm's version formats the sizes into the messages of its assertions, so that torch.compile would compile
+        # again for each size.
         if x.shape[-2] % self.patch_size[0] or x.shape[-1] % self.patch_size[1]:
             raise ValueError(
-                f"an image of {x.shape[-2]}x{x.shape[-1]} pixels is no grid of {self.patch_size[0]}x"
-                f"{self.patch_size[1]} patches: both sides must be multiples of the patch's"
+                f"an image of {x.shape[-2]}x{x.shape[-1]} pixels cannot be divided into patches of "
+                f"{self.patch_size[0]}x{self.patch_size[1]}: both sides must be multiples of the patch's"
             )
         return self.norm(self.proj(x).permute(0, 2, 3, 1))
 
@@ -87,9 +91,9 @@ class ViLBlock(nn.Module):
 
     Args:
         dim: width C of the tokens.
-        drop_path: probability of leaving the block out for a sample.
-        init_values: initial value of LayerScale; None leaves LayerScale out, as published.
-        bias: see `ViLLayer`, as for all further arguments.
+        drop_path: probability of skipping the block for a sample.
+        init_values: initial value of LayerScale; None omits LayerScale, as published.
+        reverse, directions, shared, conv, bias, num_blocks: see `ViLLayer`.
     """
 
     def __init__(
@@ -113,9 +117,9 @@ class ViLBlock(nn.Module):
         self.ls = nn.Identity() if init_values is None else LayerScale(dim, init_values)
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
-    def forward(self, x: Tensor, grid: Grid, keep: Tensor | None = None, places: Tensor | None = None) -> Tensor:
-        """x (B, K, C), the kept tokens of `grid` in order (all of them if `keep` is None), to the same shape."""
-        return x + self.drop_path(self.ls(self.layer(self.norm(x), grid, keep, places)))
+    def forward(self, x: Tensor, layout: TokenLayout) -> Tensor:
+        """Sequence x (B, L, C) to the same shape."""
+        return x + self.drop_path(self.ls(self.layer(self.norm(x), layout)))
 
 
 BLOCKS: dict[str, type[nn.Module]] = {"gated": ViLBlock, "mlp": MLPBlock}
@@ -123,15 +127,18 @@ BLOCKS: dict[str, type[nn.Module]] = {"gated": ViLBlock, "mlp": MLPBlock}
 
 @register_notrace_module
 class ViLBlockPair(nn.Module):
-    """Two blocks, the first reading the image from its first token, the second, unless told otherwise, from its last.
+    """Two blocks. In most traversals the first scans from the first token, and the second from the last.
 
     Args:
         dim: width C of the tokens.
-        index: number of the pair in its network, which decides between rows and columns in "quad_alternating".
+        index: number of the pair in its network; in "quad_alternating", odd pairs scan columns.
         traversal: a name from `TRAVERSALS`.
-        single: leave out the second block, as at the end of an odd number of blocks.
+        single: omit the second block, at the end of a network with an odd number of blocks.
         block: "gated", as published, or "mlp" (see `selfvil.models.mlp_block`).
         options: of the blocks, see `ViLBlock` and `MLPBlock`.
+
+    Raises:
+        ValueError: the block or the traversal does not exist.
     """
 
     def __init__(
@@ -149,28 +156,27 @@ class ViLBlockPair(nn.Module):
             raise ValueError(f"block = {block!r} does not exist; choose one of: {', '.join(BLOCKS)}")
         if traversal not in TRAVERSALS:
             raise ValueError(f"traversal = {traversal!r} does not exist; choose one of: {', '.join(TRAVERSALS)}")
-        order = TRAVERSALS[traversal]
-        self.columns = order.columns and index % 2 == 1
+        scans = TRAVERSALS[traversal]
+        self.columns = scans.columns and index % 2 == 1
         self.first, second = (
             BLOCKS[block](
                 dim,
-                reverse=order.alternates and is_second,
-                directions=order.directions,
-                shared=order.shared,
+                reverse=scans.alternates and is_second,
+                directions=scans.directions,
+                shared=scans.shared,
                 **options,
             )
             for is_second in (False, True)
         )
         self.second = None if single else second
 
-    def forward(self, x: Tensor, grid: Grid, keep: Tensor | None = None, places: Tensor | None = None) -> Tensor:
-        """x (B, K, C), the kept tokens of `grid` in order (all of them if `keep` is None), to the same shape."""
-        if self.columns:  # both blocks read the transposed image: it is transposed but once, outside of them
-            columns = Columns(x, grid, keep, places)
-            return columns.to_rows(self.run(columns.from_rows(x), columns.grid, columns.keep, columns.places))
-        return self.run(x, grid, keep, places)
+    def forward(self, x: Tensor, layout: TokenLayout) -> Tensor:
+        """Sequence x (B, L, C) to the same shape."""
+        if not self.columns:
+            return self._run(x, layout)
+        # Both blocks scan columns: reorder the tokens once, not in each block.
+        return layout.to_rows(self._run(layout.to_columns(x), layout.columns))
 
-    def run(self, x: Tensor, grid: Grid, keep: Tensor | None, places: Tensor | None) -> Tensor:
-        """Both blocks one after the other."""
-        x = self.first(x, grid, keep, places)
-        return x if self.second is None else self.second(x, grid, keep, places)
+    def _run(self, x: Tensor, layout: TokenLayout) -> Tensor:
+        x = self.first(x, layout)
+        return x if self.second is None else self.second(x, layout)

@@ -1,15 +1,15 @@
 """The building blocks of Vision-LSTM.
 
 Alkin et al., "Vision-LSTM: xLSTM as Generic Vision Backbone" (2024), version 2: a 3 × 3 depthwise convolution, biases
-everywhere, and blocks in pairs of which the second reads the image backwards. Version 1 differs in a causal convolution
-along the sequence and in fewer biases. Layers of the published ablations read both ways, or rows and columns both ways.
+everywhere, and blocks in pairs, the second of which scans the image from its last token to its first. Version 1 differs
+in a causal convolution along the sequence and in fewer biases. Layers of the published ablations scan in both
+directions, or rows and columns in both directions.
 
-No tensor is flipped for that. The published network flips the tokens and convolves the flipped grid; without the flip
-the same comes of a kernel turned by 180° (a causal one: turned and padded on the right) and of an mLSTM that reads
-from the end.
+No tensor of tokens is flipped. The published network flips the tokens and convolves the flipped grid. A kernel rotated
+by 180° (a causal one: flipped and padded on the right) and an mLSTM that starts at the end give the same result.
 
-Shapes: B images, N = H·W patches on the full grid, K tokens of the sequence (kept patches, and extra tokens if there
-are any), C channels of the block, E = 2·C inside it, h heads.
+Shapes: B images, L tokens of the sequence (kept patches and extra tokens), C channels of the block, E = 2·C inside it,
+h heads. Where tokens stand: `selfvil.models.layout`.
 """
 
 import math
@@ -21,21 +21,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from selfvil.models.convolution import convolve, depthwise_conv
-from selfvil.models.order import Columns, Grid, steps_of
+from selfvil.models.layout import TokenLayout
 from selfvil.ops import fused, linear, mlstm
 
 EXPANSION = 2
 NUM_HEADS = 4
 QKV_BLOCK = 4
-"""Width of the diagonal blocks that the projections to q, k and v consist of."""
+"""Width of the diagonal blocks in the projections to q, k and v."""
 MERGED_BLOCK = 32
-"""Most width of the blocks that are really multiplied: fewer products with zeros in them beat many tiny ones."""
+"""Maximum width of the blocks that are multiplied: few products that include zeros are faster than many small ones."""
 MERGED_BLOCK_CONV = 16
-"""The same where they are the groups of a convolution."""
+"""The same where the blocks are the groups of a convolution."""
 
 
 class ResidualLayerNorm(nn.Module):
-    """LayerNorm over the last axis whose weight is stored as its distance from 1, so that decay would pull it to 1."""
+    """LayerNorm over the last axis; its weight is stored minus 1, so that weight decay pulls it to 1."""
 
     def __init__(self, dim: int, eps: float = 1e-5, bias: bool = True) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class ResidualLayerNorm(nn.Module):
 
 
 class HeadNorm(ResidualLayerNorm):
-    """The same for each head apart, and heads put back together: (B, h, N, E/h) to (B, N, E)."""
+    """LayerNorm over each head, whose results are concatenated: (B, h, L, E/h) to (B, L, E)."""
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.layer_norm(x, x.shape[-1:], eps=self.eps).transpose(1, 2).flatten(2)
@@ -64,7 +64,7 @@ class Linear(nn.Linear):
 
 
 class BlockDiagonalLinear(nn.Module):
-    """A linear map in which each `QKV_BLOCK` neighbouring channels mix among themselves, and the split into heads.
+    """A linear map by a block-diagonal matrix, with blocks of width `QKV_BLOCK`, and the split into heads.
 
     The weight is (E / QKV_BLOCK, QKV_BLOCK, QKV_BLOCK), as published.
     """
@@ -75,47 +75,46 @@ class BlockDiagonalLinear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(dim)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, N, E) to (B, h, N, E/h)."""
+        """(B, L, E) to (B, h, L, E/h)."""
         if x.device.type == "cpu" and x.dtype == torch.bfloat16:
-            # In half the time of products: oneDNN's convolutions read groups of channels where they lie, in a grid of
-            # one row, while its products of bfloat16 copy each group first, and copy what comes out to all.
+            # Takes half the time of matrix products. oneDNN's convolution reads groups of channels in place, on a grid
+            # of one row; its bfloat16 products first copy each group, and then copy the result.
             weight = self.merged_weight(MERGED_BLOCK_CONV)
             y = F.conv2d(x.mT.unsqueeze(2), weight.flatten(0, 1)[..., None, None], self.bias, groups=len(weight))
             return y.squeeze(2).mT.unflatten(2, (NUM_HEADS, -1)).transpose(1, 2).contiguous()
         weight = self.merged_weight(MERGED_BLOCK)
         groups, width, _ = weight.shape
-        y = x.reshape(-1, groups, width).transpose(0, 1)  # (groups, B·N, width)
+        y = x.reshape(-1, groups, width).transpose(0, 1)  # (groups, B·L, width)
         y = y @ weight.mT if self.bias is None else torch.baddbmm(self.bias.view(groups, 1, width), y, weight.mT)
         y = y.view(NUM_HEADS, groups // NUM_HEADS, *x.shape[:2], width)
         return y.permute(2, 0, 3, 1, 4).flatten(3)
 
-    def merged_weight(self, most: int) -> Tensor:
-        """The same map with larger, partly empty blocks: (E / W, W, W), of a width W <= `most` that cuts no head."""
+    def merged_weight(self, max_width: int) -> Tensor:
+        """The same map with larger blocks that include zeros, (E / W, W, W); W <= `max_width` divides a head width."""
         head_dim = len(self.weight) * QKV_BLOCK // NUM_HEADS
-        width = max(w for w in range(QKV_BLOCK, most + 1, QKV_BLOCK) if head_dim % w == 0)
+        width = max(w for w in range(QKV_BLOCK, max_width + 1, QKV_BLOCK) if head_dim % w == 0)
         small = self.weight.view(-1, width // QKV_BLOCK, QKV_BLOCK, QKV_BLOCK)
         diagonal = torch.diag_embed(small.permute(0, 2, 3, 1))  # (E / W, out, in, W / QKV_BLOCK, W / QKV_BLOCK)
         return diagonal.permute(0, 3, 1, 4, 2).reshape(-1, width, width)
 
     def folded_into(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Weight (O, E) and bias (O,) of this map followed by a linear one with `weight` (O, E)."""
+        """Weight (O, E) and bias (O,) of the product of this map and a linear map with `weight` (O, E)."""
         blocks = weight.unflatten(1, (-1, QKV_BLOCK))
         bias = weight.new_zeros(len(weight)) if self.bias is None else weight @ self.bias
         return torch.einsum("ogi,gij->ogj", blocks, self.weight).flatten(1), bias
 
 
-class Reader(nn.Module):
-    """One reading of a sequence: convolution, mLSTM, per-head norm and skip.
+class GatedScan(nn.Module):
+    """One mLSTM scan in one direction: convolution, projections, mLSTM, per-head norm and skip.
 
     Args:
         inner: width E of the tokens.
         conv: one of `selfvil.models.convolution.CONVS`.
-        bias: of the projections and the norm; convolution and gates always have one.
+        bias: of the projections and the norm; the convolution and the gates always have one.
     """
 
     def __init__(self, inner: int, *, conv: str | None = "2d", bias: bool = True) -> None:
         super().__init__()
-        self.gap_aware = self.compact_conv = False
         self.conv = depthwise_conv(conv, inner)
         self.q_proj = BlockDiagonalLinear(inner, bias)
         self.k_proj = BlockDiagonalLinear(inner, bias)
@@ -127,7 +126,7 @@ class Reader(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialise as published: small-init with the width outside the block, a forget gate that starts open."""
+        """Initialise as published: small-init with the width outside the block, forget gates near 1."""
         for proj in (self.q_proj, self.k_proj, self.v_proj):
             nn.init.normal_(proj.weight, std=math.sqrt(2 * EXPANSION / (5 * self.skip.numel())))
             if proj.bias is not None:
@@ -138,25 +137,23 @@ class Reader(nn.Module):
         with torch.no_grad():
             self.fgate.bias.copy_(torch.linspace(3.0, 6.0, NUM_HEADS))
 
-    def read(
+    def scan(
         self,
         x: Tensor,
-        grid: Grid,
-        keep: Tensor | None,
-        places: Tensor | None,
+        layout: TokenLayout,
         reverse: bool,
         gate: Tensor | None = None,
-        on_forget_gates: Callable[[Tensor], None] | None = None,
+        forget_gate_recorder: Callable[[Tensor], None] | None = None,
     ) -> Tensor:
-        """Sequence x (B, K, E) to the same shape, read from its last token if `reverse`; times SiLU of a gate.
+        """Sequence x (B, L, E) to the same shape, scanned from its last token if `reverse`; times SiLU of `gate`.
 
-        `on_forget_gates` is called with the forget gates' pre-activations (B, h, K).
+        `forget_gate_recorder` is called with the forget gates' pre-activations (B, h, L).
         """
         fuse = fused.applies(x)
-        if fuse and isinstance(self.conv, nn.Conv2d) and keep is None and places is None:
-            conv = fused.conv_silu(x, self.conv.weight, self.conv.bias, grid, reverse)  # type: ignore[arg-type]
+        if fuse and isinstance(self.conv, nn.Conv2d) and layout.dense:
+            conv = fused.conv_silu(x, self.conv.weight, self.conv.bias, layout.grid, reverse)  # type: ignore[arg-type]
         else:
-            conv = F.silu(self.convolve(x, grid, keep, places, reverse))
+            conv = F.silu(x if self.conv is None else convolve(self.conv, x, layout, reverse=reverse))
         if fuse:
             projections = (self.q_proj, self.k_proj, self.v_proj)
             weights, biases = [p.weight for p in projections], [p.bias for p in projections]
@@ -164,26 +161,19 @@ class Reader(nn.Module):
         else:
             i, f = self.gates(conv, x)
             q, k, v = self.q_proj(conv), self.k_proj(conv), self.v_proj(x)
-        if on_forget_gates is not None:
-            on_forget_gates(f)
-        steps = steps_of(keep, places, grid[0] * grid[1]) if self.gap_aware and keep is not None else None
-        h = mlstm(q, k, v, i, f, reverse=reverse, positions=steps)
+        if forget_gate_recorder is not None:
+            forget_gate_recorder(f)
+        h = mlstm(q, k, v, i, f, reverse=reverse, positions=layout.scan_positions)
         if fuse:
             norm = self.outnorm
             return fused.norm_skip_gate(h, conv, gate, norm.weight, norm.bias, self.skip, norm.eps)
         h = torch.addcmul(self.outnorm(h), self.skip.to(conv.dtype), conv)
         return h if gate is None else h * F.silu(gate)
 
-    def convolve(self, x: Tensor, grid: Grid, keep: Tensor | None, places: Tensor | None, reverse: bool) -> Tensor:
-        """Depthwise convolution of tokens (B, K, E), or x itself if there is none."""
-        if self.conv is None:
-            return x
-        return convolve(self.conv, x, grid, keep, places, reverse=reverse, compact=self.compact_conv)
-
     def gates(self, conv: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Pre-activations (B, h, K), float32 or better, of the input and the forget gate.
+        """Pre-activations (B, h, L) of the input and the forget gate, in float32 or better.
 
-        Biases are added after the step up to float32: the forget gate's are large beside what the tokens add.
+        Biases are added after the conversion to float32: the forget gate's are large compared to the rest.
         """
         conv_weight, x_weight, bias = self.gate_weights()
         gates = F.linear(conv, conv_weight) + F.linear(x, x_weight)
@@ -194,8 +184,8 @@ class Reader(nn.Module):
     def gate_weights(self) -> tuple[Tensor, Tensor, Tensor]:
         """Weights (2 h, E) of both gates for the convolved and for the plain branch, and their bias (2 h,).
 
-        The gates are linear in q, k and v, and these in the branches (B, K, E), so that folding the weights saves
-        reading q, k, v once more.
+        The gates are linear in q, k and v, and these are linear in the branches (B, L, E): with the weights multiplied
+        first, q, k and v need not be loaded from memory again.
         """
         weight = torch.cat([self.igate.weight, self.fgate.weight])
         bias = torch.cat([self.igate.bias, self.fgate.bias])
@@ -205,19 +195,19 @@ class Reader(nn.Module):
         return wq + wk, wv, bias + bq + bk + bv
 
 
-class ViLLayer(Reader):
+class ViLLayer(GatedScan):
     """The mLSTM layer of Vision-LSTM: up-projection, convolution, mLSTM, gate, down-projection.
 
-    Between the projections the sequence may be read more than once, and what is read is summed: as published, each
-    further reading has parameters of its own, or shares those of the first.
+    Between the projections there may be several scans, whose results are summed. As published, each scan after the
+    first has parameters of its own, or shares those of the first.
 
     Args:
         dim: width C of the tokens, a multiple of 8.
-        reverse: read the tokens from the last to the first.
-        directions: 1, 2 (both ways) or 4 (rows and columns, both ways).
+        reverse: scan from the last token to the first.
+        directions: 1, 2 (both directions) or 4 (rows and columns, in both directions).
         shared: all directions share parameters.
         conv: one of `selfvil.models.convolution.CONVS`.
-        bias: of projections and norms, as in version 2; convolution and gates always have one.
+        bias: of projections and norms, as in version 2; the convolution and the gates always have one.
         num_blocks: layers in the network, for the scale of the down-projection; None takes 1, as published.
     """
 
@@ -238,10 +228,10 @@ class ViLLayer(Reader):
         super().__init__(inner, conv=conv, bias=bias)
         self.reverse = reverse
         self.directions = directions
-        self.on_forget_gates: Callable[[int, Tensor], None] | None = None  # see `selfvil.monitor.gates`
+        self.forget_gate_recorder: Callable[[int, Tensor], None] | None = None  # set by `selfvil.diagnostics.gates`
         self.proj_up = Linear(dim, 2 * inner, bias=bias)
-        self.further = nn.ModuleList(
-            Reader(inner, conv=conv, bias=bias) for _ in range(0 if shared else directions - 1)
+        self.further = nn.ModuleList(  # the scans after the first; the name is that of the checkpoints
+            GatedScan(inner, conv=conv, bias=bias) for _ in range(0 if shared else directions - 1)
         )
         self.proj_down = Linear(inner, dim, bias=bias)
         nn.init.normal_(self.proj_up.weight, std=math.sqrt(2 / (5 * dim)))
@@ -250,24 +240,20 @@ class ViLLayer(Reader):
             nn.init.zeros_(self.proj_up.bias)
             nn.init.zeros_(self.proj_down.bias)
 
-    def forward(self, x: Tensor, grid: Grid, keep: Tensor | None = None, places: Tensor | None = None) -> Tensor:
-        """x (B, K, C), the kept tokens of `grid` in order (all of them if `keep` is None), to the same shape.
-
-        `places` says which tokens of the sequence are extra ones (see `selfvil.models.order`).
-        """
+    def forward(self, x: Tensor, layout: TokenLayout) -> Tensor:
+        """Sequence x (B, L, C) to the same shape."""
         x, gate = self.proj_up(x).chunk(2, dim=-1)
-        record = [self.on_forget_gates and partial(self.on_forget_gates, scan) for scan in range(self.directions)]
-        h = self.read(x, grid, keep, places, self.reverse, gate if self.directions == 1 else None, record[0])
+        recorder = self.forget_gate_recorder
+        record = [recorder and partial(recorder, direction) for direction in range(self.directions)]
+        h = self.scan(x, layout, self.reverse, gate if self.directions == 1 else None, record[0])
         if self.directions > 1:
-            readers = [self, *(self.further or 3 * [self])]
-            h = h + readers[1].read(x, grid, keep, places, not self.reverse, None, record[1])
+            scans = [self, *(self.further or 3 * [self])]
+            h = h + scans[1].scan(x, layout, not self.reverse, None, record[1])
             if self.directions == 4:
-                columns = Columns(x, grid, keep, places)
-                x = columns.from_rows(x)
+                x = layout.to_columns(x)
                 down, up = (
-                    readers[scan].read(x, columns.grid, columns.keep, columns.places, scan == 3, None, record[scan])
-                    for scan in (2, 3)
+                    scans[number].scan(x, layout.columns, number == 3, None, record[number]) for number in (2, 3)
                 )
-                h = h + columns.to_rows(down + up)
+                h = h + layout.to_rows(down + up)
             h = h * F.silu(gate)
         return self.proj_down(h)

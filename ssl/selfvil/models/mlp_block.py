@@ -1,10 +1,10 @@
-"""A block that is fast by design: an mLSTM at the width of the tokens, and an MLP after it.
+"""A fast block: an mLSTM at the width of the tokens, followed by an MLP.
 
-The published block (`blocks.ViLBlock`) widens the tokens and does all of its work around the mLSTM. This one divides it
-as a transformer does, with the changes of xLSTM 7B (Beck et al., arXiv 2503.13427): queries and keys of half the width,
-gates that are linear in the tokens and capped softly, a sigmoid output gate. A block of width C has the 12·C²
-parameters of a transformer's. ViL's first author names the design (NX-AI/vision-lstm, issue 24); for images it was not
-published before. With y = norm(x):
+The published block (`blocks.ViLBlock`) widens the tokens and computes everything around the mLSTM. This block is
+divided like a transformer's, with the changes of xLSTM 7B (Beck et al., arXiv 2503.13427): queries and keys of half the
+width, gates that are linear in the tokens and softly capped, a sigmoid output gate. A block of width C has the 12·C²
+parameters of a transformer's. ViL's first author proposes the design (NX-AI/vision-lstm, issue 24); for images it was
+not published before. With y = norm(x):
 
     x ← x + conv(x)                                     3 × 3 depthwise on the grid of tokens
     q, k, v = W y                                       of h heads
@@ -12,11 +12,11 @@ published before. With y = norm(x):
     x ← x + LayerScale(P (σ(O y) ∘ headnorm(mLSTM(q, k, v, i, f))))
     x ← x + LayerScale(MLP(norm(x)))
 
-Every second block reads from the last token. No tensor of tokens is flipped for it, and no kernel: the convolution
+Every second block scans from the last token to the first. Neither tokens nor the kernel are flipped: the convolution
 belongs to the block, not to a direction.
 
-Shapes: B images, K tokens of the sequence (kept patches of a grid, and extra tokens if there are any), C channels, h
-heads.
+Shapes: B images, L tokens of the sequence (kept patches and extra tokens), C channels, h heads. Where tokens stand:
+`selfvil.models.layout`.
 """
 
 import math
@@ -30,13 +30,13 @@ from torch import Tensor, nn
 
 from selfvil.models.convolution import convolve, depthwise_conv
 from selfvil.models.layers import HeadNorm, Linear, ResidualLayerNorm
-from selfvil.models.order import Columns, Grid, steps_of
+from selfvil.models.layout import TokenLayout
 from selfvil.ops import mlstm
 
 HEAD_WIDTH = 64
-"""Width of a head, about, where the number of heads is not given."""
+"""Approximate width of a head where the number of heads is not given."""
 MLPS: dict[str, int] = {"gelu": 1, "swiglu": 2}
-"""Kinds of MLP, and the inputs that each hidden unit has."""
+"""Kinds of MLP, and the number of inputs of each hidden unit."""
 OUTPUT_GATES: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": torch.sigmoid, "silu": F.silu}
 
 
@@ -46,14 +46,14 @@ def default_heads(dim: int) -> int:
     return min(possible, key=lambda heads: abs(math.log(dim / heads / HEAD_WIDTH)))
 
 
-class Reading(nn.Module):
-    """One reading of the tokens: their projections to q, k, v and the gates, and the norm of what is read.
+class MLPScan(nn.Module):
+    """One mLSTM scan in one direction: projections to q, k, v and the gates, mLSTM, per-head norm.
 
     Args:
         dim: width C of the tokens.
         num_heads: h, a divisor of C.
         qk_ratio: width of q and k over that of v.
-        gate_cap: bound of the gates' pre-activations; None leaves them free.
+        gate_cap: bound of the gates' pre-activations; None leaves them unbounded.
         input_bias: initial bias of the input gate.
         bias: of the projection and the norm; the gates always have one.
     """
@@ -70,7 +70,7 @@ class Reading(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Small init; gates that do not yet depend on the tokens, the forget gate's open, from 3 to 6."""
+        """Small init; gates that do not depend on the tokens, with forget gate biases from 3 to 6."""
         _small_init(self.qkv)
         nn.init.zeros_(self.gates.weight)
         with torch.no_grad():
@@ -78,9 +78,9 @@ class Reading(nn.Module):
             self.gates.bias[self.num_heads :] = torch.linspace(3.0, 6.0, self.num_heads)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Tokens x (B, K, C) to q, k (B, h, K, D'), v (B, h, K, D), i and f (B, h, K), the gates in float32 or better.
+        """Tokens x (B, L, C) to q, k (B, h, L, D'), v (B, h, L, D), i and f (B, h, L); gates in float32 or better.
 
-        The gates' biases are added after the step up to float32: the forget gate's are large beside what tokens add.
+        The gates' biases are added after the conversion to float32: the forget gate's are large compared to the rest.
         """
         q, k, v = (
             part.unflatten(2, (self.num_heads, -1)).transpose(1, 2).contiguous()
@@ -95,58 +95,58 @@ class Reading(nn.Module):
 
 
 class MLSTMLayer(nn.Module):
-    """Reads the tokens in one or more directions, gates the sum of what is read, and projects it.
+    """One or more mLSTM scans, whose sum is gated and projected.
 
-    Further readings have parameters of their own, or share all those of the first, and then its products too.
+    Scans after the first have parameters of their own, or share those of the first and its projections.
 
     Args:
         dim: width C of the tokens.
-        reverse: read the tokens from the last to the first.
-        directions: 1, 2 (both ways) or 4 (rows and columns, both ways).
+        reverse: scan from the last token to the first.
+        directions: 1, 2 (both directions) or 4 (rows and columns, in both directions).
         shared: all directions share parameters.
         output_gate: a name from `OUTPUT_GATES`.
-        reading: further arguments of `Reading`.
+        bias: of projections and norms; the gates always have one.
+        scan: further arguments of `MLPScan`.
     """
 
     def __init__(
-        self, dim: int, *, reverse: bool, directions: int, shared: bool, output_gate: str, bias: bool, **reading: Any
+        self, dim: int, *, reverse: bool, directions: int, shared: bool, output_gate: str, bias: bool, **scan: Any
     ) -> None:
         super().__init__()
         self.reverse, self.directions = reverse, directions
-        self.gap_aware = False
-        self.on_forget_gates: Callable[[int, Tensor], None] | None = None  # see `selfvil.monitor.gates`
-        self.readings = nn.ModuleList(Reading(dim, bias=bias, **reading) for _ in range(1 if shared else directions))
+        self.forget_gate_recorder: Callable[[int, Tensor], None] | None = None  # set by `selfvil.diagnostics.gates`
+        self.readings = nn.ModuleList(  # the scans; the name is that of the checkpoints
+            MLPScan(dim, bias=bias, **scan) for _ in range(1 if shared else directions)
+        )
         self.activation = OUTPUT_GATES[output_gate]
         self.output_gate = Linear(dim, dim, bias=bias)
         self.proj = Linear(dim, dim, bias=bias)
         _small_init(self.output_gate)
 
-    def forward(self, x: Tensor, grid: Grid, keep: Tensor | None = None, places: Tensor | None = None) -> Tensor:
-        """x (B, K, C) to the same shape. For the other arguments see `selfvil.models.order`."""
-        h = self.read(x, grid, keep, places, range(min(self.directions, 2)))
+    def forward(self, x: Tensor, layout: TokenLayout) -> Tensor:
+        """Sequence x (B, L, C) to the same shape."""
+        h = self.scan(x, layout, range(min(self.directions, 2)))
         if self.directions == 4:
-            columns = Columns(x, grid, keep, places)
-            by_columns = self.read(columns.from_rows(x), columns.grid, columns.keep, columns.places, (2, 3))
-            h = h + columns.to_rows(by_columns)
+            h = h + layout.to_rows(self.scan(layout.to_columns(x), layout.columns, (2, 3)))
         return self.proj(h * self.activation(self.output_gate(x)))
 
-    def read(self, x: Tensor, grid: Grid, keep: Tensor | None, places: Tensor | None, scans: Sequence[int]) -> Tensor:
-        """The sum over `scans`, of which every second one reads the other way."""
-        steps = steps_of(keep, places, grid[0] * grid[1]) if self.gap_aware and keep is not None else None
+    def scan(self, x: Tensor, layout: TokenLayout, directions: Sequence[int]) -> Tensor:
+        """The sum over `directions`; odd ones run opposite to `reverse`."""
         shared = len(self.readings) == 1
-        readings: list[Any] = [self.readings[0 if shared else scan] for scan in scans]
-        projected = [readings[0].project(x)] * len(scans) if shared else [reading.project(x) for reading in readings]
-        found = []
-        for scan, reading, (q, k, v, i, f) in zip(scans, readings, projected, strict=True):
-            if self.on_forget_gates is not None:
-                self.on_forget_gates(scan, f)
-            reverse = self.reverse ^ (scan % 2 == 1)
-            found.append(reading.outnorm(mlstm(q, k, v, i, f, reverse=reverse, positions=steps)))
-        return found[0] if len(found) == 1 else found[0] + found[1]
+        scans: list[Any] = [self.readings[0 if shared else direction] for direction in directions]
+        projected = [scans[0].project(x)] * len(scans) if shared else [scan.project(x) for scan in scans]
+        results = []
+        for direction, scan, (q, k, v, i, f) in zip(directions, scans, projected, strict=True):
+            if self.forget_gate_recorder is not None:
+                self.forget_gate_recorder(direction, f)
+            reverse = self.reverse ^ (direction % 2 == 1)
+            h = mlstm(q, k, v, i, f, reverse=reverse, positions=layout.scan_positions)
+            results.append(scan.outnorm(h))
+        return results[0] if len(results) == 1 else results[0] + results[1]
 
 
 class MLP(nn.Module):
-    """Two linear maps and GELU, or SwiGLU (Shazeer, "GLU variants improve transformer", 2020) of as many parameters."""
+    """Two linear maps with GELU, or SwiGLU (Shazeer, 2020, arXiv 2002.05202) with the same number of parameters."""
 
     def __init__(self, dim: int, ratio: float, kind: str, bias: bool) -> None:
         super().__init__()
@@ -170,22 +170,22 @@ class MLPBlock(nn.Module):
 
     Args:
         dim: width C of the tokens.
-        reverse, directions, shared: how it reads, see `MLSTMLayer`.
-        drop_path: probability of leaving out the mLSTM, and the MLP, for a sample.
-        init_values: initial value of LayerScale; None leaves it out.
-        conv: before the mLSTM, one of `selfvil.models.convolution.CONVS`.
-        bias: of projections and norms; convolution and gates always have one.
+        reverse, directions, shared: the scans, see `MLSTMLayer`.
+        drop_path: probability of skipping the mLSTM, and likewise the MLP, for a sample.
+        init_values: initial value of LayerScale; None omits it.
+        conv: the convolution before the mLSTM, one of `selfvil.models.convolution.CONVS`.
+        bias: of projections and norms; the convolution and the gates always have one.
         num_blocks: layers in the network, for the scale of the projections back to the tokens; None takes 1.
-        num_heads: a divisor of C; None takes heads about 64 wide.
+        num_heads: a divisor of C; None takes heads of a width near 64.
         qk_ratio: width of q and k over that of v.
-        mlp_ratio: hidden width of the MLP over C; a SwiGLU takes two thirds of it, and as many parameters.
+        mlp_ratio: hidden width of the MLP over C; SwiGLU takes two thirds of it, for the same number of parameters.
         mlp: "gelu" or "swiglu".
         output_gate: "sigmoid" or "silu".
-        gate_cap: the gates' pre-activations are capped softly to ± this; None leaves them free.
+        gate_cap: softly bounds the gates' pre-activations to ± this value; None leaves them unbounded.
         input_bias: initial bias of the input gate.
 
     Raises:
-        ValueError: an argument is none of those named, or heads do not divide C.
+        ValueError: an argument is not one of its choices, or num_heads does not divide C.
     """
 
     def __init__(
@@ -218,7 +218,6 @@ class MLPBlock(nn.Module):
         for name, positive in (("qk_ratio", qk_ratio), ("mlp_ratio", mlp_ratio), ("gate_cap", gate_cap)):
             if positive is not None and positive <= 0:
                 raise ValueError(f"{name} must be above 0, got {positive}")
-        self.compact_conv = False
         self.conv = depthwise_conv(conv, dim)
         self.norm1 = ResidualLayerNorm(dim, bias=bias)
         self.layer = MLSTMLayer(
@@ -232,18 +231,18 @@ class MLPBlock(nn.Module):
         for projection in (self.layer.proj, self.mlp.fc2):
             _small_init(projection, 1 / (num_blocks or 1))
 
-    def forward(self, x: Tensor, grid: Grid, keep: Tensor | None = None, places: Tensor | None = None) -> Tensor:
-        """x (B, K, C), the kept tokens of `grid` in order (all of them if `keep` is None), to the same shape."""
+    def forward(self, x: Tensor, layout: TokenLayout) -> Tensor:
+        """Sequence x (B, L, C) to the same shape."""
         if self.conv is not None:
-            # Only along a sequence does a convolution know a direction.
+            # A convolution along the sequence has a direction, one on the grid has none.
             reverse = self.layer.reverse and isinstance(self.conv, nn.Conv1d)
-            x = x + convolve(self.conv, x, grid, keep, places, reverse=reverse, compact=self.compact_conv)
-        x = x + self.drop_path(self.ls1(self.layer(self.norm1(x), grid, keep, places)))
+            x = x + convolve(self.conv, x, layout, reverse=reverse)
+        x = x + self.drop_path(self.ls1(self.layer(self.norm1(x), layout)))
         return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
 
 
 def _small_init(linear: nn.Linear, scale: float = 1.0) -> None:
-    """Weights of standard deviation sqrt(2 / (5 I)) for I inputs, as xLSTM's, and no bias."""
+    """Weights with standard deviation sqrt(2 / (5 I)) for I inputs, as in xLSTM; biases 0."""
     nn.init.normal_(linear.weight, std=scale * math.sqrt(2 / (5 * linear.in_features)))
     if linear.bias is not None:
         nn.init.zeros_(linear.bias)

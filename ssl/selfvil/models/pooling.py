@@ -1,10 +1,10 @@
-"""From tokens to one vector.
+"""Poolings: from tokens to one vector.
 
-Alkin et al., "Vision-LSTM" (2024), section 4.3: the blocks read the image from its first token to its last and back,
-so that these two have seen everything; bilateral pooling uses both. Wang et al., "Mamba-R" (2024), concatenate what
-comes of register tokens instead.
+Alkin et al., "Vision-LSTM" (2024), section 4.3: the blocks scan the image from its first token to its last and back, so
+that these two depend on the whole image; bilateral pooling uses both. Wang et al., "Mamba-R" (2024), concatenate the
+register tokens instead.
 
-Shapes: B images, R extra tokens (class token, registers), N patches in reading order, C channels.
+Shapes: B images, R extra tokens (class token, registers), N patches in row-major order, C channels.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def bilateral_concat(x: Tensor) -> Tensor:
-    """First and last token side by side: (B, N, C) to (B, 2·C)."""
+    """First and last token, concatenated: (B, N, C) to (B, 2·C)."""
     return torch.cat([x[:, 0], x[:, -1]], dim=-1)
 
 
@@ -36,22 +36,22 @@ def middle_patch(x: Tensor) -> Tensor:
 POOLINGS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "bilateral_concat": lambda extra, patches: bilateral_concat(patches),
     "bilateral_avg": lambda extra, patches: bilateral_avg(patches),
-    "bilateral_patch": lambda extra, patches: bilateral_avg(patches),  # what published configurations call it as well
+    "bilateral_patch": lambda extra, patches: bilateral_avg(patches),  # a second name, used in published configurations
     "avg": lambda extra, patches: avg(patches),
     "middle_patch": lambda extra, patches: middle_patch(patches),
     "middle_cls": lambda extra, patches: extra[:, 0],
-    "token": lambda extra, patches: extra[:, 0],  # timm's word for it
+    "token": lambda extra, patches: extra[:, 0],  # timm's name for it
     "registers": lambda extra, patches: extra.flatten(1),
 }
-"""From extra tokens (B, R, C) and patches (B, N, C) to what the classifier sees, (B, D)."""
+"""From extra tokens (B, R, C) and patches (B, N, C) to the pooled vector (B, D)."""
 
 CLASS_TOKEN_POOLINGS = ("middle_cls", "token")
 
 
 def pooled_dim(global_pool: str, dim: int, num_registers: int = 0) -> int:
-    """Width D of the pooled vector; "" is no pooling, and leaves tokens of `dim`.
+    """Width D of the pooled vector; "" means no pooling, and D is `dim`.
 
-    Raises ValueError for a pooling that does not exist, or that lacks its registers.
+    Raises ValueError for a pooling that does not exist, or for "registers" without registers.
     """
     names = [*POOLINGS, ""]
     if global_pool not in names:

@@ -1,4 +1,4 @@
-"""Positions of tokens on their grid, and on another one."""
+"""Position embeddings, and their resampling to another grid."""
 
 import torch
 import torch.nn.functional as F
@@ -6,10 +6,10 @@ from timm.layers import build_sincos2d_pos_embed
 from timm.models import register_notrace_function
 from torch import Tensor
 
-from selfvil.models.order import Grid
+from selfvil.models.layout import Grid
 
 INTERPOLATIONS = ("auto", "bicubic", "bicubic_antialias")
-"""Smoothed only where the grid shrinks, never (as published), or always (as timm's vision transformers)."""
+"""Antialiasing only where the grid shrinks, never (as published), or always (as in timm's vision transformers)."""
 
 
 def sincos_positions(grid: Grid, dim: int) -> Tensor:
@@ -19,10 +19,10 @@ def sincos_positions(grid: Grid, dim: int) -> Tensor:
 
 @register_notrace_function
 def resample_positions(pos_embed: Tensor, grid: Grid, interpolation: str = "auto") -> Tensor:
-    """Positions (1, H, W, C) on another grid, by bicubic interpolation.
+    """Positions (1, H, W, C) resampled to another grid by bicubic interpolation.
 
-    Growing is interpolated without smoothing by default, as in the published code, whose fine-tuned checkpoints rely
-    on it. Raises ValueError for an `interpolation` that is not in `INTERPOLATIONS`.
+    By default a larger grid is interpolated without antialiasing, as in the published code: its fine-tuned checkpoints
+    depend on it. Raises ValueError for an `interpolation` that is not in `INTERPOLATIONS`.
     """
     if interpolation not in INTERPOLATIONS:
         raise ValueError(f"pos_interpolation = {interpolation!r}: choose one of {', '.join(INTERPOLATIONS)}")

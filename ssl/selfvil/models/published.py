@@ -1,4 +1,4 @@
-"""The published checkpoints (NX-AI/vision-lstm), of both versions, brought to the names of `VisionLSTM`."""
+"""Conversion of the published checkpoints (NX-AI/vision-lstm), of both versions, to the names of `VisionLSTM`."""
 
 import logging
 import re
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# In the order of their replacement: first the names inside the published files, then those of the published modules.
+# Applied in this order: first names in the published files, then names in the published modules.
 _PUBLISHED_NAMES = [
     (r"\.xlstm\.", ".layer."),
     (r"xlstm\.", ""),
@@ -33,12 +33,12 @@ _PUBLISHED_NAMES = [
     (r"\.mlstm_cell\.", "."),
     (r"\.learnable_skip$", ".skip"),
 ]
-# The module of version 1 calls the norm after the blocks legacy, that of version 2 the norm after pooling.
+# In version 1 the module's `legacy_norm` is the norm after the blocks, in version 2 the norm after pooling.
 _VERSION_1_NORMS = {"norm.": "fc_norm.", "legacy_norm.": "norm."}
 
 
 def our_names(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """A state dict under the names of `VisionLSTM`, from its own names or the published ones of either version."""
+    """Rename the entries of a state dict of `VisionLSTM` or of either published version to those of `VisionLSTM`."""
     state_dict = state_dict.get("state_dict", state_dict)
     if "pos_embed.embed" not in state_dict:
         return dict(state_dict)
@@ -47,35 +47,36 @@ def our_names(state_dict: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_published(state_dict: Mapping[str, Any]) -> bool:
-    """Whether a state dict has the names of the published files or modules, or is wrapped as the files are."""
+    """Whether a state dict has the names of the published files or modules, or the files' outer "state_dict" key."""
     return "pos_embed.embed" in state_dict or isinstance(state_dict.get("state_dict"), Mapping)
 
 
 def checkpoint_filter_fn(
     state_dict: Mapping[str, Any], model: "VisionLSTM", interpolation: str | None = None
 ) -> dict[str, Tensor]:
-    """Bring a state dict to the names, the grid and the patch size of `model`.
+    """Convert a state dict to the names, the grid and the patch size of `model`.
 
-    Takes our own, that of the published VisionLSTM and VisionLSTM2 modules, and the content of the published files of
-    both versions (`{"state_dict": ...}` with other names). Positions and patch embedding are resampled where grid and
-    patch size differ. A norm after pooling in the file is added to a model that was made with fc_norm=None; where the
-    model cannot have it, it is left out with a warning. The file's classifier is left out where the model has none.
+    Accepts state dicts of `VisionLSTM`, of the published VisionLSTM and VisionLSTM2 modules, and the content of the
+    published files of both versions (`{"state_dict": ...}` with other names). Positions and patch embedding are
+    resampled if the grid or the patch size differs. A norm after pooling in the file is added to a model that was made
+    with fc_norm=None; if the model cannot have it, it is dropped with a warning. The file's classifier is dropped if
+    the model has none.
 
     Args:
         state_dict: names and tensors.
-        model: the network that is to load them.
-        interpolation: how positions are resampled, see `resample_positions`; None asks the model.
+        model: the network for the weights.
+        interpolation: how positions are resampled, see `resample_positions`; None takes that of the model.
 
     Raises:
-        UserError: the file is of another network than `model`, the classifier aside. timm would load what fits and
-            leave the rest random wherever the number of classes differs.
+        UserError: the file belongs to another network than `model`, apart from the classifier. timm would load what
+            fits, and leave the rest random whenever the number of classes differs.
     """
     state_dict = our_names(state_dict)
     _fit_norm(state_dict, model)
     if isinstance(model.head, nn.Identity):
         state_dict = {name: value for name, value in state_dict.items() if not name.startswith("head.")}
     elif "head.weight" in state_dict and len(state_dict["head.weight"]) == model.num_classes:
-        # timm leaves out the classifier unless the configuration has the same number of classes; the file decides.
+        # timm drops the classifier unless the configuration has the same number of classes. Take the file's number.
         getattr(model, "pretrained_cfg", {})["num_classes"] = model.num_classes
     if "pos_embed" in state_dict:
         state_dict["pos_embed"] = resample_positions(
@@ -89,7 +90,7 @@ def checkpoint_filter_fn(
 
 
 def _fit_norm(state_dict: dict[str, Any], model: "VisionLSTM") -> None:
-    """Bring the norm after pooling of the file and the model together, in place."""
+    """Match the norm after pooling in the file and in the model, in place."""
     if "fc_norm.weight" not in state_dict:
         return
     width = len(state_dict["fc_norm.weight"])
@@ -98,10 +99,10 @@ def _fit_norm(state_dict: dict[str, Any], model: "VisionLSTM") -> None:
     own = model.fc_norm.state_dict(prefix="fc_norm.")
     if own and width == len(own["fc_norm.weight"]):
         return
-    if model.global_pool:  # without pooling there is nothing to normalise
+    if model.global_pool:  # without pooling, nothing is normalised
         log.warning(
-            "The weights have a norm of %d pooled features, which is left out: this network has %d (global_pool = %r, "
-            "fc_norm = %s), so its pooled features are not those that the weights were trained for.",
+            "The norm of %d pooled features in the weights is dropped: this network has %d (global_pool = %r, "
+            "fc_norm = %s), so its pooled features differ from those of training.",
             width, model.head_hidden_size, model.global_pool, bool(own),
         )  # fmt: skip
     for name in [name for name in state_dict if name.startswith("fc_norm.")]:
@@ -110,17 +111,17 @@ def _fit_norm(state_dict: dict[str, Any], model: "VisionLSTM") -> None:
 
 
 def _check_fit(state_dict: dict[str, Any], model: "VisionLSTM") -> None:
-    """Raise UserError for names or shapes that differ, the classifier and the number of channels aside."""
+    """Raise UserError for names or shapes that differ, except in the classifier and the number of channels."""
     expected = model.state_dict()
-    aside = ("head.", "fc_norm.")
-    missing = sorted(name for name in expected.keys() - state_dict.keys() if not name.startswith(aside))
-    unknown = sorted(name for name in state_dict.keys() - expected.keys() if not name.startswith(aside))
+    ignored = ("head.", "fc_norm.")
+    missing = sorted(name for name in expected.keys() - state_dict.keys() if not name.startswith(ignored))
+    unknown = sorted(name for name in state_dict.keys() - expected.keys() if not name.startswith(ignored))
     shapes = [
         f"{name} has shape {list(value.shape)}, expected {list(expected[name].shape)}"
         for name, value in state_dict.items()
         if name in expected
         and name != "patch_embed.proj.weight"
-        and not name.startswith(aside)
+        and not name.startswith(ignored)
         and value.shape != expected[name].shape
     ]
     if not (missing or unknown or shapes):
@@ -130,13 +131,13 @@ def _check_fit(state_dict: dict[str, Any], model: "VisionLSTM") -> None:
     faults += shapes[:1]
     hints = _arguments_of(state_dict)
     raise UserError(
-        f"The weights are of another Vision-LSTM than this one: {'; '.join(faults)}. They were made with "
-        f"{', '.join(hints) or 'other arguments'}: build the network with the arguments of its weights."
+        f"The weights belong to another Vision-LSTM than this one: {'; '.join(faults)}. They come from a network with "
+        f"{', '.join(hints) or 'other arguments'}: build the network with the same arguments."
     )
 
 
 def _arguments_of(state_dict: dict[str, Any]) -> list[str]:
-    """The arguments of `VisionLSTM` that a state dict under our names shows."""
+    """The arguments of `VisionLSTM` that can be inferred from a state dict with its names."""
     hints = []
     if "pos_embed" in state_dict:
         hints.append(f"embed_dim={state_dict['pos_embed'].shape[-1]}")
@@ -163,7 +164,7 @@ def _our_name(name: str, version_1: bool) -> str:
         return f"{_VERSION_1_NORMS[module + '.']}{rest}"
     for pattern, replacement in _PUBLISHED_NAMES:
         name = re.sub(pattern, replacement, name)
-    # Files, and the module of version 1, count blocks, not pairs: blocks.3.norm is blocks.1.second.norm.
+    # The files and the module of version 1 number blocks, not pairs: blocks.3.norm is blocks.1.second.norm.
     return re.sub(
         r"^blocks\.(\d+)\.(?=norm|layer)",
         lambda m: f"blocks.{int(m[1]) // 2}.{('first', 'second')[int(m[1]) % 2]}.",

@@ -1,4 +1,4 @@
-"""The Vision-LSTMs that timm knows by name. Importing this file registers them."""
+"""Registers the Vision-LSTM models with timm, on import."""
 
 from contextlib import nullcontext
 from typing import Any
@@ -45,7 +45,7 @@ default_cfgs = generate_default_cfgs(
         "vil_v1_tiny_patch16_224.nxai_e400_in1k": _cfg(_URL + "vil_tiny16_e400_in1k.th"),
         "vil_v1_tiny_plus_patch16_224.nxai_e800_in1k": _cfg(_URL + "vil_tinyplus16_e800_in1k.th"),
         "vil_v1_tiny_plus_patch16_224.nxai_e400_in1k": _cfg(_URL + "vil_tinyplus16_e400_in1k.th"),
-        # For lack of another, the published code gives the file of the plain network here.
+        # As in the published code, these are the weights of the network without overlap.
         "vil_v1_tiny_plus_patch16_stride8_224.nxai_e800_in1k": _cfg(
             _URL + "vil_tinyplus16_e800_in1k.th", pool_size=(27, 27)
         ),
@@ -69,7 +69,7 @@ _VERSION_1 = {
     "fc_norm": True,
     "fc_norm_eps": 1e-6,
 }
-# Stride 8 is half a patch: 27 × 27 = 729 tokens at 224 px. Positions stay those of 14 × 14 patches, and grow.
+# Stride 8 is half a patch: 27 × 27 = 729 tokens at 224 px. Positions of 14 × 14 patches are resampled to 27 × 27.
 
 
 def _create(variant: str, pretrained: bool, device: Any = None, dtype: Any = None, **kwargs: Any) -> VisionLSTM:

@@ -1,1 +1,1 @@
-"""What a run writes down about itself: metrics, a progress line, pictures."""
+"""Output of a run: metrics, progress on the terminal, pictures, the report and the summary."""

@@ -1,4 +1,4 @@
-"""The progress of a run: a bar on a terminal; elsewhere, as in a log file, one line every half minute."""
+"""The progress of a run: a bar on a terminal; otherwise, as in a log file, one line every 30 seconds."""
 
 import sys
 import time
@@ -10,15 +10,14 @@ from selfvil import terminal
 from selfvil.files import Outputs
 
 EVERY = 30.0
-"""Seconds between two lines where there is no terminal."""
+"""Seconds between two lines if standard output is no terminal."""
 
 
 class ProgressLine:
-    """Prints step, loss, images per second and the time left. Prints nothing unless `enabled` (the main process).
+    """Prints step, loss, images per second and the remaining time, if `enabled` (on the main process).
 
-    A standard output that was closed is recorded in `outputs`; nothing is printed after that.
-
-    Off a terminal a line is printed every `EVERY` seconds, however long a step takes, and one after the last step.
+    Without a terminal, a line is printed about every `EVERY` seconds, and one after the last step. A closed standard
+    output is recorded in `outputs`, and nothing more is printed.
     """
 
     def __init__(
@@ -28,7 +27,7 @@ class ProgressLine:
         self._outputs = outputs or Outputs()
         self.enabled, self.start_step, self.total_steps = enabled, start_step, total_steps
         self._clock, self._printed = clock, clock()
-        self._first_done = 0.0  # when the first step of this launch ended: it alone includes the start of the workers
+        self._first_done = 0.0  # end of the first step of this launch, which includes the start of the workers
         self._note = ""
         self._bar: Progress | None = None
         if enabled and sys.stdout is not None and sys.stdout.isatty():
@@ -41,27 +40,27 @@ class ProgressLine:
             self._bar.start()
 
     def step(self, step: int) -> None:
-        """`step` optimizer steps are done. After the second one of a launch, the time left is estimated."""
+        """Report that `step` optimizer steps are done. After two steps of a launch, estimate the remaining time."""
         if self._bar:
             self._bar.update(self._task, completed=step)
         done, now = step - self.start_step, self._clock()
         if done == 1:
             self._first_done = now
         elif done == 2 and step < self.total_steps:
-            self.say(f"about {duration(self._left(step))} left")
+            self.print_line(f"about {duration(self._left(step))} left")
         if now - self._printed >= EVERY and step < self.total_steps:
             self._print(step)
 
     def log(self, step: int, loss: float, images_per_second: float) -> None:
-        """Take the latest mean loss and speed."""
+        """Set the latest mean loss and speed."""
         self._note = f"loss {loss:.4f} · {images_per_second:,.0f} images/s"
         if self._bar:
             self._bar.update(self._task, completed=step, note=self._note)
         elif step == self.total_steps:
             self._print(step)
 
-    def say(self, message: str) -> None:
-        """Print a line, above the bar where there is one."""
+    def print_line(self, message: str) -> None:
+        """Print a line, above the bar if there is one."""
         if self._bar:
             self._bar.console.print(message)
         else:
@@ -86,7 +85,7 @@ class ProgressLine:
             self.enabled = False
 
     def _left(self, step: int) -> float:
-        """Seconds, by the mean time of this launch's steps but its first."""
+        """Remaining seconds, by the mean time of this launch's steps without its first."""
         return (self._clock() - self._first_done) / (step - self.start_step - 1) * (self.total_steps - step)
 
 

@@ -1,4 +1,4 @@
-"""Pictures of a run: what the objective sees, and how the loss went."""
+"""Pictures of a run: the objective's picture as PNG, and the learning curves."""
 
 import io
 import math
@@ -10,10 +10,10 @@ from PIL import Image
 from torch import Tensor
 
 from selfvil.errors import UserError
-from selfvil.monitor.metrics import read_metrics
+from selfvil.records import METRICS, read_metrics
 
 COLLAPSED = 0.02
-"""A teacher whose entropy is within this share of 0 or of ln K says the same, or nothing, of every image."""
+"""A teacher whose entropy is within this share of 0 or of ln K has the same output for every image."""
 
 
 def save_picture(picture: Tensor, path: Path) -> Path:
@@ -24,7 +24,7 @@ def save_picture(picture: Tensor, path: Path) -> Path:
 
 
 def png(picture: Tensor, min_width: int = 480) -> bytes:
-    """An RGB picture (3, H, W) in [0, 1] as a PNG file; small ones are enlarged by a whole factor, pixels kept."""
+    """An RGB picture (3, H, W) in [0, 1] as PNG; small ones are enlarged by an integer factor, without smoothing."""
     factor = max(1, min_width // picture.shape[-1])
     array = (picture.float().cpu().numpy().transpose(1, 2, 0) * 255).round().astype(np.uint8)
     array = array.repeat(factor, axis=0).repeat(factor, axis=1)
@@ -39,8 +39,8 @@ def loss_curve(run: Path, out: Path) -> Path:
     Raises:
         UserError: the folder holds no metrics.
     """
-    path = run / "metrics.jsonl"
-    records = read_metrics(path) if path.exists() else []
+    path = run / METRICS
+    records = read_metrics(path)
     if not any(record["kind"] == "train" for record in records):
         raise UserError(f"{path} holds no training metrics: is {run} the folder of a run that has begun?")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -49,9 +49,11 @@ def loss_curve(run: Path, out: Path) -> Path:
 
 
 def curves_figure(records: list[dict[str, Any]], title: str) -> Any:
-    """The training loss over the images seen; beneath it the signs of collapse, where there is a teacher, and the
-    learning rate. records: of a metrics.jsonl, some of them of kind "train"."""
-    from matplotlib.figure import Figure  # without pyplot there is no backend to choose and nothing to close
+    """The training loss over the images seen; below it the learning rate and, with a teacher, the signs of collapse.
+
+    records: of a metrics.jsonl, some of them of kind "train".
+    """
+    from matplotlib.figure import Figure  # pyplot would select a backend and keep the figure open
 
     records = [record for record in records if record["kind"] == "train"]
     panels = {"loss": ["loss"], "share of ln K": ["teacher_entropy", "teacher_spread"], "learning rate": ["lr"]}
@@ -62,7 +64,7 @@ def curves_figure(records: list[dict[str, Any]], title: str) -> Any:
     samples = [record["samples"] for record in records]
     for axis, (name, keys) in zip(axes, panels.items()):
         for key in keys:
-            values = [record.get(key, math.nan) for record in records]  # none where all steps were skipped
+            values = [record.get(key, math.nan) for record in records]  # absent if all steps were skipped
             axis.plot(samples, values, linewidth=1, label=key.replace("_", " "))
         axis.set_ylabel(name)
         axis.grid(alpha=0.3)

@@ -1,11 +1,10 @@
-"""`selfvil report RUN`: a run on one HTML page that needs nothing but itself, with its pictures and without scripts.
+"""`selfvil report RUN`: a run as one self-contained HTML page, with its pictures and without scripts.
 
-What cannot be shown, for want of images or of a checkpoint, says so in its place.
+A section that needs absent images or an absent checkpoint has the reason in place of its content.
 """
 
 import base64
 import io
-import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from html import escape
@@ -14,18 +13,21 @@ from typing import Any
 
 import torch
 
+from selfvil.diagnostics.checkup import NOTHING_JUDGED, Record, examine, rows, training_images
+from selfvil.diagnostics.gates import horizons, record_forget_gates
+from selfvil.diagnostics.rules import RULES
 from selfvil.errors import UserError
-from selfvil.monitor.checkup import NOTHING_JUDGED, Record, examine, rows, training_images
-from selfvil.monitor.gates import horizons, record_forget_gates
+from selfvil.files import write_text
+from selfvil.models.adapter import adapt
 from selfvil.monitor.pictures import curves_figure, png
-from selfvil.monitor.rules import RULES
 from selfvil.monitor.saliency import pca_colours, readout_saliency
 from selfvil.objectives.base import Objective, Progress
 from selfvil.recipe import Recipe
+from selfvil.records import SCORE_COLUMNS, newest_picture, read_scores
 from selfvil.weights import load_network, open_checkpoint
 
 Build = Callable[[Recipe, bool], Objective]
-"""Builds the objective of a recipe; False for without its model.start_from."""
+"""Builds the objective of a recipe; the second argument is whether to load model.start_from."""
 
 IMAGES = 8
 """Images shown."""
@@ -33,13 +35,13 @@ IMAGES = 8
 VITALS = {
     "relative_lr": "learning rate over typical weight",
     "speed": "length of a step over all weights",
-    "explained": "share learned (0: one answer for all images)",
-    "teacher_lag": "steps the teacher is behind",
+    "explained": "share learned (0: one prediction for all images)",
+    "teacher_lag": "steps by which the teacher lags",
     "teacher_follows": "distance the teacher moved over the student's",
     "feature_std": "feature standard deviation (1: isotropic)",
-    "rank_share": "RankMe over the most it can be",
+    "rank_share": "RankMe over its maximum",
     "alpha_req": "α-ReQ",
-    "lidar_share": "LiDAR of two views, over the most",
+    "lidar_share": "LiDAR of two views, over its maximum",
     "horizon": "shortest memory of a block, in tokens",
     "saturated": "most saturated gates of a block",
     "grad_norm/patch_embed": "gradient norm, patch embedding",
@@ -68,17 +70,17 @@ TERMS = {
     "gate": "a number from 0 to 1 with which an mLSTM block keeps or forgets its memory at each token; saturated: "
     "stuck near 0 or 1",
     "memory, in tokens": "tokens after which a block's memory has fallen to 1/e",
-    "trivial loss": "the loss of giving one answer for all images",
+    "trivial loss": "the loss of giving one prediction for all images",
     "teacher": "a running mean of the trained network, whose outputs are the targets",
 }
-"""Terms of the vital signs, explained beneath their picture."""
+"""Terms of the vital signs, explained below their picture."""
 
-_PICTURE = "what the objective gets of some images, and what it makes of it"
+_PICTURE = "input and output of the objective for some images"
 """Caption of an objective's picture."""
 
 
 def write_report(record: Record, out: Path, build: Build) -> Path:
-    """Write the page to the file `out`, aside first, and return it. Raises UserError if it cannot be written."""
+    """Write the page to the file `out`, through a temporary file, and return it. Raises UserError."""
     title = f"{record.folder.resolve().name}: {record.recipe.objective.name} on {record.recipe.model.name}"
     sections: list[tuple[str, Callable[[], str]]] = [
         ("The run", lambda: _facts(record)),
@@ -86,12 +88,12 @@ def write_report(record: Record, out: Path, build: Build) -> Path:
         ("Learning curves", lambda: _curves(record)),
         ("Vital signs", lambda: _vitals(record)),
         ("Scores", lambda: _scores(record)),
-        ("What the objective sees", lambda: _objective(record, build)),
-        ("What the features see", lambda: _features(record)),
-        ("How long it remembers", lambda: _horizons(record)),
+        ("Input and output of the objective", lambda: _objective(record, build)),
+        ("Features", lambda: _features(record)),
+        ("Memory of the blocks", lambda: _horizons(record)),
         ("Recipe", lambda: _recipe(record)),
     ]
-    body = "".join(f"<h2>{escape(name)}</h2>\n{_or_why_not(make)}\n" for name, make in sections)
+    body = "".join(f"<h2>{escape(name)}</h2>\n{_or_reason(make)}\n" for name, make in sections)
     page = (
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{escape(title)}</title>'
@@ -99,15 +101,13 @@ def write_report(record: Record, out: Path, build: Build) -> Path:
     )
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        aside = out.with_name(out.name + ".aside")
-        aside.write_text(page, encoding="utf-8")
-        aside.replace(out)
+        write_text(out, page)
     except OSError as error:
         raise UserError(f"the report {out} cannot be written: {error}") from None
     return out
 
 
-def _or_why_not(make: Callable[[], str]) -> str:
+def _or_reason(make: Callable[[], str]) -> str:
     try:
         return make()
     except UserError as error:
@@ -121,7 +121,7 @@ def _recipe(record: Record) -> str:
     )
 
 
-# --- what the run wrote down -----------------------------------------------------------------------------------------
+# --- from the files of the run ---------------------------------------------------------------------------------------
 
 
 def _facts(record: Record) -> str:
@@ -140,13 +140,13 @@ def _facts(record: Record) -> str:
         "Versions": ", ".join(f"{name} {version}" for name, version in launch.get("versions", {}).items()),
         "Command": launch.get("command", "?"),
     }
-    note = '<p class="note">metrics.jsonl ends in the middle of a line, as a killed run leaves it; that record is not '
+    note = '<p class="note">The last line of metrics.jsonl is incomplete, as after a kill; that record is not '
     return _table([], facts.items(), "From run.json and metrics.jsonl.") + (note + "shown.</p>" if record.cut else "")
 
 
 def _status(record: Record) -> str:
     if record.summary is None:
-        return "going on, or killed before its first stop"
+        return "running, or killed before its first stop"
     return "finished" if record.summary["finished"] else "stopped"
 
 
@@ -154,9 +154,9 @@ def _doctor(record: Record) -> str:
     doctor = examine(record)
     if not rows(doctor):
         raise UserError(NOTHING_JUDGED)
-    said = "".join(f"<p><b>Step {alarm.step:,}.</b> {escape(alarm.sentence)}</p>" for alarm in doctor.alarms.values())
+    alarms = "".join(f"<p><b>Step {alarm.step:,}.</b> {escape(alarm.sentence)}</p>" for alarm in doctor.alarms.values())
     header = ["symptom", "value", "healthy", "verdict", "advice"]
-    return (said or "<p>No alarm.</p>") + _table(
+    return (alarms or "<p>No alarm.</p>") + _table(
         header, rows(doctor), "Measured values with their healthy ranges; advice where there is an alarm."
     )
 
@@ -164,9 +164,9 @@ def _doctor(record: Record) -> str:
 def _curves(record: Record) -> str:
     return _png(
         curves_figure(record.metrics, record.folder.resolve().name),
-        "Loss: what training minimises, as means between two log lines. Learning rate: as the schedule has it. Share "
+        "Loss: what training minimises, as means between two log lines. Learning rate: of the schedule. Share "
         "of ln K, with a teacher: entropy of its outputs over the largest possible one; in the red bands its outputs "
-        "no longer tell images apart.",
+        "no longer distinguish images.",
     )
 
 
@@ -208,28 +208,23 @@ def _scores(record: Record) -> str:
             [f"{entry['step']:,}", *(f"{entry[name]:.2f} %" if name in entry else "" for name in names)]
             for entry in entries
         ]
-        parts.append(_table(["step", *names], lines, "During the run: top-1 accuracy on the test images of eval.test."))
-    try:
-        scores = json.loads((record.folder / "scores.json").read_text())
-    except (OSError, ValueError):
-        scores = []
-    if scores:
-        names = ["network", "protocol", "value", "deviation", "readout", "train_images", "test_images"]
-        lines = [[str(row.get(name, "")) for name in names] for row in scores if isinstance(row, dict)]
+        parts.append(_table(["step", *names], lines, "During the run: top-1 accuracy on the test images."))
+    if scores := read_scores(record.folder):
+        lines = [[str(row.get(name, "")) for name in SCORE_COLUMNS] for row in scores]
         caption = "scores.json: top-1 accuracy in percent; deviation over draws or seeds; readout: tokens used."
-        parts.append(_table(names, lines, caption))
+        parts.append(_table(SCORE_COLUMNS, lines, caption))
     if not parts:
-        raise UserError("no scores: set eval.train and eval.test, or selfvil eval ... --json RUN/scores.json")
+        raise UserError("no scores: add entries to eval in the recipe, or selfvil eval ... --json RUN/scores.json")
     return "".join(parts)
 
 
-# --- what its newest weights do --------------------------------------------------------------------------------------
+# --- from the newest checkpoint --------------------------------------------------------------------------------------
 
 
 def _objective(record: Record, build: Build) -> str:
-    """The newest picture of the run, or else a new one from its newest checkpoint."""
-    if saved := sorted((record.folder / "pictures").glob("step-*.png")):
-        return _img(saved[-1].read_bytes(), f"{saved[-1].name}: {_PICTURE}")
+    """The newest picture of the run, or a new one from its newest checkpoint."""
+    if saved := newest_picture(record.folder):
+        return _img(saved.read_bytes(), f"{saved.name}: {_PICTURE}")
     checkpoint = open_checkpoint(record.folder)
     objective = build(record.recipe, False).eval()
     objective.load_state_dict(checkpoint.tensors("objective"))
@@ -244,7 +239,7 @@ def _objective(record: Record, build: Build) -> str:
 def _features(record: Record) -> str:
     checkpoint = open_checkpoint(record.folder)
     backbone = load_network(checkpoint).backbone.eval()
-    if not hasattr(backbone, "patch_embed"):
+    if not adapt(backbone).has_patches:
         raise UserError(f"{record.recipe.model.name} has no patches")
     (batch,) = training_images(record, IMAGES)
     images = batch.views[0]
@@ -267,8 +262,8 @@ def _features(record: Record) -> str:
     return _png(
         figure,
         f"Step {checkpoint.step:,}. Features: three principal components of the patches of all "
-        "images, as red, green and blue. Readout: how far it moves when a patch's embedding does; brightest: the most "
-        "in this image, black: a thousandth of that.",
+        "images, as red, green and blue. Readout: its sensitivity to each patch's embedding; brightest: the maximum "
+        "of this image, black: a thousandth of it.",
     )
 
 
@@ -308,7 +303,7 @@ def _horizons(record: Record) -> str:
 
 
 def _table(header: Sequence[str], content: Iterable[Sequence[str]], caption: str = "") -> str:
-    """A table; a cell without content has a dash, and a column without any is left out."""
+    """A table. Empty cells have a dash, and empty columns are left out."""
     listed = [list(cells) for cells in content]
     kept = [column for column in range(len(listed[0]) if listed else 0) if any(cells[column] for cells in listed)]
     head = "".join(f'<th scope="col">{escape(header[column])}</th>' for column in kept) if header else ""
@@ -332,13 +327,13 @@ def _png(figure: Any, caption: str) -> str:
 
 
 def _plain_numbers(axis: Any) -> None:
-    """20 and 0.3 on a logarithmic axis, where matplotlib would have 2·10¹ and 3·10⁻¹."""
+    """Label a logarithmic axis with 20 and 0.3 instead of 2·10¹ and 3·10⁻¹."""
     axis.yaxis.set_major_formatter("{x:g}")
     axis.yaxis.set_minor_formatter("{x:g}" if axis.get_ylim()[1] < 10 * axis.get_ylim()[0] else "")
 
 
 def _figure(height: int, width: int, size: tuple[float, float]) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure  # without pyplot there is no backend to choose and nothing to close
+    from matplotlib.figure import Figure  # pyplot would select a backend and keep the figure open
 
     figure = Figure(figsize=size, layout="constrained")
     return figure, figure.subplots(height, width, squeeze=False)

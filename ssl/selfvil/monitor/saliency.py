@@ -1,4 +1,4 @@
-"""What a network makes of an image, token by token: features as colours, and which tokens its readout listens to.
+"""Maps of a network's features: their principal components as colours, and the influence of each patch on the readout.
 
 Shapes: B images, H × W patches, C channels, D width of the readout.
 """
@@ -10,16 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from selfvil.models.heads import choose_readout, read_out
+from selfvil.errors import UserError
+from selfvil.models.adapter import adapt
 
 PROJECTIONS = 16
 
 
 @torch.no_grad()
 def pca_colours(backbone: nn.Module, images: Tensor) -> Tensor:
-    """The three principal components of all patch features of `images` as red, green and blue: (B, 3, H, W) in [0, 1].
+    """The first three principal components of all patch features as red, green and blue: (B, 3, H, W) in [0, 1].
 
-    One basis serves all images, so that a colour means the same in each. Each component is scaled to its 2nd and 98th
+    All images share one basis, so a colour has the same meaning in each. Each component is scaled by its 2nd and 98th
     percentile.
     """
     from sklearn.decomposition import PCA
@@ -32,17 +33,17 @@ def pca_colours(backbone: nn.Module, images: Tensor) -> Tensor:
 
 
 def readout_saliency(backbone: Any, images: Tensor) -> Tensor:
-    """How much the readout moves when the embedding of a patch does: (B, H, W), 1 for the largest of each image.
+    """Sensitivity of the readout to the embedding of each patch: (B, H, W), divided by its maximum in each image.
 
-    That is the Frobenius norm of the derivative of the readout (Bilateral Concat for a Vision-LSTM) by each patch's
-    embedding, from `PROJECTIONS` random directions (Hutchinson, 1989). The gradient of the readout's own norm would
-    not do: after the final LayerNorm that norm hardly changes. Leaving tokens out would need a pass for each of them,
-    and would move the ends that Bilateral Concat reads.
+    This is the Frobenius norm of the derivative of the readout (Bilateral Concat for a Vision-LSTM) with respect to the
+    patch's embedding, estimated from `PROJECTIONS` random directions (Hutchinson, 1989). The gradient of the readout's
+    norm is no alternative: after the final LayerNorm, the norm is almost constant. Occlusion of single tokens needs a
+    forward pass for each, and changes the end tokens that Bilateral Concat uses.
     """
-    readout, _ = choose_readout(backbone)
+    adapter = adapt(backbone)
     generator = torch.Generator().manual_seed(0)
     with torch.enable_grad(), _embeddings(backbone) as embeddings:
-        rows = read_out(backbone, images, readout).float()  # (B, D)
+        rows = adapter.read_out(images, adapter.default_readout).float()  # (B, D)
         (embedding,) = embeddings
         squares = torch.zeros(embedding.shape[:-1], device=images.device)
         for _ in range(PROJECTIONS):
@@ -54,17 +55,21 @@ def readout_saliency(backbone: Any, images: Tensor) -> Tensor:
 
 
 def _patch_features(backbone: Any, images: Tensor) -> Tensor:
-    """Features of the patches alone on their grid, (B, H, W, C), after the final norm."""
-    features = backbone.forward_features(images)
-    if features.ndim == 4:
-        return features if getattr(backbone, "output_fmt", "NCHW") == "NHWC" else features.permute(0, 2, 3, 1)
-    patches = features[:, getattr(backbone, "num_prefix_tokens", 0) :]
-    return patches.unflatten(1, backbone.patch_embed.dynamic_feat_size(images.shape[-2:]))
+    """Features of the patches on their grid, (B, H, W, C), after the final norm, without prefix tokens.
+
+    Raises UserError if the patches do not form a grid.
+    """
+    adapter = adapt(backbone)
+    features = adapter.forward_features(images)
+    grid = adapter.patch_grid(features, images)
+    if grid is None:
+        raise UserError(f"the patches of {adapter.name} do not form a grid")
+    return adapter.split_tokens(features)[1].unflatten(1, grid)
 
 
 @contextmanager
 def _embeddings(backbone: nn.Module) -> Iterator[list[Tensor]]:
-    """Within, the patch embeddings of each pass are leaves, so that gradients stop at them, and stand in the list."""
+    """In this context, the patch embeddings of each forward pass are detached, require gradients, and are collected."""
     found: list[Tensor] = []
 
     def hook(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:

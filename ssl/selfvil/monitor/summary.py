@@ -1,4 +1,4 @@
-"""How a run went, in one table: printed at its end and by `selfvil report`."""
+"""The summary of a run as a table, printed at its end and by `selfvil report`."""
 
 from pathlib import Path
 from typing import Any
@@ -7,19 +7,19 @@ from rich.table import Table
 
 from selfvil import terminal
 from selfvil.errors import UserError
-from selfvil.run import read_record
+from selfvil.records import RECORD, read_record
 
 
 def print_summary(run: Path) -> None:
-    """Print the summary that run.json holds.
+    """Print the summary in run.json.
 
     Raises:
-        UserError: the folder holds no run, or one whose first launch has not ended.
+        UserError: the folder holds no run, or its first launch has not ended.
     """
     record = read_record(run)
     summary = record.summary
     if summary is None:
-        raise UserError(f"{run / 'run.json'} holds no summary: it is written when a launch ends")
+        raise UserError(f"{run / RECORD} holds no summary: it is written when a launch ends")
     launch = record.launches[-1] if record.launches else {}
     hours, seconds = divmod(round(summary.seconds), 3600)
     table = Table(title=f"{run}: {'finished' if summary.finished else 'stopped'}", show_header=False)

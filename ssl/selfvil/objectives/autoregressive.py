@@ -1,34 +1,30 @@
-"""Autoregressive pretraining: predict the next cluster of patches from those already read.
+"""Autoregressive pretraining: predict each cluster of patches from the clusters before it.
 
-Ren et al., "Autoregressive Pretraining with Mamba in Vision" (ARM, 2024), for clusters and for a decoder that attends
-to what was read; El-Nouby et al., "Scalable Pre-training of Large Autoregressive Image Models" (AIM, 2024), for pixels
-normalised within each patch and for transformers. Nothing is masked from the input, so each pass trains on all clusters
+The clusters, and a decoder that attends to earlier tokens, are from Ren et al., "Autoregressive Pretraining with Mamba
+in Vision" (ARM, 2024); normalised pixels as targets, and the use with transformers, are from El-Nouby et al., "Scalable
+Pre-training of Large Autoregressive Image Models" (AIM, 2024). No input is masked, so each pass trains on all clusters
 but the first.
 
-The one thing that must hold is that a prediction never depends on what it predicts. A ViL reads patches row by row
-whatever the clusters are, here as downstream, so that its token t knows of all patches up to t. A prediction of cluster
-c may therefore listen to token t only if no patch up to t belongs to c or to a later cluster. A backbone that reads
-backwards, or convolves with its neighbours to come, is refused. A transformer attends to clusters up to its own, under
-a mask that is dropped downstream.
+A prediction must never depend on its target. A ViL scans patches row by row whatever the clusters are, as it does
+downstream, so its token t depends on all patches up to t. The prediction of cluster c may therefore attend to token t
+only if no patch up to t belongs to c or to a later cluster. A backbone that scans backwards, or whose convolution
+covers later patches, is refused. A transformer attends to clusters up to its own, by an attention mask that is only
+used here.
 
 Shapes: B images, N = H·W patches of the grid, P = patch side, C channels, D width of the decoder.
 """
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from timm.layers import Mlp
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from selfvil.data.views import RandomCropFlip
 from selfvil.errors import UserError
-from selfvil.models import VisionLSTM
-from selfvil.models.layers import ViLLayer
-from selfvil.models.masking import token_grid
-from selfvil.models.mlp_block import MLSTMLayer
+from selfvil.models.adapter import adapt
 from selfvil.objectives.base import Batch, ImageSpec, Objective, Progress, StepOutput, View
 from selfvil.objectives.mae import fixed_positions, pixel_targets, reconstruction
 from selfvil.settings import Section
@@ -39,23 +35,23 @@ class AutoregressiveSettings(Section):
 
     name: Literal["autoregressive"] = "autoregressive"
     cluster: tuple[int, int] = (1, 1)
-    """Rows and columns of patches that are predicted together; ARM's best is a square of 64 of 192 pixels."""
+    """Rows and columns of patches in a cluster; the best of ARM are squares of 64 pixels in images of 192 pixels."""
     decoder_dim: int = Field(512, ge=16, multiple_of=8)
     """Width of the decoder's tokens."""
     decoder_depth: int = Field(4, ge=1)
-    """Layers of cross-attention in the decoder."""
+    """Number of cross-attention layers in the decoder."""
     decoder_heads: int = Field(16, ge=1)
-    """Attention heads in each of them; they divide decoder_dim."""
+    """Attention heads in each layer of the decoder; must divide decoder_dim."""
     normalise_targets: bool = True
-    """Predict each patch with its own mean taken off and its own deviation divided out."""
+    """Normalise the pixels of each target patch to mean 0 and standard deviation 1."""
     crop_scale: tuple[float, float] = (0.2, 1.0)
     """Range of the share of an image's area that a random crop covers."""
     flip: bool = True
-    """Flip half of the crops left to right; false where a mirror image means something else, as with digits."""
+    """Flip half of the crops left to right; false if a mirror image has another meaning, as with digits."""
 
 
 class CrossBlock(nn.Module):
-    """Queries attend to a memory, and to nothing of each other; then an MLP. Both with norms before and residuals."""
+    """Queries attend to a memory, not to each other; then an MLP. Both have a norm before them and a residual."""
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
@@ -73,8 +69,8 @@ class CrossBlock(nn.Module):
         heads = (self.num_heads, -1)
         query = self.query(self.norm_query(x)).unflatten(-1, heads).transpose(1, 2)
         key, value = self.key_value(self.norm_memory(memory)).unflatten(-1, (2, *heads)).permute(2, 0, 3, 1, 4)
-        heard = F.scaled_dot_product_attention(query, key, value, attn_mask=visible)
-        x = x + self.proj(heard.transpose(1, 2).flatten(2))
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=visible)
+        x = x + self.proj(attended.transpose(1, 2).flatten(2))
         return x + self.mlp(self.norm_mlp(x))
 
 
@@ -82,7 +78,7 @@ class Autoregressive(Objective):
     """Next-cluster prediction around `backbone`: a causal `VisionLSTM`, or timm's `VisionTransformer`.
 
     Raises:
-        UserError: clusters do not tile the grid or there is but one, or the backbone does not read causally.
+        UserError: clusters do not tile the grid, there is only one, or the backbone cannot be causal.
     """
 
     decoder_pos: Tensor
@@ -93,8 +89,9 @@ class Autoregressive(Objective):
         super().__init__()
         self.settings, self.image = settings, image
         self.backbone = backbone
-        _must_be_causal(backbone)
-        self.grid = token_grid(backbone, image.size)
+        adapter = adapt(backbone)
+        adapter.require_causal()
+        self.grid = adapter.token_grid(image.size)
         (rows, columns), (high, wide), dim = self.grid, settings.cluster, settings.decoder_dim
         if high < 1 or wide < 1 or rows % high or columns % wide or (rows, columns) == (high, wide):
             raise UserError(
@@ -110,12 +107,11 @@ class Autoregressive(Objective):
 
         ids = torch.arange(rows * columns)
         cluster_of = ids // columns // high * (columns // wide) + ids % columns // wide
-        # The latest cluster that each token knows of: a recurrence knows of all patches before it.
-        known = cluster_of if isinstance(backbone, VisionTransformer) else cluster_of.cummax(dim=0).values
         self.register_buffer("cluster_of", cluster_of, persistent=False)  # (N,)
-        self.register_buffer("visible", known < cluster_of[cluster_of > 0, None], persistent=False)  # (Q, N)
+        visible = adapter.latest_cluster(cluster_of) < cluster_of[cluster_of > 0, None]
+        self.register_buffer("visible", visible, persistent=False)  # (Q, N)
 
-        self.decoder_embed = nn.Linear(int(backbone.embed_dim), dim)  # type: ignore[arg-type]  # a number, in timm
+        self.decoder_embed = nn.Linear(adapter.token_dim, dim)
         self.query_token = nn.Parameter(torch.zeros(dim))
         self.register_buffer("decoder_pos", fixed_positions(self.grid, dim), persistent=False)
         self.decoder = nn.ModuleList(CrossBlock(dim, settings.decoder_heads) for _ in range(settings.decoder_depth))
@@ -136,8 +132,8 @@ class Autoregressive(Objective):
         return StepOutput((self.predict(images) - targets[:, self.cluster_of > 0]).square().mean())
 
     def predict(self, images: Tensor) -> Tensor:
-        """Pixels (B, Q, P·P·C), float32 or better, of the Q patches outside the first cluster, in reading order."""
-        memory = self.decoder_embed(self.encode(images))
+        """Pixels (B, Q, P·P·C), float32 or better, of the Q patches outside the first cluster, in row-major order."""
+        memory = self.decoder_embed(adapt(self.backbone).encode_causal(images, self.cluster_of))
         positions = self.decoder_pos.to(memory.dtype)
         memory = memory + positions
         x = (self.query_token.to(memory.dtype) + positions[self.cluster_of > 0]).expand(len(images), -1, -1)
@@ -145,17 +141,6 @@ class Autoregressive(Objective):
             x = block(x, memory, self.visible)
         predicted = self.decoder_head(self.decoder_norm(x))
         return predicted.to(torch.promote_types(predicted.dtype, torch.float32))
-
-    def encode(self, images: Tensor) -> Tensor:
-        """Tokens of the patches (B, N, C), none of which knows of a later cluster than it may."""
-        backbone: Any = self.backbone
-        if not isinstance(backbone, VisionTransformer):
-            x = backbone.patch_embed(images)
-            return backbone.forward_tokens(x.flatten(1, 2), (x.shape[1], x.shape[2]))
-        # Prefix tokens, before all clusters, attend to each other only.
-        prefix = backbone.num_prefix_tokens
-        order = torch.cat([self.cluster_of.new_full((prefix,), -1), self.cluster_of])
-        return backbone.forward_features(images, attn_mask=order <= order.unsqueeze(1))[:, prefix:]
 
     @torch.no_grad()
     def trivial_loss(self, batch: Batch) -> Tensor | None:
@@ -167,33 +152,10 @@ class Autoregressive(Objective):
 
     @torch.no_grad()
     def picture(self, batch: Batch, progress: Progress) -> Tensor:
-        """Rows of three: the image, its first cluster, and each further one as predicted from those before it."""
+        """Rows of three: the image, its first cluster, and all later clusters as predicted from those before them."""
         images = batch.views[0][:8].float()
         later = (self.cluster_of > 0).expand(len(images), -1)
-        found = self.predict(images).float()
-        predicted = found.new_zeros(*later.shape, found.shape[-1])
-        predicted[later] = found.flatten(0, 1)
+        pixels = self.predict(images).float()
+        predicted = pixels.new_zeros(*later.shape, pixels.shape[-1])
+        predicted[later] = pixels.flatten(0, 1)
         return reconstruction(images, later.float(), predicted, self.image, self.settings.normalise_targets)
-
-
-def _must_be_causal(backbone: nn.Module) -> None:
-    """Raise UserError unless no token of `backbone` knows of a patch after it."""
-    if isinstance(backbone, VisionLSTM):
-        layers = [module for module in backbone.modules() if isinstance(module, ViLLayer | MLSTMLayer)]
-        if any(layer.reverse or layer.directions > 1 for layer in layers):
-            raise UserError(
-                "the autoregressive objective needs a backbone that reads forwards only, or it would see what it "
-                "predicts: set model.traversal = unidirectional"
-            )
-        if any(isinstance(module, nn.Conv2d) for module in backbone.blocks.modules()):
-            raise UserError(
-                "the autoregressive objective cannot use a convolution on the grid, which sees patches to come: set "
-                "model.conv = causal1d, or none"
-            )
-        if backbone.patch_embed.proj.stride != backbone.patch_embed.proj.kernel_size:
-            raise UserError("the autoregressive objective cannot use overlapping patches: leave out the stride")
-    elif not isinstance(backbone, VisionTransformer):
-        raise UserError(
-            f"{type(backbone).__name__} does not read patches in order: the autoregressive objective needs a vil_* "
-            "model or one of timm's plain vision transformers (vit_*)"
-        )

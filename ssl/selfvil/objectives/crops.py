@@ -1,4 +1,4 @@
-"""Large and small crops of an image: what DINO and its relatives compare.
+"""Large and small crops of an image, as DINO and related methods compare them.
 
 Caron et al., "Unsupervised Learning of Visual Features by Contrasting Cluster Assignments" (2020), section 3.4. The
 first two of an image's crops are large.
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from selfvil.data.views import DINOCrop
 from selfvil.errors import UserError
-from selfvil.models.heads import read_out, take_any_size
+from selfvil.models.adapter import adapt
 from selfvil.objectives.base import ImageSpec, View
 from selfvil.settings import Section, Size
 
@@ -33,7 +33,7 @@ Scale = Annotated[tuple[float, float], AfterValidator(_ascending_share)]
 
 
 Readout = Literal["bilateral_concat", "mean", "first", "last", "cls", "registers"] | None
-"""Tokens that stand for a crop, by a name from `selfvil.models.heads.READOUTS`; None: what the backbone is made for."""
+"""How tokens become one vector: a name from `selfvil.models.adapter.READOUTS`; None: the backbone's default."""
 
 
 class CropSettings(Section):
@@ -44,19 +44,19 @@ class CropSettings(Section):
     local_crop_scale: Scale = (0.05, 0.4)
     """Range of the share of an image's area that a small crop covers."""
     local_crops: int = Field(8, ge=0, le=64)
-    """Small crops of each image."""
+    """Number of small crops of each image."""
     local_crop_size: Size = (96, 96)
-    """Height and width of a small crop, in pixels; both divisible by model.patch_size, if there is one."""
+    """Height and width of a small crop, in pixels; both must be divisible by model.patch_size, unless that is null."""
     blur: bool = True
-    """Blur some crops by up to 2 pixels, as published for 224-pixel images; too much for images of 32."""
+    """Blur some crops by up to 2 pixels, as published for images of 224 pixels; too much for images of 32 pixels."""
     flip: bool = True
-    """Flip half of the crops left to right; false where a mirror image means something else, as with digits."""
+    """Flip half of the crops left to right; false if a mirror image has another meaning, as with digits."""
 
 
 def prepare_for_crops(backbone: nn.Module, settings: CropSettings, image: ImageSpec) -> None:
-    """Let `backbone` take large and small crops.
+    """Make `backbone` take large and small crops.
 
-    Raises UserError where small crops are not whole patches, or the backbone cannot take crops of these sizes.
+    Raises UserError if small crops are not whole patches, or if the backbone cannot take crops of these sizes.
     """
     small = settings.local_crop_size
     if settings.local_crops and any(side < 1 or side % image.patch_size for side in small):
@@ -64,20 +64,21 @@ def prepare_for_crops(backbone: nn.Module, settings: CropSettings, image: ImageS
             f"objective.local_crop_size = {list(small)} is not divisible by model.patch_size = {image.patch_size}: "
             "both sides must be multiples of it"
         )
-    take_any_size(backbone)
-    if not hasattr(backbone, "patch_embed"):  # such a network tells how small images may be by taking them or not
+    adapter = adapt(backbone)
+    adapter.enable_dynamic_img_size()
+    if not adapter.has_patches:  # how small images may be is only known by a forward pass
         for key, size in (("model.img_size", image.size), ("objective.local_crop_size", small)):
             if key == "model.img_size" or settings.local_crops:
-                need_size(backbone, image, size, key)
+                require_size(backbone, image, size, key)
 
 
 @torch.no_grad()
-def need_size(backbone: nn.Module, image: ImageSpec, size: tuple[int, int], key: str) -> None:
-    """Raises UserError where `backbone` cannot take images of that size, which the recipe has under `key`."""
+def require_size(backbone: nn.Module, image: ImageSpec, size: tuple[int, int], key: str) -> None:
+    """Raise UserError if `backbone` cannot take images of that size; `key` is the recipe key of the size."""
     training = backbone.training
-    backbone.eval()  # a mere look
+    backbone.eval()  # no running statistics may change
     try:
-        backbone.forward_features(torch.zeros(1, image.in_chans, *size))  # type: ignore[operator]
+        adapt(backbone).forward_features(torch.zeros(1, image.in_chans, *size))
     except (RuntimeError, ValueError, AssertionError, IndexError) as error:
         raise UserError(
             f"{type(backbone).__name__} cannot take crops of {size[0]}x{size[1]} pixels ({' '.join(str(error).split())}"
@@ -88,7 +89,7 @@ def need_size(backbone: nn.Module, image: ImageSpec, size: tuple[int, int], key:
 
 
 def multi_crop(settings: CropSettings, image: ImageSpec) -> list[View]:
-    """Two large and some small crops, disturbed as in DINO."""
+    """Two large and some small crops, with DINO's augmentation."""
 
     def crop(size: Any, scale: tuple[float, float], blur: float, solarise: float = 0.0) -> View:
         blur = blur if settings.blur else 0.0
@@ -102,14 +103,14 @@ def multi_crop(settings: CropSettings, image: ImageSpec) -> list[View]:
     ]
 
 
-def read_crops(backbone: nn.Module, crops: Sequence[Tensor], readout: str) -> list[Tensor]:
-    """Crops, each (B, C, H, W), to features (n·B, D): neighbours of one size share a pass and an entry."""
+def crop_features(backbone: nn.Module, crops: Sequence[Tensor], readout: str) -> list[Tensor]:
+    """Crops, each (B, C, H, W), to features (n·B, D): n consecutive crops of one size share a forward pass."""
     same_size = (torch.cat(list(group)) for _, group in groupby(crops, key=lambda crop: crop.shape))
-    return [read_out(backbone, images, readout) for images in same_size]
+    return [adapt(backbone).read_out(images, readout) for images in same_size]
 
 
-def sheet_of_crops(crops: Sequence[Tensor], image: ImageSpec) -> Tensor:
-    """A picture (3, H, W) in [0, 1] of one row for each of up to 8 images: its crops, all at the same scale.
+def crops_picture(crops: Sequence[Tensor], image: ImageSpec) -> Tensor:
+    """A picture (3, H, W) in [0, 1] with one row for each of up to 8 images: its crops, all at the same scale.
 
     crops: each (B, C, H, W).
     """

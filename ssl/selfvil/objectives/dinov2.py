@@ -1,13 +1,15 @@
-"""DINOv2: iBOT with balanced answers and images that keep their distance; and DINOv3's Gram anchoring.
+"""DINOv2: iBOT with balanced targets and the KoLeo regulariser; and DINOv3's Gram anchoring.
 
-Oquab et al., "DINOv2: Learning Robust Visual Features without Supervision" (2023): heads of their own for images and
-patches, Sinkhorn-Knopp in the place of the centre, and KoLeo, which spreads the images of a batch out. Siméoni et al.,
-"DINOv3" (2025), section 4: in long runs patches lose what makes them alike or different, while images still gain; Gram
-anchoring holds their similarities to those of an earlier, better network, and leaves the features free.
+Oquab et al., "DINOv2: Learning Robust Visual Features without Supervision" (2023): separate heads for images and
+patches, Sinkhorn-Knopp instead of the centre, and KoLeo, which spreads the features of a batch. Siméoni et al.,
+"DINOv3" (2025), section 4: in long runs the similarities between patches degrade while the features of images still
+improve; Gram anchoring keeps these similarities close to those of an earlier network, the anchor, and leaves the
+features free.
 
 Shapes: B images, N patches, C channels, D width of the readout.
 """
 
+import copy
 import math
 from typing import Literal
 
@@ -18,59 +20,57 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from selfvil.errors import UserError
-from selfvil.models.heads import split_tokens, take_any_size
-from selfvil.models.masking import token_grid
+from selfvil.models.adapter import adapt
 from selfvil.objectives.base import ImageSpec, Progress
 from selfvil.objectives.crops import Scale
-from selfvil.objectives.dino import Teacher
+from selfvil.objectives.distributed import gather_rows
 from selfvil.objectives.ibot import IBOT, IBOTSettings
-from selfvil.objectives.processes import join
+from selfvil.objectives.teacher import FrozenNetwork
 from selfvil.settings import PathText
 from selfvil.weights import load_pretrained
 
 
 class DINOv2Settings(IBOTSettings):
-    """Settings of DINOv2; the defaults are those of the published code, with the heads and balance of its large
-    models. An epoch is a pass over the training images."""
+    """Settings of DINOv2; the defaults are those of the published code for large models. An epoch is a pass over the
+    training images."""
 
     name: Literal["dinov2"] = "dinov2"  # type: ignore[assignment]  # the name tells an objective's settings apart
     out_dim: int = Field(65536, ge=2)
-    """Prototypes K: width of the heads' outputs. Small sets of images need fewer."""
+    """Number of prototypes K, the width of the heads' outputs. Small data sets need fewer."""
     norm_last_layer: bool = False
     """Keep all prototypes at length 1; false learns their lengths."""
     teacher_momentum: float = Field(0.992, ge=0, le=1)
-    """Share of itself that the teacher keeps at the first step; rises to 1 at the end, as a half cosine."""
+    """Momentum of the teacher's running mean at the first step; rises to 1 at the end of the run, as a half cosine."""
     global_crop_scale: Scale = (0.32, 1.0)
     """Range of the share of an image's area that a large crop covers; its size is model.img_size."""
     local_crop_scale: Scale = (0.05, 0.32)
     """Range of the share of an image's area that a small crop covers."""
     local_crops: int = Field(8, ge=0, le=64)
-    """Small crops of each image."""
+    """Number of small crops of each image."""
     shared_head: bool | None = False
-    """One head for images and patches, or one for each. null shares it where the readout is as wide as a patch, as with
-    cls or mean; bilateral_concat is twice as wide."""
+    """Use one head for images and patches (true), or one for each (false). null shares it if the readout is as wide as
+    a patch token, as with cls or mean; bilateral_concat is twice as wide."""
     centring: Literal["softmax", "sinkhorn"] = "sinkhorn"
-    """What keeps the teacher's answers apart: a running centre taken off, or Sinkhorn-Knopp, which balances the answers
-    of a micro-batch of all processes among the prototypes and has no use for center_momentum."""
+    """How the targets avoid collapse: softmax subtracts a running mean from the teacher's logits; sinkhorn balances the
+    targets of a micro-batch of all processes over the prototypes (Sinkhorn-Knopp) and ignores center_momentum."""
     koleo_weight: float = Field(0.1, ge=0)
-    """Weight of KoLeo, by which every image of a micro-batch of all processes moves away from the one nearest to it."""
+    """Weight of KoLeo, which moves each image of a micro-batch of all processes away from its nearest neighbour."""
     gram_weight: float = Field(0.0, ge=0)
-    """Weight of Gram anchoring; 0 leaves it out."""
+    """Weight of Gram anchoring; 0 disables it."""
     gram_from: PathText | None = None
-    """Network whose similarities of patches are held on to: an export, a run or a checkpoint whose patches lie on the
-    same grid, of any width, which must stay where it is until the run ends; null takes the run's own teacher as it is
-    at gram_start."""
+    """The anchor: an export, a run or a checkpoint with the same grid of patches, of any width. It is read again when
+    the run resumes, so keep it until the run ends. null: the run's own teacher at gram_start."""
     gram_start: float = Field(0.0, ge=0, lt=1)
-    """Share of the budget after which they are held on to."""
+    """Share of the budget after which Gram anchoring begins."""
     gram_refreshes: int = Field(0, ge=0)
-    """Times that the run's teacher takes the anchor's place, spread evenly from gram_start to the end (DINOv3: 3 times,
-    after every 10,000 steps); 0 holds on to the same network throughout."""
+    """How many times the run's teacher replaces the anchor, at equal intervals from gram_start to the end (DINOv3: 3
+    times, every 10,000 steps); 0 keeps the same anchor."""
 
     @model_validator(mode="after")
-    def _something_to_hold_on_to(self) -> "DINOv2Settings":
+    def _anchor_is_trained(self) -> "DINOv2Settings":
         if self.gram_weight and self.gram_from is None and not self.gram_start:
             raise ValueError(
-                f"gram_weight = {self.gram_weight} has nothing trained to hold on to: set gram_from to a finished run, "
+                f"gram_weight = {self.gram_weight} without a trained anchor: set gram_from to a finished run, "
                 "or gram_start to the share of the budget after which the teacher is good enough"
             )
         if self.gram_refreshes and not self.gram_weight:
@@ -82,37 +82,38 @@ class DINOv2(IBOT):
     """DINOv2 around `backbone`: a `VisionLSTM`, or timm's `VisionTransformer` for comparison.
 
     Raises:
-        UserError: as `IBOT`; or gram_from is no trained network, or of another grid or normalisation; or it is to be
-            refreshed and of another architecture.
+        UserError: as `IBOT`; or gram_from is not a trained network, or has another grid or normalisation; or it has
+            another architecture and gram_refreshes is not 0.
     """
 
     settings: DINOv2Settings
-    brings = ("gram.",)
+    not_restored = ("gram.",)
 
     def __init__(self, backbone: nn.Module, settings: DINOv2Settings, image: ImageSpec) -> None:
         super().__init__(backbone, settings, image)
         self.koleo = KoLeoLoss()
         if settings.gram_weight:
-            anchor = backbone if settings.gram_from is None else self._finished(settings.gram_from)
-            self.gram = Teacher(backbone=anchor)  # one that follows nobody
+            anchor = copy.deepcopy(backbone) if settings.gram_from is None else self._load_anchor(settings.gram_from)
+            self.gram = FrozenNetwork(backbone=anchor)
 
-    def _finished(self, source: str) -> nn.Module:
+    def _load_anchor(self, source: str) -> nn.Module:
         try:
-            found = load_pretrained(source)
+            found = load_pretrained(source, num_classes=0)
         except UserError as error:
             raise UserError(f"objective.gram_from: {error}") from None
-        take_any_size(found.backbone)
-        grid = token_grid(found.backbone, self.image.size)
+        anchor = adapt(found.backbone)
+        anchor.enable_dynamic_img_size()
+        grid = anchor.token_grid(self.image.size)
         if grid != self.grid:
             raise UserError(
-                f"objective.gram_from = {source} sees {grid[0]}x{grid[1]} patches where the recipe's model sees "
+                f"objective.gram_from = {source} has {grid[0]}x{grid[1]} patches and the recipe's model has "
                 f"{self.grid[0]}x{self.grid[1]}: take a run with the same model.patch_size"
             )
         shapes = [{name: x.shape for name, x in net.state_dict().items()} for net in (found.backbone, self.backbone)]
         if self.settings.gram_refreshes and shapes[0] != shapes[1]:
             raise UserError(
-                f"objective.gram_refreshes = {self.settings.gram_refreshes} puts the run's teacher in the place of "
-                f"gram_from = {source}, which is of another architecture than the recipe's model: set it to 0, or take "
+                f"objective.gram_refreshes = {self.settings.gram_refreshes} replaces gram_from = {source} by the run's "
+                "teacher, but it is of another architecture than the recipe's model: set gram_refreshes to 0, or take "
                 "a run of the same model"
             )
         theirs, ours = found.normalisation, (tuple(self.image.mean), tuple(self.image.std))
@@ -132,34 +133,34 @@ class DINOv2(IBOT):
                 "set koleo_weight to 0"
             )
 
-    def more_losses(
+    def extra_losses(
         self, vectors: Tensor, patches: Tensor, large: Tensor, progress: Progress
     ) -> dict[str, tuple[float, Tensor]]:
         losses = {}
         if self.settings.koleo_weight:
-            # The two crops of an image are meant to be near each other, so each has neighbours among its likes alone.
-            with torch.autocast(large.device.type, enabled=False):  # which of two is nearer is lost in bf16
-                values = [self.koleo(join(crop.float())) for crop in vectors.chunk(2)]
+            # The two crops of an image should be close, so neighbours are searched among first, or second, crops only.
+            with torch.autocast(large.device.type, enabled=False):  # bf16 is too coarse to find the nearest neighbour
+                values = [self.koleo(gather_rows(crop.float())) for crop in vectors.chunk(2)]
             losses["koleo"] = (self.settings.koleo_weight, values[0] + values[1])
         if self.settings.gram_weight and progress.step >= self._gram_step(progress):
-            with torch.no_grad(), self._teachers_precision(large.device):
-                anchor = self.gram.backbone.forward_features(large)  # type: ignore[operator]
-            anchor = split_tokens(self.gram.backbone, anchor)[1]
-            losses["gram"] = (self.settings.gram_weight, gram_distance(patches, anchor))
+            anchor = adapt(self.gram.backbone)
+            with torch.no_grad(), self._teacher_autocast(large.device):
+                features = anchor.forward_features(large)
+            losses["gram"] = (self.settings.gram_weight, gram_distance(patches, anchor.split_tokens(features)[1]))
         return losses
 
     @torch.no_grad()
     def after_step(self, progress: Progress) -> None:
         super().after_step(progress)
         if self.settings.gram_weight and progress.step + 1 in self._refresh_steps(progress):
-            self.gram.follow(self.teacher, momentum=0.0)
+            self.gram.copy_from(self.teacher)
 
     def _gram_step(self, progress: Progress) -> int:
-        """The first step at which patches are held on to the anchor."""
+        """The first step with Gram anchoring."""
         return math.ceil(self.settings.gram_start * progress.total_steps)
 
     def _refresh_steps(self, progress: Progress) -> set[int]:
-        """Steps before which the anchor becomes the run's teacher as it is then."""
+        """Steps before which the run's teacher is copied to the anchor."""
         first, parts = self._gram_step(progress), self.settings.gram_refreshes + 1
         again = {first + (progress.total_steps - first) * part // parts for part in range(1, parts)}
         return again | ({first} if self.settings.gram_from is None else set())
@@ -169,11 +170,12 @@ def gram_distance(patches: Tensor, anchor: Tensor) -> Tensor:
     """Mean squared difference of the cosines between any two patches of an image (DINOv3, equation 2); a scalar.
 
     The paper has the squared Frobenius norm; the mean over images and over pairs of patches is that of its code, and
-    keeps a weight's meaning on any grid.
+    makes the weight independent of the grid.
 
     Args:
-        patches: the student's, (B, N, C). anchor: the other network's of the same crops, (B, N, any C).
+        patches: the student's tokens (B, N, C).
+        anchor: the anchor's tokens of the same crops, (B, N, any C).
     """
-    with torch.autocast(patches.device.type, enabled=False):  # a difference of products that are nearly the same
-        ours, theirs = (F.normalize(x.float(), dim=-1) for x in (patches, anchor))
-        return F.mse_loss(ours @ ours.mT, theirs @ theirs.mT)
+    with torch.autocast(patches.device.type, enabled=False):  # a difference of nearly equal products
+        student, other = (F.normalize(x.float(), dim=-1) for x in (patches, anchor))
+        return F.mse_loss(student @ student.mT, other @ other.mT)

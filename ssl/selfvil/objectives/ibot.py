@@ -1,8 +1,8 @@
 """iBOT: self-distillation of the whole image and of its masked patches.
 
-Zhou et al., "iBOT: Image BERT Pre-Training with Online Tokenizer" (2022). DINO, and more: some patches of some of the
-large crops that the student sees are masked, and it learns to say of each what its teacher, who sees them, says. So
-the teacher is the tokenizer of a masked image model, and learns along with it.
+Zhou et al., "iBOT: Image BERT Pre-Training with Online Tokenizer" (2022). DINO, with one more loss: some patches of
+some large crops are masked for the student, which predicts the teacher's distribution for each of them. The teacher
+gets the crops without masks; it is the tokenizer of a masked image model, trained together with it.
 
 Shapes: B images, V crops of each (the first two are large), N = H·W patches of a large crop, M masked patches of a
 micro-batch, C channels, K prototypes.
@@ -16,12 +16,13 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from selfvil.errors import UserError
-from selfvil.models.heads import READOUTS, split_tokens
-from selfvil.models.masking import masked_features, sample_mask, token_grid
+from selfvil.models.adapter import READOUTS, adapt
+from selfvil.models.masking import sample_mask
 from selfvil.objectives import sinkhorn
 from selfvil.objectives.base import Batch, ImageSpec, Progress, StepOutput, keyed_noise
-from selfvil.objectives.crops import Scale, read_crops, sheet_of_crops
-from selfvil.objectives.dino import DINO, Center, DINOSettings, Teacher, cross_entropy_of_pairs, health
+from selfvil.objectives.crops import Scale, crop_features, crops_picture
+from selfvil.objectives.dino import DINO, DINOSettings, collapse_metrics, cross_entropy_of_pairs
+from selfvil.objectives.teacher import Center, Teacher
 
 
 class IBOTSettings(DINOSettings):
@@ -29,31 +30,31 @@ class IBOTSettings(DINOSettings):
 
     name: Literal["ibot"] = "ibot"  # type: ignore[assignment]  # the name tells an objective's settings apart
     out_dim: int = Field(8192, ge=2)
-    """Prototypes K: width of the heads' outputs. Small sets of images need fewer."""
+    """Number of prototypes K, the width of the heads' outputs. Small data sets need fewer."""
     teacher_temp: float = Field(0.07, gt=0)
-    """Temperature of the teacher's softmax after its warm-up, for images and patches; must be below the student's."""
+    """Temperature of the teacher's softmax after its warm-up, for images and patches; must be below student_temp."""
     warmup_teacher_temp_epochs: int = Field(30, ge=0)
-    """Epochs over which the teacher's temperature goes from the one to the other, in equal steps."""
+    """Epochs over which the teacher's temperature changes from warmup_teacher_temp to teacher_temp, linearly."""
     global_crop_scale: Scale = (0.25, 1.0)
     """Range of the share of an image's area that a large crop covers; its size is model.img_size."""
     local_crop_scale: Scale = (0.05, 0.25)
     """Range of the share of an image's area that a small crop covers."""
     local_crops: int = Field(10, ge=0, le=64)
-    """Small crops of each image."""
+    """Number of small crops of each image."""
     shared_head: bool | None = None
-    """One head for images and patches, or one for each. null shares it where the readout is as wide as a patch, as with
-    cls or mean; bilateral_concat is twice as wide."""
+    """Use one head for images and patches (true), or one for each (false). null shares it if the readout is as wide as
+    a patch token, as with cls or mean; bilateral_concat is twice as wide."""
     centring: Literal["softmax", "sinkhorn"] = "softmax"
-    """What keeps the teacher's answers apart: a running centre taken off, or Sinkhorn-Knopp, which balances the answers
-    of a micro-batch of all processes among the prototypes and has no use for center_momentum."""
+    """How the targets avoid collapse: softmax subtracts a running mean from the teacher's logits; sinkhorn balances the
+    targets of a micro-batch of all processes over the prototypes (Sinkhorn-Knopp) and ignores center_momentum."""
     patch_weight: float = Field(1.0, ge=0)
-    """Weight of the patches' loss beside the images'."""
+    """Weight of the loss of patches; the loss of images has weight 1."""
     mask: Literal["block", "random", "row"] = "block"
-    """Masked patches: rectangles laid over one another, single patches, or rows of the grid."""
+    """Shape of masks: overlapping rectangles, single patches, or rows of the grid."""
     mask_share: float = Field(0.5, gt=0, le=1)
-    """Probability that patches of a large crop are masked at all."""
+    """Probability that a large crop is masked."""
     mask_ratios: Scale = (0.1, 0.5)
-    """Range of the share of patches that are masked in such a crop."""
+    """Range of the share of patches that are masked in a masked crop."""
 
 
 class IBOT(DINO):
@@ -66,7 +67,7 @@ class IBOT(DINO):
     settings: IBOTSettings
 
     def __init__(self, backbone: nn.Module, settings: IBOTSettings, image: ImageSpec) -> None:
-        grid = token_grid(backbone, image.size)  # first, since it refuses what has no patches to mask
+        grid = adapt(backbone).token_grid(image.size)  # first, since it refuses a backbone without patches
         super().__init__(backbone, settings, image)
         self.grid = grid
         num_patches = self.grid[0] * self.grid[1]
@@ -76,7 +77,7 @@ class IBOT(DINO):
                 f"objective.mask_ratios = {list(settings.mask_ratios)} hides at most {most} of the {num_patches} "
                 f"patches of a {image.size[0]}x{image.size[1]} crop: at least one must be hidden and one left"
             )
-        dim, width = int(backbone.embed_dim), self.head.mlp[0].in_features  # type: ignore[arg-type]
+        dim, width = adapt(backbone).token_dim, adapt(backbone).readout_dim(self.readout)
         if settings.shared_head and dim != width:
             raise UserError(
                 f"objective.shared_head = true, but the readout {self.readout} is {width} wide and a patch {dim}: "
@@ -94,7 +95,7 @@ class IBOT(DINO):
     def check_batch(self, images: int) -> None:
         if self.settings.centring == "sinkhorn" and images < sinkhorn.FEWEST_IMAGES:
             raise UserError(
-                f"objective.centring = sinkhorn balances answers over a micro-batch, and one of {images} images on all "
+                f"objective.centring = sinkhorn balances targets over a micro-batch, and one of {images} images on all "
                 f"processes is too small: raise optim.batch_size, or lower optim.accumulate, until it has "
                 f"{sinkhorn.FEWEST_IMAGES}, or set centring to softmax"
             )
@@ -105,33 +106,35 @@ class IBOT(DINO):
         masked = self.mask(batch.positions, progress)  # (2·B, N)
         ids = masked.flatten().nonzero().squeeze(1).to(large.device)
 
-        with torch.no_grad(), self._teachers_precision(large.device):
-            vectors, patches = self.read(self.teacher.backbone, self.teacher.backbone.forward_features(large))  # type: ignore[operator]
+        with torch.no_grad(), self._teacher_autocast(large.device):
+            features = adapt(self.teacher.backbone).forward_features(large)
+            vectors, patches = self.vectors_and_patches(self.teacher.backbone, features)
             logits = self.teacher.head(vectors).float().unflatten(0, (2, -1))  # (2, B, K)
             patch_logits = self._patch_head(self.teacher)(patches.flatten(0, 1)[ids]).float()  # (M, K)
         targets = self.targets(logits, self.center, temperature)
         patch_targets = self.targets(patch_logits, self.patch_center, temperature)
 
-        features = masked_features(self.backbone, large, masked.to(large.device), self.mask_token)
-        vectors, patches = self.read(self.backbone, features)
-        every = torch.cat([vectors, *read_crops(self.backbone, small, self.readout)])
-        answers = self.answers(self.head(every)).unflatten(0, (len(batch.views), -1))  # (V, B, K)
-        patch_answers = self.answers(self._patch_head(self)(patches.flatten(0, 1)[ids]))  # (M, K)
+        features = adapt(self.backbone).masked_features(large, masked.to(large.device), self.mask_token)
+        vectors, patches = self.vectors_and_patches(self.backbone, features)
+        all_vectors = torch.cat([vectors, *crop_features(self.backbone, small, self.readout)])
+        log_probs = self.log_probs(self.head(all_vectors)).unflatten(0, (len(batch.views), -1))  # (V, B, K)
+        patch_log_probs = self.log_probs(self._patch_head(self)(patches.flatten(0, 1)[ids]))  # (M, K)
 
-        image_loss = cross_entropy_of_pairs(answers, targets)
-        patch_loss = cross_entropy_of_patches(patch_answers, patch_targets, masked)
+        image_loss = cross_entropy_of_pairs(log_probs, targets)
+        patch_loss = cross_entropy_of_patches(patch_log_probs, patch_targets, masked)
         loss = image_loss + self.settings.patch_weight * patch_loss
         logs = {"image_loss": image_loss.detach(), "patch_loss": patch_loss.detach()}
-        for name, (weight, value) in self.more_losses(vectors, patches, large, progress).items():
+        for name, (weight, value) in self.extra_losses(vectors, patches, large, progress).items():
             loss = loss + weight * value
             logs[name] = value.detach()
-        return StepOutput(loss, logs | health(image_loss, answers, targets) | self.rates(progress, loss))
+        logs |= collapse_metrics(image_loss, log_probs, targets) | self.scheduled_values(progress, loss)
+        return StepOutput(loss, logs)
 
     def mask(self, positions: Tensor, progress: Progress) -> Tensor:
-        """Masks (2·B, N) of both large crops, the first of all images first; true where a patch is hidden.
+        """Masks (2·B, N) of both large crops, the first crops of all images first; true where a patch is masked.
 
-        They are on the CPU, where counting what they hide need not wait for a GPU. Whether a crop is masked, how much
-        of it and where depends on the seed and its image's position alone.
+        They are on the CPU, where counting masked patches needs no synchronisation with a GPU. Whether a crop is
+        masked, how much of it and where depends only on the seed and the position of its image.
         """
         num_patches = self.grid[0] * self.grid[1]
         noise = keyed_noise(progress.seed, positions, 2 * (2 + num_patches))
@@ -140,31 +143,32 @@ class IBOT(DINO):
         hidden = (num_patches * (low + (high - low) * how_much)).long() * (whether < self.settings.mask_share)
         return sample_mask(self.settings.mask, where, self.grid, hidden)
 
-    def read(self, backbone: nn.Module, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Features of 2·B large crops to what the head sees of them (2·B, D), and their patches (2·B, N, C)."""
-        prefix, patches = split_tokens(backbone, features)
+    def vectors_and_patches(self, backbone: nn.Module, features: Tensor) -> tuple[Tensor, Tensor]:
+        """From features of 2·B large crops to the inputs of the head (2·B, D) and the patches (2·B, N, C)."""
+        prefix, patches = adapt(backbone).split_tokens(features)
         return READOUTS[self.readout](prefix, patches), patches
 
-    def answers(self, logits: Tensor) -> Tensor:
+    def log_probs(self, logits: Tensor) -> Tensor:
         """The student's log-probabilities (..., K)."""
         return F.log_softmax(logits.float() / self.settings.student_temp, dim=-1)
 
     def targets(self, logits: Tensor, center: Center, temperature: float) -> Tensor:
-        """The teacher's probabilities (..., K), in the shape of its logits, whose centre takes note of them."""
+        """The teacher's probabilities (..., K) for its logits (..., K), which training adds to the centre."""
         if self.settings.centring == "sinkhorn":
             return sinkhorn.sinkhorn_knopp(logits.flatten(0, -2), temperature).view_as(logits)
-        if self.training:  # a mere look at some images must leave no trace
+        if self.training:  # evaluation must not update the centre
             center.add(logits)
         return center.softmax(logits, temperature)
 
-    def more_losses(
+    def extra_losses(
         self, vectors: Tensor, patches: Tensor, large: Tensor, progress: Progress
     ) -> dict[str, tuple[float, Tensor]]:
-        """What else is minimised: weights and scalars by name.
+        """Further terms of the loss: weights and scalars by name.
 
         Args:
-            vectors: what the student's head sees of the large crops (2·B, D). patches: the student's (2·B, N, C).
-            large: the crops themselves, without masks.
+            vectors: inputs of the student's head for the large crops, (2·B, D).
+            patches: the student's patch tokens of the large crops, (2·B, N, C).
+            large: the large crops without masks, (2·B, C, H, W).
         """
         return {}
 
@@ -178,8 +182,8 @@ class IBOT(DINO):
         super().discard_step()
 
     def tags(self) -> dict[str, str]:
-        theirs = {name.replace("head", self.patch_head_name, 1): tag for name, tag in super().tags().items()}
-        return super().tags() | theirs
+        tags = super().tags()
+        return tags | {name.replace("head", self.patch_head_name, 1): tag for name, tag in tags.items()}
 
     def _patch_head(self, owner: nn.Module) -> nn.Module:
         """The student's or the teacher's head for patches."""
@@ -187,18 +191,20 @@ class IBOT(DINO):
 
     @torch.no_grad()
     def picture(self, batch: Batch, progress: Progress) -> Tensor:
-        """As DINO's, with what is masked of the large crops in the images' mean colour."""
+        """As DINO's, with masked patches in the mean colour of the images."""
         masked = self.mask(batch.positions, progress).unflatten(1, self.grid).unsqueeze(1).to(batch.views[0])
         masked = F.interpolate(masked, size=batch.views[0].shape[-2:])
         large = torch.cat(batch.views[:2]) * (1 - masked)  # images are normalised: 0 is their mean
-        return sheet_of_crops([*large.chunk(2), *batch.views[2:]], self.image)
+        return crops_picture([*large.chunk(2), *batch.views[2:]], self.image)
 
 
-def cross_entropy_of_patches(answers: Tensor, targets: Tensor, masked: Tensor) -> Tensor:
-    """Mean over crops of the mean cross-entropy over a crop's masked patches; 0 for those without (paper, equation 2).
+def cross_entropy_of_patches(log_probs: Tensor, targets: Tensor, masked: Tensor) -> Tensor:
+    """Mean over crops of the mean cross-entropy over a crop's masked patches (paper, equation 2); a scalar.
 
-    answers: the student's log-probabilities (M, K), in the order of `masked`. targets: the teacher's probabilities
+    A crop without masked patches counts as 0.
+
+    log_probs: the student's log-probabilities (M, K), in the order of `masked`. targets: the teacher's probabilities
     (M, K). masked: (crops, N) bool.
     """
-    weights = (masked / masked.sum(dim=1, keepdim=True).clamp_min(1))[masked].to(answers)
-    return -((answers * targets).sum(dim=-1) * weights).sum() / len(masked)
+    weights = (masked / masked.sum(dim=1, keepdim=True).clamp_min(1))[masked].to(log_probs)
+    return -((log_probs * targets).sum(dim=-1) * weights).sum() / len(masked)

@@ -1,12 +1,12 @@
-"""Masked autoencoder for backbones that read tokens in order.
+"""Masked autoencoder, for recurrent backbones too.
 
-He et al., "Masked Autoencoders Are Scalable Vision Learners" (2022): hide most patches, encode the rest, decode
-them all, and learn from the error on the hidden ones. Two things are different for a recurrent, convolving backbone:
+He et al., "Masked Autoencoders Are Scalable Vision Learners" (2022): hide most patches, encode the others, decode all,
+and minimise the error on the hidden ones. Two things differ for a backbone with a recurrence and a convolution:
 
-- the kept tokens stay in reading order (MAE shuffles them, which a transformer does not notice);
-- the backbone's convolution sees each kept token at its true place on the grid, and zeros where tokens are hidden.
+- the kept tokens stay in row-major order (MAE shuffles them, which makes no difference to a transformer);
+- the convolution has each kept token at its position on the full grid, and zeros at hidden positions.
 
-On timm's `VisionTransformer` with `decoder: vit` the loss and its gradients are those of the published code.
+With timm's `VisionTransformer` and `decoder: vit`, loss and gradients equal those of the published code.
 
 Shapes: B images, N = H·W patches of the grid, K kept ones, R prefix tokens of a transformer, P = patch side, C
 channels, D width of the decoder.
@@ -23,48 +23,50 @@ from torch import Tensor, nn
 
 from selfvil.data.views import RandomCropFlip
 from selfvil.errors import UserError
+from selfvil.models.adapter import adapt
 from selfvil.models.blocks import ViLBlockPair
-from selfvil.models.masking import encode_kept, kept_ids, sample_mask, scatter_tokens, token_grid
-from selfvil.models.vision_lstm import VisionLSTM
+from selfvil.models.layout import TokenLayout, scatter_tokens
+from selfvil.models.masking import kept_ids, sample_mask
 from selfvil.objectives.base import Batch, ImageSpec, Objective, Progress, StepOutput, View, keyed_noise
 from selfvil.settings import Section
 
 
 class MAESettings(Section):
-    """Settings of the masked autoencoder; the defaults are the paper's where ViL leaves them a meaning."""
+    """Settings of the masked autoencoder; the defaults are the paper's, except for the ViL decoder."""
 
     name: Literal["mae"] = "mae"
     mask_ratio: float = Field(0.75, gt=0, lt=1)
     """Share of the patches that are hidden."""
     mask: Literal["random", "block", "row"] = "random"
-    """What is hidden: single patches (the paper's), rectangles over one another, or whole rows of patches."""
+    """Shape of masks: single patches (the paper's), overlapping rectangles, or whole rows of patches."""
     gap_aware: bool = False
-    """ViL: forget once for each patch that is hidden between two kept ones, so that what is left of a patch is what a
-    pass over the whole image would have left; false forgets once from one kept patch to the next."""
+    """ViL: between two kept patches, apply one forget gate for each hidden patch, so that a patch decays as in a pass
+    over the whole image; false applies one forget gate from one kept patch to the next."""
     compact_conv: bool = False
-    """ViL, to compare: convolve kept patches side by side, in a row or, with model.conv: 2d, on a small grid of their
-    own, as code that knows of no holes; false convolves them at their places, with zeros where others are hidden."""
+    """ViL, for comparison: convolve kept patches as neighbours, in a row or, with model.conv: 2d, on a small grid of
+    their own; false convolves them at their positions on the full grid, with zeros at hidden positions."""
     decoder: Literal["vil", "vit"] = "vil"
-    """Blocks of the decoder: pairs of ViL blocks of the backbone's kind, or transformer layers as published."""
+    """Blocks of the decoder: pairs of ViL blocks of the backbone's kind, or the published transformer layers."""
     decoder_dim: int = Field(512, ge=16, multiple_of=8)
     """Width of the decoder's tokens."""
     decoder_depth: int = Field(4, ge=1)
-    """Pairs of ViL blocks (a pair costs about one transformer layer) or transformer layers (8 as published)."""
+    """Number of pairs of ViL blocks, each of which costs about one transformer layer, or of transformer layers (8 as
+    published)."""
     decoder_heads: int = Field(16, ge=1)
-    """Attention heads in each transformer layer of the decoder; they divide decoder_dim."""
+    """Attention heads in each transformer layer of the decoder; must divide decoder_dim."""
     normalise_targets: bool = True
-    """Predict each patch with its own mean taken off and its own deviation divided out."""
+    """Normalise the pixels of each target patch to mean 0 and standard deviation 1."""
     crop_scale: tuple[float, float] = (0.2, 1.0)
     """Range of the share of an image's area that a random crop covers."""
     flip: bool = True
-    """Flip half of the crops left to right; false where a mirror image means something else, as with digits."""
+    """Flip half of the crops left to right; false if a mirror image has another meaning, as with digits."""
 
 
 class MAE(Objective):
     """Masked autoencoder around `backbone`: a `VisionLSTM`, or timm's `VisionTransformer` for comparison.
 
     Raises:
-        UserError: the mask leaves no patch to see or none to predict, or the backbone cannot drop tokens.
+        UserError: the mask keeps no patch or hides none, or the backbone cannot drop tokens.
     """
 
     decoder_pos: Tensor
@@ -73,7 +75,8 @@ class MAE(Objective):
         super().__init__()
         self.settings, self.image = settings, image
         self.backbone = backbone
-        self.grid = token_grid(backbone, image.size)
+        adapter = adapt(backbone)
+        self.grid = adapter.token_grid(image.size)
         self.num_patches = self.grid[0] * self.grid[1]
         self.num_keep = round(self.num_patches * (1 - settings.mask_ratio))
         if not 0 < self.num_keep < self.num_patches:
@@ -86,26 +89,14 @@ class MAE(Objective):
             raise UserError("objective.normalise_targets = true, but a patch is a single value: set it to false")
 
         if settings.gap_aware:
-            if not isinstance(backbone, VisionLSTM):
-                raise UserError(
-                    f"objective.gap_aware = true, but {type(backbone).__name__} does not forget: set it to false, or "
-                    "take a vil_* model"
-                )
-            backbone.set_gap_aware()
-
+            adapter.enable_gap_aware()
         if settings.compact_conv:
-            convolves = [part.conv is not None for part in backbone.modules() if hasattr(part, "compact_conv")]
-            if not isinstance(backbone, VisionLSTM) or not all(convolves):
-                raise UserError(
-                    f"objective.compact_conv = true, but this {type(backbone).__name__} has no convolution among its "
-                    "tokens: set it to false, or take a vil_* model with model.conv = 2d or causal1d"
-                )
-            backbone.set_compact_conv()
+            adapter.enable_compact_conv()
 
         dim = settings.decoder_dim
-        self.decoder_embed = nn.Linear(int(backbone.embed_dim), dim)  # type: ignore[arg-type]  # a number, in timm
+        self.decoder_embed = nn.Linear(adapter.token_dim, dim)
         self.mask_token = nn.Parameter(torch.zeros(dim))
-        # Fixed positions, so that the decoder has no other way of knowing what belongs where.
+        # Fixed, as published; mask tokens differ by their positions alone.
         self.register_buffer("decoder_pos", fixed_positions(self.grid, dim), persistent=False)
         self.decoder = nn.ModuleList(self._decoder_block() for _ in range(settings.decoder_depth))
         self.decoder_norm = nn.LayerNorm(dim, eps=1e-6)
@@ -118,10 +109,10 @@ class MAE(Objective):
     def _decoder_block(self) -> nn.Module:
         dim, heads = self.settings.decoder_dim, self.settings.decoder_heads
         if self.settings.decoder == "vil":
-            return ViLBlockPair(dim, block=getattr(self.backbone, "block", "gated"))
+            return ViLBlockPair(dim, block=adapt(self.backbone).decoder_block)
         if dim % heads:
             raise UserError(f"objective.decoder_heads = {heads} does not divide objective.decoder_dim = {dim}")
-        norm: Any = partial(nn.LayerNorm, eps=1e-6)  # timm asks for a class, and needs no more than this
+        norm: Any = partial(nn.LayerNorm, eps=1e-6)  # timm is annotated with a class, but calls it only
         block = Block(dim, heads, qkv_bias=True, norm_layer=norm)
         for linear in block.modules():
             if isinstance(linear, nn.Linear):
@@ -148,23 +139,23 @@ class MAE(Objective):
         return kept_ids(hidden, self.num_keep), hidden.to(noise.dtype)
 
     def encode(self, images: Tensor, keep: Tensor) -> Tensor:
-        """Kept tokens (B, K, C), after the prefix tokens (B, R, C) if the decoder is a transformer, as the backbone."""
-        return encode_kept(self.backbone, images, keep, with_prefix=self.settings.decoder == "vit")
+        """Kept tokens (B, K, C), after the prefix tokens (B, R, C) if backbone and decoder are transformers."""
+        return adapt(self.backbone).encode_kept(images, keep, with_prefix=self.settings.decoder == "vit")
 
     def decode(self, latent: Tensor, keep: Tensor) -> Tensor:
-        """Predict every patch (B, N, P·P·C), float32 or better, from tokens (B, R + K, C) as `encode` gives them."""
+        """Predict every patch (B, N, P·P·C), float32 or better, from the tokens (B, R + K, C) of `encode`."""
         x = self.decoder_embed(latent)
         num_prefix = latent.shape[1] - keep.shape[1]
         prefix, x = x[:, :num_prefix], x[:, num_prefix:]  # only patches have positions
         x = scatter_tokens(x, keep, self.mask_token, self.num_patches) + self.decoder_pos.to(x.dtype)
         x = torch.cat([prefix, x], dim=1) if num_prefix else x
         for block in self.decoder:
-            x = block(x, self.grid) if isinstance(block, ViLBlockPair) else block(x)
+            x = block(x, TokenLayout(self.grid)) if isinstance(block, ViLBlockPair) else block(x)
         predicted = self.decoder_head(self.decoder_norm(x))[:, num_prefix:]
         return predicted.to(torch.promote_types(predicted.dtype, torch.float32))
 
     def targets(self, images: Tensor) -> Tensor:
-        """Pixels of each patch (B, N, P·P·C), normalised within the patch if the settings say so."""
+        """Pixels of each patch (B, N, P·P·C), normalised within the patch if `normalise_targets`."""
         return pixel_targets(images, self.image.patch_size, self.settings.normalise_targets)
 
     @torch.no_grad()
@@ -174,10 +165,10 @@ class MAE(Objective):
 
     @torch.no_grad()
     def picture(self, batch: Batch, progress: Progress) -> Tensor:
-        """Rows of three: the image, what the backbone sees of it, and the hidden patches filled in.
+        """Rows of three: the image, its kept patches, and the image with predictions in place of hidden patches.
 
-        Where targets are normalised, the prediction is put back on the true patch's mean and deviation: the network
-        was never asked for those, and without them a good prediction looks like noise.
+        If targets are normalised, predictions are shown with the mean and deviation of the true patch, which the
+        network does not predict.
         """
         images = batch.views[0][:8].float()
         keep, hidden = self.mask(batch.positions[:8], progress, images.device)
@@ -192,7 +183,7 @@ def fixed_positions(grid: tuple[int, int], dim: int) -> Tensor:
 
 
 def pixel_targets(images: Tensor, patch_size: int, normalise: bool) -> Tensor:
-    """Pixels of each patch (B, N, P·P·C), float32 or better, with mean 0 and deviation 1 in each if `normalise`."""
+    """Pixels of each patch (B, N, P·P·C), float32 or better; `normalise` each to mean 0 and standard deviation 1."""
     patches = patchify(images.to(torch.promote_types(images.dtype, torch.float32)), patch_size)
     if not normalise:
         return patches
@@ -201,14 +192,14 @@ def pixel_targets(images: Tensor, patch_size: int, normalise: bool) -> Tensor:
 
 
 def reconstruction(images: Tensor, hidden: Tensor, predicted: Tensor, image: ImageSpec, normalised: bool) -> Tensor:
-    """Rows of three, as an RGB picture (3, B·H, 3·W) in [0, 1]: image, what is left of it, and the hidden filled in.
+    """Rows of three as an RGB picture (3, B·H, 3·W) in [0, 1]: image, its kept patches, hidden patches as predicted.
 
     Args:
         images: (B, C, H, W), float32.
         hidden: (B, N), 1 where a patch is hidden.
         predicted: (B, N, P·P·C).
-        image: the images' patches and statistics.
-        normalised: predictions are of normalised patches, and are put back on the true patch's mean and deviation.
+        image: side of a patch, mean and deviation of the images.
+        normalised: predictions are of normalised patches; they get the true patch's mean and deviation.
     """
     grid = (images.shape[2] // image.patch_size, images.shape[3] // image.patch_size)
     patches = patchify(images, image.patch_size)
@@ -227,7 +218,7 @@ def reconstruction(images: Tensor, hidden: Tensor, predicted: Tensor, image: Ima
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:
-    """Cut images (B, C, H·P, W·P) into patches (B, H·W, P·P·C) in reading order."""
+    """Cut images (B, C, H·P, W·P) into patches (B, H·W, P·P·C) in row-major order."""
     batch, chans, height, width = images.shape
     x = images.reshape(batch, chans, height // patch_size, patch_size, width // patch_size, patch_size)
     return x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)

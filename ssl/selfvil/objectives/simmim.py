@@ -1,8 +1,8 @@
 """SimMIM: predict the pixels of masked patches from a dense pass.
 
-Xie et al., "SimMIM: A Simple Framework for Masked Image Modeling" (2022): a learned token stands for masked patches,
-the backbone sees the whole grid, one linear layer predicts pixels, and the loss is the absolute error on masked ones.
-Nothing is dropped, so that a convolving backbone meets the grid it will meet later; it costs a full pass in exchange.
+Xie et al., "SimMIM: A Simple Framework for Masked Image Modeling" (2022): a learned token replaces masked patches, the
+backbone encodes the whole grid, one linear layer predicts pixels, and the loss is the absolute error on masked ones.
+No token is dropped, so a convolution has the same dense grid as after pretraining, at the cost of a full forward pass.
 
 Shapes: B images, N = H·W patches of the grid, P = patch side, C channels.
 """
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from selfvil.data.views import RandomCropFlip
 from selfvil.errors import UserError
-from selfvil.models.masking import encode_masked, sample_mask, token_grid
+from selfvil.models.adapter import adapt
+from selfvil.models.masking import sample_mask
 from selfvil.objectives.base import Batch, ImageSpec, Objective, Progress, StepOutput, View, keyed_noise
 from selfvil.objectives.mae import pixel_targets, reconstruction
 from selfvil.settings import Section
@@ -28,28 +29,28 @@ class SimMIMSettings(Section):
     mask_ratio: float = Field(0.6, gt=0, lt=1)
     """Share of the mask units that are hidden."""
     mask_unit: int = Field(2, ge=1)
-    """Side of a mask unit in patches: 2 makes the paper's 32 pixels of patches of 16."""
+    """Side of a mask unit in patches: the paper's unit of 32 pixels is 2 patches of 16."""
     normalise_targets: bool = False
-    """Predict each patch with its own mean taken off and its own deviation divided out."""
+    """Normalise the pixels of each target patch to mean 0 and standard deviation 1."""
     crop_scale: tuple[float, float] = (0.67, 1.0)
     """Range of the share of an image's area that a random crop covers."""
     flip: bool = True
-    """Flip half of the crops left to right; false where a mirror image means something else, as with digits."""
+    """Flip half of the crops left to right; false if a mirror image has another meaning, as with digits."""
 
 
 class SimMIM(Objective):
     """SimMIM around `backbone`: a `VisionLSTM`, or timm's `VisionTransformer` for comparison.
 
     Raises:
-        UserError: mask units do not tile the grid, the mask hides all units or none, or the backbone has no plain grid
-            of tokens.
+        UserError: mask units do not tile the grid, the mask hides all units or none, or the backbone cannot mask
+            tokens.
     """
 
     def __init__(self, backbone: nn.Module, settings: SimMIMSettings, image: ImageSpec) -> None:
         super().__init__()
         self.settings, self.image = settings, image
         self.backbone = backbone
-        self.grid = token_grid(backbone, image.size)
+        self.grid = adapt(backbone).token_grid(image.size)
         unit = settings.mask_unit
         if self.grid[0] % unit or self.grid[1] % unit:
             raise UserError(
@@ -67,7 +68,7 @@ class SimMIM(Objective):
         if settings.normalise_targets and image.patch_size**2 * image.in_chans == 1:
             raise UserError("objective.normalise_targets = true, but a patch is a single value: set it to false")
 
-        dim = int(backbone.embed_dim)  # type: ignore[arg-type]  # a number, in timm
+        dim = adapt(backbone).token_dim
         self.mask_token = nn.Parameter(torch.zeros(dim))
         self.decoder_head = nn.Linear(dim, image.patch_size**2 * image.in_chans)
         nn.init.trunc_normal_(self.mask_token, std=0.02)
@@ -90,8 +91,8 @@ class SimMIM(Objective):
         return masked.repeat_interleave(unit, dim=1).repeat_interleave(unit, dim=2).flatten(1)
 
     def predict(self, images: Tensor, masked: Tensor) -> Tensor:
-        """Pixels of every patch (B, N, P·P·C), float32 or better, from what is not masked."""
-        predicted = self.decoder_head(encode_masked(self.backbone, images, masked, self.mask_token))
+        """Pixels of every patch (B, N, P·P·C), float32 or better, predicted from the patches that are not masked."""
+        predicted = self.decoder_head(adapt(self.backbone).encode_masked(images, masked, self.mask_token))
         return predicted.to(torch.promote_types(predicted.dtype, torch.float32))
 
     @torch.no_grad()
@@ -100,12 +101,12 @@ class SimMIM(Objective):
         count = len(targets)
         if count < 2:
             return None
-        # The median has the least absolute error. It is taken from the same images, hence the correction.
+        # The median minimises the absolute error. It is estimated from the same images, which explains the correction.
         return (targets - targets.median(dim=0).values).abs().mean() * count / (count - 1)
 
     @torch.no_grad()
     def picture(self, batch: Batch, progress: Progress) -> Tensor:
-        """Rows of three: the image, what is not masked of it, and the masked patches filled in."""
+        """Rows of three: the image, the patches that are not masked, and masked patches as predicted."""
         images = batch.views[0][:8].float()
         masked = self.mask(batch.positions[:8], progress, images.device)
         predicted = self.predict(images, masked).float()

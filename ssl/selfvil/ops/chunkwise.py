@@ -1,17 +1,17 @@
-"""Products of the mLSTM over chunks that hand on a state: time and memory grow with N.
+"""Products of the mLSTM over chunks that pass on a state: time and memory are linear in N.
 
-Within a chunk, a row's products with the columns it sees are those of the parallel form. What came before enters by a
-state of fixed size. For the rows of a chunk, with m the largest a_j before it,
+Within a chunk, a row's products with its unmasked columns are those of the parallel form. Tokens before the chunk are
+summarised in a state of fixed size. For the rows of a chunk, with m the largest a_j before it,
     state = sum over j before it of exp(a_j - m) k_j v_jᵀ,   norm = sum of exp(a_j - m) k_j,
     row i of C v gains exp(m - M_i) q_i · state / sqrt(D),   and its row sum exp(m - M_i) q_i · norm / sqrt(D).
-The gradient of q is the same sum with k and v changed about. Those of k and v run over the rows that come after a
-column: a state of q and of the gradients, built from the other end. All exponents are at most 0.
+The gradient of q is the same sum with k and v swapped. Those of k and v are sums over the rows after a column: a state
+of q and of the gradients, computed from the other end. All exponents are at most 0.
 
-Only states follow one another, by one small step a chunk. All else is done for the chunks of some heads at once: as
-many as are few, large operations and yet stay in a processor's cache.
+Only the states are sequential, one small step for each chunk. Everything else is computed for the chunks of several
+heads at once: enough for few, large operations, and few enough for the processor's cache.
 
-What the symbols mean, and where these gradients lead: `torch_mlstm`. Shapes: heads have joined the batch, so q, k, v
-are (B·H, N, D), and what belongs to a token is (B·H, N). Of some heads, Z chunks of c tokens: (Z, c, D), (Z, c), states
+`torch_mlstm` defines the symbols and derives the gradients. Shapes: the batch includes the heads: q, k, v are
+(B·H, N, D), values per token are (B·H, N). For a group of heads, Z chunks of c tokens are (Z, c, D) and (Z, c), states
 (Z, D, D) in the dtype of a.
 """
 
@@ -26,13 +26,13 @@ from torch import Tensor
 from selfvil.ops.parallel import decay, denominator, plus, times
 
 CHUNK = 128
-"""Tokens in a chunk, at most. Larger ones cost more products within, smaller ones more states."""
+"""Maximum number of tokens in a chunk. Larger chunks need more products within them, smaller ones more states."""
 
 NARROW = 64
-"""Heads up to this wide take chunks of half the size: their states cost little beside what is done within a chunk."""
+"""Heads up to this width take chunks of half the size: their states are cheap compared to the work within a chunk."""
 
-TOGETHER = 4096
-"""Tokens handled at once, about."""
+TOKENS_AT_ONCE = 4096
+"""Approximate number of tokens that one operation processes."""
 
 
 def products(
@@ -51,7 +51,7 @@ def products(
         carried = torch.exp(before - maximum)
         total = (weights.sum(-1) + carried * _dot(rows, norm)) / root
         row_scale = root * denominator(total, chunks.cut(limit[heads])).unsqueeze(-1)
-        # Divided first, so that low precision rounds what is of the size of h.
+        # Divided before rounding to low precision, so that the rounded values have the magnitude of h.
         parts = [(weights.div_(row_scale), values), (rows * (carried.unsqueeze(-1) / row_scale), state)]
         _sum_of_products(parts, chunks.cut(h[heads]))
         chunks.cut(row_sum[heads]).copy_(total)
@@ -74,14 +74,14 @@ def gradients(
         scale = chunks.cut(row_scale[heads]).unsqueeze(-1)
         before, last = chunks.maxima(maximum)
         carried = torch.exp(before - maximum).unsqueeze(-1) / scale
-        asked = (rows * carried).to(dtype)
+        scaled_rows = (rows * carried).to(dtype)
 
-        # For the rows: within their chunk, and what came before it, as in the forward pass.
+        # Gradients of the rows: from their own chunk and from the state before it, as in the forward pass.
         state, norm = chunks.states(cols, values, taken, before, last)
         kept = _decay_within(taken, maximum, reverse).div_(scale)
         weights, d_weights = times(rows @ cols.mT, kept), (d_rows @ values.mT).to(a.dtype)
         now = torch.linalg.vecdot(weights, d_weights)
-        now += torch.linalg.vecdot((asked @ state.to(dtype)).to(a.dtype), d_rows.to(a.dtype))
+        now += torch.linalg.vecdot((scaled_rows @ state.to(dtype)).to(a.dtype), d_rows.to(a.dtype))
         dn = (-chunks.cut(sign[heads]) * now).unsqueeze(-1)
         d_weights = plus(d_weights, dn)
         d_columns = (weights * d_weights).sum(-2)
@@ -90,24 +90,24 @@ def gradients(
         _sum_of_products(parts, chunks.cut(dq[heads]))
         chunks.cut(r[heads]).copy_(now)
 
-        # For the columns: within their chunk, and what the rows after it ask of them.
-        after, after_sum = chunks.states_after(asked, d_rows, dn, before, last)
-        seen = torch.exp(taken - last).unsqueeze(-1)
-        asked_keys = seen * plus(values @ after.to(dtype).mT, after_sum.unsqueeze(1))
-        chunks.cut(da[heads]).copy_(d_columns + (cols * asked_keys).sum(-1))
-        chunks.cut(dk[heads]).copy_(plus(d_scores.mT @ rows, asked_keys))
-        chunks.cut(dv[heads]).copy_(plus(weights.to(dtype).mT @ d_rows, seen * (cols @ after.to(dtype))))
+        # Gradients of the columns: from their own chunk and from the rows after it.
+        after, after_sum = chunks.states_after(scaled_rows, d_rows, dn, before, last)
+        fade = torch.exp(taken - last).unsqueeze(-1)
+        d_keys = fade * plus(values @ after.to(dtype).mT, after_sum.unsqueeze(1))
+        chunks.cut(da[heads]).copy_(d_columns + (cols * d_keys).sum(-1))
+        chunks.cut(dk[heads]).copy_(plus(d_scores.mT @ rows, d_keys))
+        chunks.cut(dv[heads]).copy_(plus(weights.to(dtype).mT @ d_rows, fade * (cols @ after.to(dtype))))
     dq, dk, dv, r, da = (x[:, :num_tokens].contiguous() for x in (dq, dk, dv, r, da))
     return dq, dk, dv, r, da
 
 
 def chunk_size(width: int) -> int:
-    """Tokens in a chunk, at most, for heads of v so wide."""
+    """Maximum number of tokens in a chunk for heads of v with this width."""
     return max(1, CHUNK // 2) if width <= NARROW else CHUNK
 
 
 class _Chunks:
-    """Chunks of equal size, the last one filled up with tokens that nobody sees and that ask for nothing."""
+    """Chunks of equal size. The last is padded with tokens that affect no other and have no gradient."""
 
     def __init__(self, v: Tensor, reverse: bool) -> None:
         self.num_heads, num_tokens, width = v.shape
@@ -120,16 +120,16 @@ class _Chunks:
         return F.pad(x, (0, 0) * (x.ndim - 2) + (0, self.missing), value=value) if self.missing else x
 
     def heads(self) -> Iterator[slice]:
-        """Heads to be handled together."""
-        some = max(1, TOGETHER // (self.count * self.size))
-        return (slice(first, first + some) for first in range(0, self.num_heads, some))
+        """Groups of heads that are processed together."""
+        group = max(1, TOKENS_AT_ONCE // (self.count * self.size))
+        return (slice(first, first + group) for first in range(0, self.num_heads, group))
 
     def cut(self, x: Tensor) -> Tensor:
-        """Some heads (heads, N, ...) to their chunks (Z, c, ...), without a copy."""
+        """A group of heads (heads, N, ...) to its chunks (Z, c, ...), without a copy."""
         return x.view(-1, self.size, *x.shape[2:])
 
     def maxima(self, row_max: Tensor) -> tuple[Tensor, Tensor]:
-        """The maximum when all before a chunk has been read, -inf for nothing, and when it has: (Z, 1) of (Z, c)."""
+        """Running maxima (Z, 1) before each chunk, -inf before the first, and at its end; from `row_max` (B·H, N)."""
         last = row_max[:, 0 if self.reverse else -1].view(-1, self.count)
         nothing = last.new_full((len(last), 1), -math.inf)
         before = [last[:, 1:], nothing] if self.reverse else [nothing, last[:, :-1]]
@@ -143,15 +143,15 @@ class _Chunks:
         return self._follow(gains[0], fade, self.reverse), self._follow(gains[1], fade, self.reverse)
 
     def states_after(
-        self, asked: Tensor, d_rows: Tensor, dn: Tensor, before: Tensor, last: Tensor
+        self, scaled_rows: Tensor, d_rows: Tensor, dn: Tensor, before: Tensor, last: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """What the rows after each chunk ask of it: a state (Z, D, D) for their gradients, and (Z, D) for their dn."""
-        gains = (asked.mT @ d_rows).to(dn.dtype), (asked * dn).sum(1, dtype=dn.dtype)
+        """Sums over the rows after each chunk: a state (Z, D, D) with their gradients, and (Z, D) with their dn."""
+        gains = (scaled_rows.mT @ d_rows).to(dn.dtype), (scaled_rows * dn).sum(1, dtype=dn.dtype)
         fade = torch.exp(before - last)
         return self._follow(gains[0], fade, not self.reverse), self._follow(gains[1], fade, not self.reverse)
 
     def _follow(self, gains: Tensor, fade: Tensor, backwards: bool) -> Tensor:
-        """For each chunk the sum of the gains (Z, ...) of those read before it, times fade (Z, 1) of those between."""
+        """For each chunk, the sum of the gains (Z, ...) before it, each times fade (Z, 1) of those between."""
         gains, fade = (x.view(-1, self.count, *x.shape[1:]) for x in (gains, fade))
         fade = fade.view(*fade.shape[:2], *(1,) * (gains.ndim - 2))
         states = torch.empty_like(gains)
@@ -163,7 +163,7 @@ class _Chunks:
 
 
 def _sum_of_products(pairs: list[tuple[Tensor, Tensor]], out: Tensor) -> None:
-    """out (Z, c, D) = the sum of left @ right. Low precision is rounded but once: one product of all side by side."""
+    """out (Z, c, D) = the sum of left @ right. Low precision is rounded once, by one product of the concatenation."""
     if all(x.dtype == out.dtype for pair in pairs for x in pair):
         torch.bmm(*pairs[0], out=out)
         for left, right in pairs[1:]:

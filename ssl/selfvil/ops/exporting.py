@@ -1,4 +1,4 @@
-"""Whether a graph is being made for other programs, which do not have the custom operators of this package."""
+"""Detects the export of a graph to programs that do not have the custom operators of this package."""
 
 import torch
 

@@ -1,14 +1,14 @@
-"""What stands around the mLSTM in a layer, fused in Triton, for GPUs: each part reads and writes a tensor once.
+"""The operations around the mLSTM in a layer, fused in Triton for GPUs: each kernel reads and writes a tensor once.
 
-These parts are bound by memory, and plain torch moves each intermediate result to it and back. The plain path stays in
-`models.layers`, and is what these operators equal, to rounding: they sum in float32, and round what they give once.
-Parameters are read as they are stored, whatever the tokens' dtype, and sums over tokens for their gradients are those
-of fixed spans, added up at the end, so that the same inputs give the same bits. First derivatives only.
+Memory bandwidth limits these operations, and plain torch writes and reads each intermediate result. `models.layers` has
+the plain operations, which these operators equal to rounding: they sum in float32, and round their results once.
+Parameters are loaded in their own dtype, whatever that of the tokens. Their gradients are summed over fixed spans of
+tokens, and these sums are added at the end, so that equal inputs give equal bits. First derivatives only.
 
-Traffic is counted below in tensors of the size of (B, N, E), each counted once when a kernel reads it whole or writes
-it, which makes 2 B·N·E bytes each in bfloat16. None of it is measured.
+Memory traffic below is counted in tensors of the size of (B, N, E), one for each read or write by a kernel, which is
+2 B·N·E bytes in bfloat16. It is not measured.
 
-On a CPU kernels run in Triton's interpreter, to be tested: TRITON_INTERPRET=1 before anything imports triton.
+For tests, the kernels run on a CPU in Triton's interpreter: set TRITON_INTERPRET=1 before triton is imported.
 
 Shapes: B images, N tokens, E channels, H heads of width D = E / H.
 """
@@ -25,12 +25,12 @@ from selfvil.ops.exporting import exporting
 from selfvil.ops.triton_mlstm import INSTALLED, _precision
 
 SWITCH = "SELFVIL_FUSED"
-"""Environment variable: 0 leaves everything to plain torch."""
+"""Environment variable: 0 uses plain torch for all operations."""
 
 
-class Cut(NamedTuple):
-    """How a kernel is cut up: tokens and channels of a block (0: a head's), tokens whose sums are one program's, warps
-    that share the work, and steps under way at once. Not measured yet: what fits an H200 by the compiler's word."""
+class FusedConfig(NamedTuple):
+    """Launch configuration of a kernel: tokens and channels of a block (0: those of a head), tokens that one program
+    sums over, warps, and pipeline stages. Not tuned; the compiler reports that the kernels fit an H200."""
 
     tokens: int
     channels: int
@@ -39,16 +39,16 @@ class Cut(NamedTuple):
     stages: int
 
 
-CONV = Cut(tokens=16, channels=64, span=256, warps=4, stages=1)
-PROJECT = Cut(tokens=32, channels=32, span=0, warps=4, stages=2)
-PROJECT_BACKWARD = Cut(tokens=16, channels=32, span=512, warps=4, stages=2)
-NORM = Cut(tokens=8, channels=0, span=64, warps=8, stages=1)
+CONV = FusedConfig(tokens=16, channels=64, span=256, warps=4, stages=1)
+PROJECT = FusedConfig(tokens=32, channels=32, span=0, warps=4, stages=2)
+PROJECT_BACKWARD = FusedConfig(tokens=16, channels=32, span=512, warps=4, stages=2)
+NORM = FusedConfig(tokens=8, channels=0, span=64, warps=8, stages=1)
 
 
 def applies(x: Tensor) -> bool:
-    """Whether these operators take tokens such as x: on a GPU, if there is a Triton, in at most float32.
+    """Whether these operators support x: on a GPU, in at most float32, with Triton installed.
 
-    In Triton's interpreter, on any device and in float64 too.
+    In Triton's interpreter also on a CPU and in float64.
     """
     if not INSTALLED or os.environ.get(SWITCH) == "0" or exporting():
         return False
@@ -58,14 +58,14 @@ def applies(x: Tensor) -> bool:
 
 
 def conv_silu(x: Tensor, weight: Tensor, bias: Tensor, grid: tuple[int, int], reverse: bool) -> Tensor:
-    """SiLU of the depthwise 3 × 3 convolution of tokens (B, N, E) on their whole grid, which comes out as they do.
+    """SiLU of the depthwise 3 × 3 convolution of all tokens of a grid, (B, N, E) to the same shape.
 
-    Forward it moves 2 tensors in place of 4, backward 5 in place of 8: once for the gradient of what SiLU is taken of,
-    computed anew (3), and once more for that of x (2). What SiLU is taken of is not kept.
+    The forward pass moves 2 tensors instead of 4. The backward pass moves 5 instead of 8: 3 for the gradient of the
+    convolution, which is recomputed, and 2 for that of x. The convolution without SiLU is not stored.
 
     Args:
-        x: (B, N, E), read where it lies.
-        weight, bias: (E, 1, 3, 3), turned by 180° if `reverse`, and (E,).
+        x: (B, N, E), which need not be contiguous.
+        weight, bias: (E, 1, 3, 3), rotated by 180° if `reverse`, and (E,).
         grid: rows and columns of tokens.
     """
     return _conv(autocast(x), weight, bias, *grid, reverse)
@@ -109,7 +109,7 @@ def _conv_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 
 def _conv_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, bias = ctx.saved_tensors  # once: checkpointing computes them anew for it
+    x, weight, bias = ctx.saved_tensors  # once: with checkpointing, each access recomputes them
     dx, sums = _conv_backward(dy, x, weight, bias, ctx.height, ctx.width, ctx.reverse)
     return dx, sums[:9].mT.reshape(weight.shape).to(weight.dtype), sums[9].to(bias.dtype), None, None, None
 
@@ -141,17 +141,18 @@ def project(
     c: Tensor, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None],
     c_gates: Tensor, x_gates: Tensor, gates_bias: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Queries, keys, values and gates of the mLSTM, by reading the two branches once.
+    """Queries, keys, values and gates of the mLSTM; the two branches are loaded once.
 
-    Forward it moves 5 tensors, where plain torch moves at least 14: 4 for each of q, k and v, of which heads are put in
-    order in a second step, and 2 for the gates. Backward 7 in place of 34: order (2), gradient of what goes in (2), of
-    the weight (2) and of the bias (1) for each of q, k and v; 4 for the gates; sums of three and of two gradients (9).
+    The forward pass moves 5 tensors; plain torch moves at least 14: 4 for each of q, k and v, whose heads are permuted
+    in a second step, and 2 for the gates. The backward pass moves 7 instead of 34: for each of q, k and v, 2 for the
+    permutation, 2 for the gradient of the input, 2 for that of the weight and 1 for that of the bias; 4 for the gates;
+    9 for the sums of three and of two gradients.
 
     Args:
-        c, x: the convolved branch and the plain one, (B, N, E), read where they lie.
-        weights, biases: of q and k, of c, and of v, of x: (E / S, S, S) and (E,); biases may all be None.
+        c, x: the convolved and the plain branch, (B, N, E), which need not be contiguous.
+        weights, biases: of the maps from c to q and k and from x to v, (E / S, S, S) and (E,); all biases may be None.
         c_gates, x_gates, gates_bias: the gates' weights for c and for x, (2 H, E), and their bias (2 H,); the input
-            gate's come first.
+            gate comes first.
 
     Returns:
         q, k, v (B, H, N, D) in the dtype of c, and the gates' pre-activations i, f (B, H, N) in float32 or better.
@@ -191,13 +192,13 @@ def _project_backward(
     c, x, c_gates, x_gates = _rows(c), _rows(x), c_gates.contiguous(), x_gates.contiguous()
     gradients = [dy.contiguous() for dy in (dq, dk, dv, di, df)]
     dc, dx = c.new_empty(c.shape), x.new_empty(x.shape)
-    cut, width = PROJECT_BACKWARD, c.shape[2]
-    spans = math.ceil(c.shape[:2].numel() / cut.span)
+    config, width = PROJECT_BACKWARD, c.shape[2]
+    spans = math.ceil(c.shape[:2].numel() / config.span)
     sums = [_sums(c, spans, *shape) for shape in _project_shapes(q_weight, c_gates)]
     _launch(
-        "project_backward", spans * math.ceil(width / cut.channels), cut,
+        "project_backward", spans * math.ceil(width / config.channels), config,
         *gradients, c, x, q_weight, k_weight, v_weight, c_gates, x_gates, dc, dx, *sums, *_project_sizes(c, x),
-        SPAN=cut.span, **_project_constants(c, q_weight, c_gates, cut),
+        SPAN=config.span, **_project_constants(c, q_weight, c_gates, config),
     )  # fmt: skip
     d_weights, d_biases, d_gates = (part.sum(0) for part in sums)
     return dc, dx, d_weights, d_biases, d_gates
@@ -232,7 +233,7 @@ _project.register_autograd(_project_gradients, setup_context=_project_setup)
 
 
 def _projected(c: Tensor, gates_bias: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Room for q, k, v, i and f."""
+    """Uninitialised q, k, v, i and f."""
     (batch, num_tokens, width), heads = c.shape, len(gates_bias) // 2
     q, k, v = (c.new_empty(batch, heads, num_tokens, width // heads) for _ in range(3))
     i, f = (_sums(c, batch, heads, num_tokens) for _ in range(2))
@@ -240,7 +241,7 @@ def _projected(c: Tensor, gates_bias: Tensor) -> tuple[Tensor, Tensor, Tensor, T
 
 
 def _project_shapes(weight: Tensor, gates: Tensor) -> list[tuple[int, ...]]:
-    """Of the sums for parameters."""
+    """Shapes of the sums for the parameters' gradients."""
     width = gates.shape[1]
     return [(3, width, weight.shape[2]), (3, width), (2, *gates.shape)]
 
@@ -249,11 +250,11 @@ def _project_sizes(c: Tensor, x: Tensor) -> tuple[int, ...]:
     return c.shape[:2].numel(), c.shape[1], *c.stride()[:2], *x.stride()[:2]
 
 
-def _project_constants(c: Tensor, weight: Tensor, gates: Tensor, cut: Cut) -> dict[str, Any]:
-    """`gates` has a first axis of both gates' heads."""
+def _project_constants(c: Tensor, weight: Tensor, gates: Tensor, config: FusedConfig) -> dict[str, Any]:
+    """The first axis of `gates` has the heads of both gates."""
     return {
         "E": c.shape[2], "HEADS": len(gates) // 2, "SIDE": weight.shape[2],
-        "GATES": max(16, 1 << (len(gates) - 1).bit_length()), "BLOCK": cut.tokens, "CHANNELS": cut.channels,
+        "GATES": max(16, 1 << (len(gates) - 1).bit_length()), "BLOCK": config.tokens, "CHANNELS": config.channels,
         "PRECISION": _precision(c.dtype),
     }  # fmt: skip
 
@@ -263,19 +264,19 @@ def norm_skip_gate(
 ) -> Tensor:
     """(layer_norm(h) of each head · (1 + weight) + bias + skip · c) · silu(gate).
 
-    Forward it moves 4 tensors, and 3 without a gate, where plain torch moves 14, or 9: normalised (2), heads put back
-    together (2), weight and bias (2), skip (3), SiLU (2), product (3). Backward 7 or 5 in place of 27 or 18. It keeps
-    h, c and gate, which others keep as well, and none of the three results in between.
+    The forward pass moves 4 tensors, or 3 without a gate; plain torch moves 14, or 9: normalisation (2), concatenation
+    of heads (2), weight and bias (2), skip (3), SiLU (2), product (3). The backward pass moves 7 or 5 instead of 27 or
+    18. It stores h, c and gate, which other operations store as well, and none of the three intermediate results.
 
     Args:
-        h: what the mLSTM gives, (B, H, N, D).
+        h: the output of the mLSTM, (B, H, N, D).
         c: the convolved branch, (B, N, E).
-        gate: the gate's branch, (B, N, E), read where it lies; None leaves it to the caller.
-        weight, bias, skip: (E,); the weight as its distance from 1, the bias may be None.
+        gate: the branch of the gate, (B, N, E), which need not be contiguous; None multiplies by no gate.
+        weight, bias, skip: (E,); the weight is stored minus 1, the bias may be None.
 
     Returns:
-        (B, N, E) in the dtype of h. Without a gate, float32 under a GPU's autocast: it is to be summed, as is then
-        what torch's norm gives there. With one, it is what the next projection would make of that.
+        (B, N, E) in the dtype of h. Without a gate under a GPU's autocast float32, as torch's norm returns there,
+        because it will be summed. With a gate, the dtype in which the next projection takes it.
     """
     h, c = autocast(h), autocast(c)
     dtype = h.dtype
@@ -311,7 +312,7 @@ def _(h, c, gate, weight, bias, skip, eps, dtype):
 def _norm_backward(
     dy: Tensor, h: Tensor, c: Tensor, gate: Tensor | None, weight: Tensor, bias: Tensor | None, skip: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of h, c and gate (nothing, if there is none), and of weight, bias and skip as one (3, E)."""
+    """Gradients of h, c and gate (empty without a gate), and of weight, bias and skip as one (3, E)."""
     dy, h, c = dy.contiguous(), _rows(h), _rows(c)
     z = c if gate is None else _rows(gate)
     dh, dc, dz = h.new_empty(h.shape), c.new_empty(c.shape), z.new_empty(0 if gate is None else z.shape)
@@ -371,18 +372,18 @@ def autocast(x: Tensor) -> Tensor:
 
 
 def _rows(x: Tensor) -> Tensor:
-    """x where it lies, if its channels lie side by side."""
+    """x itself if its channels are contiguous, else a contiguous copy."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _sums(x: Tensor, *shape: int) -> Tensor:
-    """Room for sums over tokens, in float32 or better."""
+    """An uninitialised tensor for sums over tokens, in float32 or better."""
     return x.new_empty(shape, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
-def _launch(kernel: str, programs: int, cut: Cut, *args: Tensor | int, **constants: Any) -> None:
-    from selfvil.ops import triton_neighbours  # only now: where it is not used, Triton need not be there
+def _launch(kernel: str, programs: int, config: FusedConfig, *args: Tensor | int, **constants: Any) -> None:
+    from selfvil.ops import triton_neighbours  # here, so that other backends work without Triton
 
-    options = {"num_warps": cut.warps, "num_stages": cut.stages, "enable_fp_fusion": True}
+    options = {"num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": True}
     with torch.cuda.device_of(args[0]):  # Triton launches on the current one
         getattr(triton_neighbours, kernel)[(programs,)](*args, **constants, **options)

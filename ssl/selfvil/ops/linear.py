@@ -1,8 +1,8 @@
 """A linear map that is fast in float32 on CPUs, by oneDNN.
 
-torch multiplies float32 matrices on x86 by MKL, which uses AVX-512 on processors of its own maker only; oneDNN, which
-torch carries for its convolutions, uses it on all. On an AMD EPYC that is 235 instead of 105 GFLOP/s on a thread, for
-the same float32 sums (`benchmarks/backbone.py` shows what it does for a network). Anything else goes to torch.
+torch multiplies float32 matrices on x86 with MKL, which uses AVX-512 only on Intel processors. oneDNN, which torch
+contains for its convolutions, uses it on all. On an AMD EPYC one thread reaches 235 instead of 105 GFLOP/s, with the
+same float32 sums (`benchmarks/backbone.py` measures the effect on a network). All other cases use torch.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ from selfvil.ops.exporting import exporting
 
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 MIN_WIDTH = 16
-"""Narrower maps are bound by memory, and left to torch."""
+"""Narrower maps are limited by memory bandwidth and use torch."""
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -27,7 +27,7 @@ BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, bool], Ten
 """Name -> a function of q, k (B, H, N, D), v (B, H, N, D'), i, log f (B, H, N), float32 or float64, and reverse."""
 
 OVERRIDE = "SELFVIL_MLSTM"
-"""Environment variable that says what "auto" means: the name of a backend."""
+"""Environment variable with the name of the backend for "auto"."""
 
 
 def mlstm(
@@ -48,18 +48,18 @@ def mlstm(
             than those of v (xLSTM 7B takes half, arXiv 2503.13427); scores are divided by the root of theirs.
         i, f: pre-activations of the input gate (exponential) and the forget gate (sigmoid), (B, H, N). Keep them in
             float32 when q, k, v are bfloat16.
-        reverse: read the sequence from its end; equal to flipping every input and the output.
-        positions: where the tokens stand on a longer sequence of which they were taken, (B, N), integers, ascending.
-            A token forgets as many times as there are positions between it and the one read before it, so that what
-            is left of a token after a gap is what the whole sequence would have left. None: they are neighbours.
-        backend: a name from `BACKENDS`, or "auto" for what `choose` says, or $SELFVIL_MLSTM if that is set. While a
-            graph is exported, "auto" is "reference", which needs no custom operator.
+        reverse: scan the sequence from its end; equal to flipping every input and the output.
+        positions: of the tokens in a longer sequence from which they were selected, (B, N), integers, ascending. A
+            token applies its forget gate once for each position since the previous token of the scan, so that a gap
+            decays the memory as the whole sequence would. None: the positions are consecutive.
+        backend: a name from `BACKENDS`, or "auto" for that of `choose`, or $SELFVIL_MLSTM if that is set. While a graph
+            is exported, "auto" is "reference", which needs no custom operator.
 
     Returns:
         h in the shape of v and the dtype of q.
 
     Raises:
-        ValueError: shapes or dtypes do not fit together, or the backend does not exist.
+        ValueError: shapes or dtypes do not match, or the backend does not exist.
     """
     _check(q, k, v, i, f, positions)
     log_f = F.logsigmoid(f.to(torch.promote_types(torch.promote_types(q.dtype, torch.float32), f.dtype)))
@@ -69,20 +69,20 @@ def mlstm(
         backend = os.environ.get(OVERRIDE) or (
             "reference" if exporting() else choose(q.shape[2], v.shape[3], q.device, q.dtype)
         )
-        if not torch.compiler.is_compiling():  # a message is no part of a graph
-            _say_once(backend)
+        if not torch.compiler.is_compiling():  # a graph cannot contain the message
+            _log_once(backend)
     if backend not in BACKENDS:
         raise ValueError(f"no mLSTM backend {backend!r}; choose one of: auto, {', '.join(BACKENDS)}")
     return BACKENDS[backend](q, k, v, i, log_f, reverse)
 
 
 def choose(num_tokens: int, head_dim: int, device: torch.device | str, dtype: torch.dtype) -> str:
-    """The fastest backend for N tokens and head width D: quadratic up to about N = 4 D, chunkwise for more.
+    """The fastest backend for N tokens and head width D: parallel up to about N = 4 D, chunkwise above.
 
-    Counted in products, a row costs N/2 columns in the parallel form, and a chunk's columns and a D × D state in the
-    other; below the border, fewer and larger products are worth more than a lower count. On a GPU the same two in
-    Triton, where there is one and the heads fit; a quadratic form that stores no score stays ahead for longer. The
-    border is measured on a CPU, and counted on a GPU.
+    A row multiplies N/2 columns in the parallel form; in the chunkwise form, the columns of a chunk and a D × D state.
+    Below the limit, few large products are faster than many small ones. On a GPU, the Triton version of each is taken
+    if Triton is installed and supports the head width; its parallel form stores no scores and remains faster for
+    larger N. The limit is measured on a CPU, and estimated from operation counts for a GPU.
     """
     if (
         torch.device(device).type == "cuda"
@@ -95,20 +95,20 @@ def choose(num_tokens: int, head_dim: int, device: torch.device | str, dtype: to
 
 
 @functools.cache
-def _say_once(backend: str) -> None:
+def _log_once(backend: str) -> None:
     log.info("mLSTM backend: %s", backend)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, positions: Tensor | None) -> None:
     if q.ndim != 4 or q.shape != k.shape or q.shape[:3] != v.shape[:3] or v.ndim != 4:
         raise ValueError(
-            "q and k must share one shape (B, H, N, D), and v all of it but D, "
+            "q and k must have the same shape (B, H, N, D), and v the same except for D, "
             f"got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
         )
     if i.shape != q.shape[:3] or f.shape != q.shape[:3]:
         raise ValueError(f"i and f must be (B, H, N) = {tuple(q.shape[:3])}, got {tuple(i.shape)} and {tuple(f.shape)}")
     if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
-        raise ValueError(f"q, k and v must share one floating dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+        raise ValueError(f"q, k and v must have the same floating dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
     if q.shape[2] == 0:
         raise ValueError("the sequence is empty: N must be at least 1")
     if positions is not None and (
@@ -121,7 +121,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, positions: Ten
 
 
 def _gaps(positions: Tensor, reverse: bool) -> Tensor:
-    """How far each token (B, N) stands from the one read before it; 1 for the first, before which there is nothing."""
+    """Distance of each token (B, N) from the previous token of the scan; 1 for the first."""
     one = torch.ones_like(positions[:, :1])
-    steps = positions.diff(dim=1)
-    return torch.cat([steps, one] if reverse else [one, steps], dim=1)
+    distances = positions.diff(dim=1)
+    return torch.cat([distances, one] if reverse else [one, distances], dim=1)

@@ -1,10 +1,10 @@
-"""Products of the mLSTM over blocks of rows: time grows with N², memory with N, but for bfloat16's scores.
+"""Products of the mLSTM over blocks of rows: time is quadratic and memory linear in N, except for bfloat16's scores.
 
-A block of rows touches no column that none of its rows sees, so about half of the N × N scores is never computed. The
-backward pass computes scores and decay anew from the inputs rather than keep them. What the symbols mean, and where
-these gradients lead: `torch_mlstm`.
+A block of rows skips the columns that are masked for all of its rows, so that about half of the N × N scores are not
+computed. The backward pass recomputes scores and decay from the inputs instead of storing them. `torch_mlstm` defines
+the symbols and derives the gradients.
 
-Shapes: heads have joined the batch, so q, k, v are (B·H, N, D), and what belongs to a token is (B·H, N).
+Shapes: the batch includes the heads: q, k, v are (B·H, N, D), values per token are (B·H, N).
 """
 
 import math
@@ -16,7 +16,7 @@ from torch import Tensor
 from selfvil.ops.reference import EPS
 
 ROW_BLOCK = 64
-"""Rows handled at once, about. Smaller blocks skip more of what is masked, larger ones make fewer, larger products."""
+"""Approximate number of rows in a block. Smaller blocks skip more masked scores, larger ones have larger products."""
 
 
 def products(
@@ -33,7 +33,7 @@ def products(
         row_scale = 1 / (root * denominator(row_sum[:, rows], limit[:, rows]).unsqueeze(-1))
         if full:
             h[:, rows] = (weights @ v[:, cols]).mul_(row_scale)
-        else:  # rounded once, when all is in it
+        else:  # rounded once, after all factors
             h[:, rows] = weights.mul_(row_scale).to(v.dtype) @ v[:, cols]
     return h, row_sum
 
@@ -53,7 +53,7 @@ def gradients(
         weights = (scaled_q[:, rows] @ k[:, cols].mT).mul_(kept)
         d_scores = torch.baddbmm(scaled_dn[:, rows], scaled_dh[:, rows], v[:, cols].mT).mul_(kept)
         dq[:, rows] = d_scores @ k[:, cols]
-        if index == 0:  # this block sees all columns
+        if index == 0:  # this block has all columns
             dk, dv = d_scores.mT @ q[:, rows], weights.mT @ dh[:, rows]
         else:
             dk[:, cols].baddbmm_(d_scores.mT, q[:, rows])
@@ -65,14 +65,14 @@ def _rounded_gradients(
     q: Tensor, k: Tensor, v: Tensor, dh: Tensor, sign: Tensor, a: Tensor, row_max: Tensor, row_scale: Tensor,
     reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The same where q is less precise than a: sums run before rounding, and values are rounded once, at the end.
+    """The same where q is less precise than a: values are summed before rounding, and rounded once, at the end.
 
-    Only what lies between the products goes by blocks of rows: low-precision products are so fast that whole ones, of
-    N × N entries of 2 bytes, cost less than to copy slices of their inputs, which oneDNN would do, and than to add up
-    parts of dk and dv in float32.
+    Only the operations between the products run on blocks of rows. Low-precision products are so fast that whole ones,
+    with N × N entries of 2 bytes, take less time than oneDNN's copies of slices of their inputs and sums of parts of dk
+    and dv in float32.
     """
     r, da = torch.empty_like(a), torch.zeros_like(a)
-    weights, d_scores = q @ k.mT, dh @ v.mT  # so far without decay and scale, and for hidden columns too
+    weights, d_scores = q @ k.mT, dh @ v.mT  # without decay and scale yet, masked columns included
     for rows, cols, square in _blocks(q.shape[1], reverse):
         kept = decay(a[:, cols], row_max[:, rows], square, reverse).mul_(row_scale[:, rows])
         block, d_block = kept * weights[:, rows, cols], d_scores[:, rows, cols].to(a.dtype)
@@ -87,36 +87,36 @@ def _rounded_gradients(
 
 
 def decay(a: Tensor, row_max: Tensor, square: slice, reverse: bool) -> Tensor:
-    """D of the rows and columns of a block, (B·H, n, m); 0 where a row does not see a column.
+    """D of the rows and columns of a block, (B·H, n, m); 0 where a column is masked for a row.
 
-    square: where among the columns the block's own lie, which alone need a mask.
+    square: the slice of the columns with the same tokens as the rows; only these need a mask.
     """
     exponent = a[:, None, :] - row_max[:, :, None]
     size = square.stop - square.start
     hidden = torch.ones(size, size, dtype=torch.bool, device=a.device)
-    # Masked before exp: a hidden entry may exceed the row's maximum by any amount.
+    # Masked before exp: a masked entry may exceed the row's maximum by any amount.
     exponent[..., square].masked_fill_(hidden.tril(-1) if reverse else hidden.triu(1), -math.inf)
     return exponent.exp_()
 
 
 def denominator(row_sum: Tensor, limit: Tensor) -> Tensor:
-    """What a row is divided by."""
+    """The normaliser of a row."""
     return torch.maximum(row_sum.abs(), limit) + EPS
 
 
 def times(product: Tensor, factor: Tensor) -> Tensor:
-    """product · factor in the dtype of `factor`, the more precise one; in place where it can be."""
+    """product · factor in the dtype of `factor`, which is at least as precise; in place if the dtypes are equal."""
     return product.mul_(factor) if product.dtype == factor.dtype else product * factor
 
 
 def plus(product: Tensor, summand: Tensor) -> Tensor:
-    """product + summand in the dtype of `summand`, the more precise one; in place where it can be."""
+    """product + summand in the dtype of `summand`, which is at least as precise; in place if the dtypes are equal."""
     return product.add_(summand) if product.dtype == summand.dtype else product + summand
 
 
 def _blocks(num_tokens: int, reverse: bool) -> list[tuple[slice, slice, slice]]:
-    """Blocks of rows of about equal size, the one that sees most first: its rows, the columns that any of them sees,
-    and where among these columns the block's own square lies."""
+    """Blocks of rows of about equal size, that with the most columns first: its rows, the columns that are unmasked for
+    any of them, and the slice of these columns with the same tokens as the rows."""
     count = math.ceil(num_tokens / ROW_BLOCK)
     bounds = list(pairwise(num_tokens * block // count for block in range(count + 1)))
     if reverse:

@@ -1,23 +1,23 @@
-"""The mLSTM in plain torch, as custom operators: gates by O(N) scans, and products in one of two forms.
+"""The mLSTM in plain torch, as custom operators: O(N) scans for the gates, and products in one of two forms.
 
 With F = cumsum(log sigmoid(f)) and a_j = i_j - F_j, the log decay of the reference is F_i + a_j, so that a row's
-maximum is F_i + M_i with M = cummax(a), and the stabilised decay is D_ij = exp(a_j - M_i) for the j that i sees. Gates
-are thus three scans over (B, H, N). What is left are products with S ∘ D, S = q kᵀ / sqrt(D): `parallel` has time N²,
-`chunkwise` time N. Reading backwards takes the same scans from the other end; no token is moved.
+maximum is F_i + M_i with M = cummax(a), and the stabilised decay is D_ij = exp(a_j - M_i) for unmasked j. The gates
+are thus three scans over (B, H, N). The rest are products with S ∘ D, S = q kᵀ / sqrt(D): `parallel` takes time N²,
+`chunkwise` time N. A reversed mLSTM runs the same scans from the other end, and moves no token.
 
 Gradients (C = S ∘ D, n_i = sum_j C_ij, lim_i = exp(-(F_i + M_i)), d = max(|n|, lim), den = d + eps,
 h_i = sum_j C_ij v_j / den_i, r_i = h_i · dh_i):
     dC_ij = (dh_i · v_j - [|n_i| >= lim_i] sign(n_i) r_i) / den_i
     da_j = sum_i C_ij dC_ij - sum over i with argmax M_i = j of r_i eps / den_i
     di = da,  dF_i = [lim_i > |n_i|] r_i d_i / den_i - da_i
-The eps term is there because M cancels out of h but for eps. Where several tokens attain the same maximum exactly,
-it goes to one of them, a subgradient as good as any other. In low precision, decay and 1 / den are float32 and meet
-the scores before these are rounded to be multiplied again, and the sums for r and da run over them before that.
+The eps term exists because M cancels in h except for eps. If several tokens attain the same maximum exactly, one of
+them receives it, which is a valid subgradient. In low precision, decay and 1 / den are float32; they multiply the
+scores before these are rounded for the next product, and r and da are summed before the rounding.
 
-To `torch.compile` forward and backward are one operator each, which it neither looks into nor breaks at.
+For `torch.compile`, forward and backward are one opaque operator each, without a graph break.
 
-Shapes: B batch, H heads, N tokens, D width of a head of v; heads of q and k may be narrower, D is then theirs in
-scores and their scale.
+Shapes: B batch, H heads, N tokens, D width of a head of v. Heads of q and k may be narrower; in scores and their scale
+D is the width of these.
 """
 
 from collections.abc import Callable
@@ -33,11 +33,11 @@ from selfvil.ops.reference import EPS
 
 
 class Form(NamedTuple):
-    """How the products with C = S ∘ D are computed; heads have joined the batch, a is i - F and row_max is M.
+    """How the products with C = S ∘ D are computed. The batch includes the heads, a is i - F and row_max is M.
 
-    `products(q, k, v, a, row_max, limit, reverse)` gives h (B·H, N, D) in the dtype of v, and n (B·H, N) in that of a.
-    `gradients(q, k, v, h, dh, sign, a, row_max, den, reverse)` gives those of q, k and v, of the dtype of q or better,
-    and r and the sums over i of C_ij dC_ij (B·H, N) in that of a; sign is that of n where n rules den, and else 0.
+    `products(q, k, v, a, row_max, limit, reverse)` returns h (B·H, N, D) in the dtype of v, n (B·H, N) in that of a.
+    `gradients(q, k, v, h, dh, sign, a, row_max, den, reverse)` returns those of q, k and v in the dtype of q or better,
+    and r and the sums over i of C_ij dC_ij (B·H, N) in that of a; sign is that of n where |n| >= lim, and else 0.
     """
 
     products: Callable[..., tuple[Tensor, Tensor]]
@@ -62,9 +62,9 @@ def mlstm_torch(q: Tensor, k: Tensor, v: Tensor, i: Tensor, log_f: Tensor, rever
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, i: Tensor, log_f: Tensor, reverse: bool, form: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """h, and what the backward pass needs: a, M, its position, n and lim, each (B·H, N)."""
-    # Heads join the batch: three axes, so that a slice of rows can be multiplied without being copied first. In order
-    # in memory, which flatten alone does not see to for a single image, so that chunks can be cut without a copy.
+    """h, and for the backward pass a, M, its position, n and lim, each (B·H, N)."""
+    # Merge the heads into the batch: with three axes, a slice of rows is multiplied without a copy. Contiguous, which
+    # flatten does not guarantee for a single image, so that chunks are views.
     flat_q, flat_k, flat_v, i, log_f = (x.flatten(0, 1).contiguous() for x in (q, k, v, i, log_f))
     log_forget = _cumsum(log_f, reverse)
     a = i.to(log_f.dtype) - log_forget
@@ -92,14 +92,14 @@ def _backward(
     shape, v_shape = q.shape, v.shape
     dh, q, k, v, h = (x.flatten(0, 1).contiguous() for x in (dh, q, k, v, h))
     den = denominator(row_sum, limit)
-    sum_rules = row_sum.abs() >= limit  # the row sum, not its lower limit, is the normaliser
-    sign = row_sum.sign() * sum_rules
+    sum_dominates = row_sum.abs() >= limit  # the normaliser is the row sum, not its lower limit
+    sign = row_sum.sign() * sum_dominates
     with _no_autocast(q):
         dq, dk, dv, r, da = FORMS[form].gradients(q, k, v, h, dh.to(q.dtype), sign, a, row_max, den, reverse)
 
     da = da.scatter_add_(-1, argmax, -r * EPS / den)
     # 1 - EPS/den is d/den, and stays finite where the limit overflows.
-    d_log_forget = torch.where(sum_rules, 0, r * (1 - EPS / den)) - da
+    d_log_forget = torch.where(sum_dominates, 0, r * (1 - EPS / den)) - da
     dlog_f = _cumsum(d_log_forget, not reverse)
     dq, dk, dv = (x.to(q.dtype).view(s) for x, s in ((dq, shape), (dk, shape), (dv, v_shape)))
     return dq, dk, dv, da.view(shape[:3]), dlog_f.view(shape[:3])
@@ -127,13 +127,13 @@ _forward.register_autograd(_gradients, setup_context=_setup_context)
 
 
 def _no_autocast(q: Tensor) -> AbstractContextManager:
-    """Products run in the dtype of q, whatever the surrounding autocast (which the meta device does not know) says."""
+    """Run products in the dtype of q, whatever the surrounding autocast (which does not exist for the meta device)."""
     device = q.device.type
     return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def _cumsum(x: Tensor, reverse: bool) -> Tensor:
-    """Running sum over the last axis, from the end if `reverse`. Flipping (B·H, N) costs nothing beside the rest."""
+    """Running sum over the last axis, from the end if `reverse`. The cost of flipping (B·H, N) is negligible."""
     return x.flip(-1).cumsum(-1).flip(-1) if reverse else x.cumsum(-1)
 
 

@@ -1,18 +1,19 @@
-"""Kernels of the mLSTM in Triton, for `triton_mlstm`, which alone imports this file, and says what they compute.
+"""Triton kernels of the mLSTM. Only `triton_mlstm` imports this file; it defines what they compute.
 
-A program has a block of rows, and goes over the columns they see within their chunk; or a block of columns, and goes
-over the rows that see them. No score leaves the processor, and each sum is one program's, in one order. Blocks off the
-diagonal need no mask, and two exponentials a token in place of one a score: with M_c, the maximum when the last of the
-columns has been read, D_ij = exp(a_j - M_c) exp(M_c - M_i), neither exponent above 0.
+A program has a block of rows and loops over their unmasked columns within the chunk; or a block of columns, and loops
+over the rows for which they are unmasked. No score is stored, and each sum is computed by one program in a fixed order.
+Blocks off the diagonal need no mask, and two exponentials for each token instead of one for each score: with M_c, the
+running maximum at the last of the columns, D_ij = exp(a_j - M_c) exp(M_c - M_i), and neither exponent is above 0.
 
-Triton's blocks have powers of two for sizes. A head width that is none is cut into TILES, as 384 into 256 and 128, and
-what has that width is a tuple with an entry for each.
+The sizes of Triton's blocks are powers of two. Other head widths are divided into TILES, such as 384 into 256 and 128;
+a value of that width is a tuple with one entry for each tile.
 
-Rows that do not exist have the maximum +inf, columns the input gate -inf: both weigh nothing without a mask.
+Rows beyond the end have the maximum +inf and columns beyond it the input gate -inf, so that their weight is 0 without a
+mask.
 
-Shapes: heads have joined the batch, so q, k, v are (B·H, N, D), what belongs to a token is (B·H, N), and states are
-(B·H, chunks, D, D) and (B·H, chunks, D). All are contiguous. CHUNK tokens make a chunk. A program's own tokens are a
-BLOCK, a divisor of CHUNK, and it goes over the others by STEP, a divisor of BLOCK.
+Shapes: the batch includes the heads: q, k, v are (B·H, N, D), values per token are (B·H, N), and states are
+(B·H, chunks, D, D) and (B·H, chunks, D). All are contiguous. A chunk has CHUNK tokens. The block of a program has BLOCK
+tokens, a divisor of CHUNK; its loop processes STEP tokens at a time, a divisor of BLOCK.
 """
 
 # Triton joins tuples, but does not unpack them, and its types are not Python's.
@@ -30,26 +31,26 @@ def _channels(TILES: tl.constexpr, t: tl.constexpr):
 
 
 @triton.jit
-def _load(x, tokens, there, TILES: tl.constexpr, t: tl.constexpr, D: tl.constexpr):
-    """Tile t of the width of some tokens of x (N, D); 0 where there is nothing."""
+def _load(x, tokens, mask, TILES: tl.constexpr, t: tl.constexpr, D: tl.constexpr):
+    """Tile t of some tokens of x (N, D); 0 beyond the end."""
     channels = _channels(TILES, t)[None, :]
-    return tl.load(x + tokens[:, None] * D + channels, mask=there[:, None] & (channels < D), other=0.0)
+    return tl.load(x + tokens[:, None] * D + channels, mask=mask[:, None] & (channels < D), other=0.0)
 
 
 @triton.jit
-def _load_all(x, tokens, there, TILES: tl.constexpr, D: tl.constexpr):
+def _load_all(x, tokens, mask, TILES: tl.constexpr, D: tl.constexpr):
     tiles = ()
     for t in tl.static_range(len(TILES)):
-        tiles = tiles + (_load(x, tokens, there, TILES, t, D),)
+        tiles = tiles + (_load(x, tokens, mask, TILES, t, D),)
     return tiles
 
 
 @triton.jit
-def _store_all(x, tiles, tokens, there, TILES: tl.constexpr, D: tl.constexpr):
+def _store_all(x, tiles, tokens, mask, TILES: tl.constexpr, D: tl.constexpr):
     for t in tl.static_range(len(TILES)):
         channels = _channels(TILES, t)[None, :]
         to = x + tokens[:, None] * D + channels
-        tl.store(to, tiles[t].to(x.dtype.element_ty), mask=there[:, None] & (channels < D))
+        tl.store(to, tiles[t].to(x.dtype.element_ty), mask=mask[:, None] & (channels < D))
 
 
 @triton.jit
@@ -82,17 +83,17 @@ def _add_products(total, left, right, PRECISION: tl.constexpr):
 
 @triton.jit
 def _add_state(
-    total, x, tokens, there, state, TRANSPOSED: tl.constexpr,
+    total, x, tokens, mask, state, TRANSPOSED: tl.constexpr,
     TILES: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """total + x state, or x stateᵀ if TRANSPOSED, for some tokens of x (N, D) and the state (D, D) of a chunk.
 
-    Some channels of x at a time: a state as a whole is more than a processor's own memory has room for.
+    It processes 32 channels of x at a time: a whole state does not fit into shared memory.
     """
     dtype: tl.constexpr = total[0].dtype
     for first in range(0, D, 32):
         given = first + tl.arange(0, 32)
-        left = tl.load(x + tokens[:, None] * D + given[None, :], mask=there[:, None] & (given < D)[None, :], other=0.0)
+        left = tl.load(x + tokens[:, None] * D + given[None, :], mask=mask[:, None] & (given < D)[None, :], other=0.0)
         left = left.to(state.dtype.element_ty)
         tiles = ()
         for t in tl.static_range(len(TILES)):
@@ -150,7 +151,7 @@ def _chunk_of(first, N, CHUNK):
 
 @triton.jit
 def _max_before(row_max, start, end, N, REVERSE: tl.constexpr):
-    """The row maximum when all that is read before a chunk has been read; -inf where there is nothing."""
+    """The running maximum before a chunk in the order of the scan; -inf before the first."""
     if REVERSE:
         return tl.load(row_max + end, mask=end < N, other=-float("inf"))
     else:
@@ -161,9 +162,9 @@ def _max_before(row_max, start, end, N, REVERSE: tl.constexpr):
 def _decay(a, maximum, last_max, cols, rows, DIAGONAL: tl.constexpr, REVERSE: tl.constexpr):
     """D of tokens `cols` with input a and `rows` with this maximum: (n, m), either (n, 1) and (1, m), or transposed."""
     if DIAGONAL:
-        seen = cols >= rows if REVERSE else cols <= rows
-        # Masked before exp: a hidden entry may exceed the row's maximum by any amount.
-        return tl.exp(tl.where(seen, a - maximum, -float("inf")))
+        visible = cols >= rows if REVERSE else cols <= rows
+        # Masked before exp: a masked entry may exceed the row's maximum by any amount.
+        return tl.exp(tl.where(visible, a - maximum, -float("inf")))
     else:
         return tl.exp(a - last_max) * tl.exp(last_max - maximum)
 
@@ -182,21 +183,21 @@ def scan_gates(i, log_f, a, row_max, limit, N, BLOCK: tl.constexpr, REVERSE: tl.
     blocks = tl.cdiv(N, BLOCK)
     for step in range(blocks):
         tokens = (blocks - 1 - step if REVERSE else step) * BLOCK + tl.arange(0, BLOCK)
-        there = tokens < N
-        forgotten = tl.load(log_f + at + tokens, mask=there, other=0.0)
+        mask = tokens < N
+        forgotten = tl.load(log_f + at + tokens, mask=mask, other=0.0)
         total = log_forget + tl.cumsum(forgotten, 0, reverse=REVERSE)
-        taken = tl.load(i + at + tokens, mask=there, other=-float("inf")).to(dtype) - total
+        taken = tl.load(i + at + tokens, mask=mask, other=-float("inf")).to(dtype) - total
         maximum = tl.maximum(largest, tl.associative_scan(taken, 0, _larger, reverse=REVERSE))
-        tl.store(a + at + tokens, taken, mask=there)
-        tl.store(row_max + at + tokens, maximum, mask=there)
-        tl.store(limit + at + tokens, tl.exp(-(total + maximum)), mask=there)
+        tl.store(a + at + tokens, taken, mask=mask)
+        tl.store(row_max + at + tokens, maximum, mask=mask)
+        tl.store(limit + at + tokens, tl.exp(-(total + maximum)), mask=mask)
         log_forget += tl.sum(forgotten, 0)
         largest = tl.maximum(largest, tl.max(taken, 0))
 
 
 @triton.jit
 def _add_until(x, x_ends, y, y_ends):
-    """Sums y and what was summed before it, unless that has come to its end."""
+    """The operator of a segmented sum: x + y, or y alone if a new segment starts with y."""
     return tl.where(y_ends > 0, y, x + y), x_ends | y_ends
 
 
@@ -207,8 +208,8 @@ def gate_gradients(
 ):  # fmt: skip
     """Gradients of i and log f of a whole sequence, from r and the column sums of C ∘ dC; BACK is not REVERSE.
 
-    What a maximum gets for eps comes from the rows from the token that attains it to the next one that does: sums over
-    stretches, in the order opposite to that of reading.
+    The eps term of a maximum is a sum over the rows from the token that attains it to the next token that attains one:
+    a segmented sum in the order opposite to that of the scan.
     """
     at = tl.program_id(0).to(tl.int64) * N
     dtype: tl.constexpr = a.dtype.element_ty
@@ -217,26 +218,26 @@ def gate_gradients(
     for step in range(blocks):
         first = (step if REVERSE else blocks - 1 - step) * BLOCK
         tokens = first + tl.arange(0, BLOCK)
-        there = tokens < N
-        total = tl.load(row_sum + at + tokens, mask=there, other=0.0)
-        lowest = tl.load(limit + at + tokens, mask=there, other=1.0)
-        r_here = tl.load(r + at + tokens, mask=there, other=0.0)
+        mask = tokens < N
+        total = tl.load(row_sum + at + tokens, mask=mask, other=0.0)
+        lowest = tl.load(limit + at + tokens, mask=mask, other=1.0)
+        r_here = tl.load(r + at + tokens, mask=mask, other=0.0)
         den = tl.maximum(tl.abs(total), lowest) + EPS
-        after = tokens - 1 if REVERSE else tokens + 1  # the token read next
-        known = (after >= 0) & (after < N)
-        ends = tl.load(a + at + after, mask=known, other=0.0) == tl.load(row_max + at + after, mask=known, other=0.0)
-        stretch, ended = tl.associative_scan((r_here * EPS / den, ends.to(tl.int32)), 0, _add_until, reverse=BACK)
-        stretch += tl.where(ended > 0, 0.0, carried)
-        carried = tl.sum(tl.where(tokens == (first + BLOCK - 1 if REVERSE else first), stretch, 0.0), 0)
-
-        is_max = tl.load(a + at + tokens, mask=there, other=0.0) == tl.load(
-            row_max + at + tokens, mask=there, other=1.0
+        after = tokens - 1 if REVERSE else tokens + 1  # the next token of the scan
+        step_mask = (after >= 0) & (after < N)
+        ends = tl.load(a + at + after, mask=step_mask, other=0.0) == tl.load(
+            row_max + at + after, mask=step_mask, other=0.0
         )
-        d_taken = tl.load(da + at + tokens, mask=there, other=0.0) - tl.where(is_max, stretch, 0.0)
+        segment, ended = tl.associative_scan((r_here * EPS / den, ends.to(tl.int32)), 0, _add_until, reverse=BACK)
+        segment += tl.where(ended > 0, 0.0, carried)
+        carried = tl.sum(tl.where(tokens == (first + BLOCK - 1 if REVERSE else first), segment, 0.0), 0)
+
+        is_max = tl.load(a + at + tokens, mask=mask, other=0.0) == tl.load(row_max + at + tokens, mask=mask, other=1.0)
+        d_taken = tl.load(da + at + tokens, mask=mask, other=0.0) - tl.where(is_max, segment, 0.0)
         # 1 - EPS/den is d/den, and stays finite where the limit overflows.
         d_total = tl.where(tl.abs(total) >= lowest, 0.0, r_here * (1 - EPS / den)) - d_taken
-        tl.store(di + at + tokens, d_taken, mask=there)
-        tl.store(dlog_f + at + tokens, carried_sum + tl.cumsum(d_total, 0, reverse=BACK), mask=there)
+        tl.store(di + at + tokens, d_taken, mask=mask)
+        tl.store(dlog_f + at + tokens, carried_sum + tl.cumsum(d_total, 0, reverse=BACK), mask=mask)
         carried_sum += tl.sum(d_total, 0)
 
 
@@ -247,44 +248,44 @@ def forward(
     D: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
     CARRY: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """h and the row sums of C, for a block of rows. CARRY: chunks before this one left a state and a norm."""
+    """h and the row sums of C, for a block of rows. CARRY: earlier chunks pass on a state and a norm."""
     blocks = tl.cdiv(N, BLOCK)
     head, first = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks * BLOCK
     chunk, start, end = _chunk_of(first, N, CHUNK)
     q, k, v, h = q + head * N * D, k + head * N * D, v + head * N * D, h + head * N * D
     a, row_max = a + head * N, row_max + head * N
     dtype: tl.constexpr = a.dtype.element_ty
-    # Weights are not yet divided by their row's sum, which float16 may not have the range for.
+    # Weights are not yet divided by their row's sum; their range may exceed that of float16.
     wide: tl.constexpr = state.dtype.element_ty
 
     rows = first + tl.arange(0, BLOCK)
-    there = rows < N
-    maximum = tl.load(row_max + rows, mask=there, other=float("inf"))
-    queries = _load_all(q, rows, there, TILES, D)
+    mask = rows < N
+    maximum = tl.load(row_max + rows, mask=mask, other=float("inf"))
+    queries = _load_all(q, rows, mask, TILES, D)
     total = _zeros(BLOCK, TILES, dtype)
     weight_sum = tl.zeros([BLOCK], dtype)
     if CARRY:
-        place = head * tl.cdiv(N, CHUNK) + chunk
+        index = head * tl.cdiv(N, CHUNK) + chunk
         carried = tl.exp(_max_before(row_max, start, end, N, REVERSE) - maximum)
-        total = _scale(_add_state(total, q, rows, there, state + place * D * D, False, TILES, D, PRECISION), carried)
-        weight_sum += carried * _dot_vector(queries, norm + place * D, TILES, D)
+        total = _scale(_add_state(total, q, rows, mask, state + index * D * D, False, TILES, D, PRECISION), carried)
+        weight_sum += carried * _dot_vector(queries, norm + index * D, TILES, D)
     for DIAGONAL in tl.static_range(2):
         low = first if DIAGONAL else (first + BLOCK if REVERSE else start)
         high = first + BLOCK if DIAGONAL else (end if REVERSE else first)
         for col in range(low, high, STEP):
             cols = col + tl.arange(0, STEP)
-            known = cols < N
-            taken = tl.load(a + cols, mask=known, other=-float("inf"))[None, :]
+            step_mask = cols < N
+            taken = tl.load(a + cols, mask=step_mask, other=-float("inf"))[None, :]
             last_max = tl.load(row_max + tl.minimum(col if REVERSE else col + STEP - 1, N - 1))
             decay = _decay(taken, maximum[:, None], last_max, cols[None, :], rows[:, None], DIAGONAL, REVERSE)
-            weights = _scores(queries, _load_all(k, cols, known, TILES, D), dtype, PRECISION) * decay
+            weights = _scores(queries, _load_all(k, cols, step_mask, TILES, D), dtype, PRECISION) * decay
             weight_sum += tl.sum(weights, 1)
-            total = _add_products(total, weights.to(wide), _load_all(v, cols, known, TILES, D), PRECISION)
+            total = _add_products(total, weights.to(wide), _load_all(v, cols, step_mask, TILES, D), PRECISION)
     weight_sum /= ROOT
-    lowest = tl.load(limit + head * N + rows, mask=there, other=1.0)
+    lowest = tl.load(limit + head * N + rows, mask=mask, other=1.0)
     total = _scale(total, 1 / (ROOT * (tl.maximum(tl.abs(weight_sum), lowest) + EPS)))
-    _store_all(h, total, rows, there, TILES, D)
-    tl.store(row_sum + head * N + rows, weight_sum, mask=there)
+    _store_all(h, total, rows, mask, TILES, D)
+    tl.store(row_sum + head * N + rows, weight_sum, mask=mask)
 
 
 @triton.jit
@@ -294,10 +295,10 @@ def backward_rows(
     D: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
     CARRY: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """For a block of rows the gradient of q, r, dn = -sign r where the row sum rules den, and 1 / (sqrt(D) den).
+    """For a block of rows the gradient of q, r, dn = -sign r where the row sum determines den, and 1 / (sqrt(D) den).
 
-    Columns are gone over twice: the gradient of a score needs all of its row's r. h · dh would be r, but not for an h
-    rounded to low precision: the forget gate's gradient was then off by up to six times what it has to be.
+    It loops over the columns twice: the gradient of a score needs the r of its whole row. h · dh is not exact enough
+    for r if h is rounded to low precision: the error of the forget gate's gradient was up to six times as large.
     """
     blocks = tl.cdiv(N, BLOCK)
     head, first = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks * BLOCK
@@ -307,53 +308,53 @@ def backward_rows(
     dtype: tl.constexpr = a.dtype.element_ty
 
     rows = first + tl.arange(0, BLOCK)
-    there = rows < N
-    maximum = tl.load(row_max + rows, mask=there, other=float("inf"))
-    weight_sum = tl.load(row_sum + head * N + rows, mask=there, other=0.0)
-    lowest = tl.load(limit + head * N + rows, mask=there, other=float("inf"))
+    mask = rows < N
+    maximum = tl.load(row_max + rows, mask=mask, other=float("inf"))
+    weight_sum = tl.load(row_sum + head * N + rows, mask=mask, other=0.0)
+    lowest = tl.load(limit + head * N + rows, mask=mask, other=float("inf"))
     scale = 1 / (ROOT * (tl.maximum(tl.abs(weight_sum), lowest) + EPS))
-    queries = _load_all(q, rows, there, TILES, D)
-    d_rows = _load_all(dh, rows, there, TILES, D)
+    queries = _load_all(q, rows, mask, TILES, D)
+    d_rows = _load_all(dh, rows, mask, TILES, D)
     total = _zeros(BLOCK, TILES, dtype)
     r_sum = tl.zeros([BLOCK], dtype)
     if CARRY:
-        place = head * tl.cdiv(N, CHUNK) + chunk
+        index = head * tl.cdiv(N, CHUNK) + chunk
         carried = scale * tl.exp(_max_before(row_max, start, end, N, REVERSE) - maximum)
-        total = _scale(_add_state(total, dh, rows, there, state + place * D * D, True, TILES, D, PRECISION), carried)
+        total = _scale(_add_state(total, dh, rows, mask, state + index * D * D, True, TILES, D, PRECISION), carried)
         r_sum += _dot_rows(queries, total)
     for DIAGONAL in tl.static_range(2):
         low = first if DIAGONAL else (first + BLOCK if REVERSE else start)
         high = first + BLOCK if DIAGONAL else (end if REVERSE else first)
         for col in range(low, high, STEP):
             cols = col + tl.arange(0, STEP)
-            known = cols < N
-            taken = tl.load(a + cols, mask=known, other=-float("inf"))[None, :]
+            step_mask = cols < N
+            taken = tl.load(a + cols, mask=step_mask, other=-float("inf"))[None, :]
             last_max = tl.load(row_max + tl.minimum(col if REVERSE else col + STEP - 1, N - 1))
             decay = _decay(taken, maximum[:, None], last_max, cols[None, :], rows[:, None], DIAGONAL, REVERSE)
-            weights = _scores(queries, _load_all(k, cols, known, TILES, D), dtype, PRECISION) * decay
-            d_weights = _scores(d_rows, _load_all(v, cols, known, TILES, D), dtype, PRECISION)
+            weights = _scores(queries, _load_all(k, cols, step_mask, TILES, D), dtype, PRECISION) * decay
+            d_weights = _scores(d_rows, _load_all(v, cols, step_mask, TILES, D), dtype, PRECISION)
             r_sum += scale * tl.sum(weights * d_weights, 1)
     d_sum = tl.where(weight_sum > 0, -r_sum, r_sum)
     d_sum = tl.where((weight_sum != 0) & (tl.abs(weight_sum) >= lowest), d_sum, 0.0)
-    tl.store(r + head * N + rows, r_sum, mask=there)
-    tl.store(dn + head * N + rows, d_sum, mask=there)
-    tl.store(row_scale + head * N + rows, scale, mask=there)
+    tl.store(r + head * N + rows, r_sum, mask=mask)
+    tl.store(dn + head * N + rows, d_sum, mask=mask)
+    tl.store(row_scale + head * N + rows, scale, mask=mask)
 
     if CARRY:
-        total = _add_outer(total, d_sum * carried, norm + place * D, TILES, D)
+        total = _add_outer(total, d_sum * carried, norm + index * D, TILES, D)
     for DIAGONAL in tl.static_range(2):
         low = first if DIAGONAL else (first + BLOCK if REVERSE else start)
         high = first + BLOCK if DIAGONAL else (end if REVERSE else first)
         for col in range(low, high, STEP):
             cols = col + tl.arange(0, STEP)
-            known = cols < N
-            taken = tl.load(a + cols, mask=known, other=-float("inf"))[None, :]
+            step_mask = cols < N
+            taken = tl.load(a + cols, mask=step_mask, other=-float("inf"))[None, :]
             last_max = tl.load(row_max + tl.minimum(col if REVERSE else col + STEP - 1, N - 1))
             decay = _decay(taken, maximum[:, None], last_max, cols[None, :], rows[:, None], DIAGONAL, REVERSE)
-            d_weights = _scores(d_rows, _load_all(v, cols, known, TILES, D), dtype, PRECISION)
+            d_weights = _scores(d_rows, _load_all(v, cols, step_mask, TILES, D), dtype, PRECISION)
             d_scores = ((d_weights + d_sum[:, None]) * (decay * scale[:, None])).to(q.dtype.element_ty)
-            total = _add_products(total, d_scores, _load_all(k, cols, known, TILES, D), PRECISION)
-    _store_all(dq, total, rows, there, TILES, D)
+            total = _add_products(total, d_scores, _load_all(k, cols, step_mask, TILES, D), PRECISION)
+    _store_all(dq, total, rows, mask, TILES, D)
 
 
 @triton.jit
@@ -364,7 +365,7 @@ def backward_columns(
 ):  # fmt: skip
     """Gradients for a block of columns: of k, and the column sums of C ∘ dC, if KEYS; of v if VALUES.
 
-    CARRY: rows of the chunks after this one left what they ask of it.
+    CARRY: later chunks pass on a state and a sum of dn.
     """
     blocks = tl.cdiv(N, BLOCK)
     head, first = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks * BLOCK
@@ -375,49 +376,49 @@ def backward_columns(
     low_dtype: tl.constexpr = q.dtype.element_ty
 
     cols = first + tl.arange(0, BLOCK)
-    there = cols < N
-    taken = tl.load(a + cols, mask=there, other=-float("inf"))
+    mask = cols < N
+    taken = tl.load(a + cols, mask=mask, other=-float("inf"))
     last_max = tl.load(row_max + (first if REVERSE else tl.minimum(first + BLOCK, N) - 1))
-    keys = _load_all(k, cols, there, TILES, D)
-    values = _load_all(v, cols, there, TILES, D)
+    keys = _load_all(k, cols, mask, TILES, D)
+    values = _load_all(v, cols, mask, TILES, D)
     d_keys = _zeros(BLOCK, TILES, dtype)
     d_values = _zeros(BLOCK, TILES, dtype)
     d_taken = tl.zeros([BLOCK], dtype)
     if CARRY:
-        place = head * tl.cdiv(N, CHUNK) + chunk
-        seen = tl.exp(taken - tl.load(row_max + (start if REVERSE else end - 1)))
+        index = head * tl.cdiv(N, CHUNK) + chunk
+        fade = tl.exp(taken - tl.load(row_max + (start if REVERSE else end - 1)))
         if KEYS:
-            d_keys = _add_state(d_keys, v, cols, there, after + place * D * D, True, TILES, D, PRECISION)
-            d_keys = _scale(_add_outer(d_keys, seen * 0 + 1, after_sum + place * D, TILES, D), seen)
+            d_keys = _add_state(d_keys, v, cols, mask, after + index * D * D, True, TILES, D, PRECISION)
+            d_keys = _scale(_add_outer(d_keys, fade * 0 + 1, after_sum + index * D, TILES, D), fade)
             d_taken += _dot_rows(keys, d_keys)
         if VALUES:
             d_values = _scale(
-                _add_state(d_values, k, cols, there, after + place * D * D, False, TILES, D, PRECISION), seen
+                _add_state(d_values, k, cols, mask, after + index * D * D, False, TILES, D, PRECISION), fade
             )
     for DIAGONAL in tl.static_range(2):
         low = first if DIAGONAL else (start if REVERSE else first + BLOCK)
         high = first + BLOCK if DIAGONAL else (first if REVERSE else end)
         for row in range(low, high, STEP):
             rows = row + tl.arange(0, STEP)
-            known = rows < N
-            maximum = tl.load(row_max + rows, mask=known, other=float("inf"))
+            step_mask = rows < N
+            maximum = tl.load(row_max + rows, mask=step_mask, other=float("inf"))
             decay = _decay(taken[:, None], maximum[None, :], last_max, cols[:, None], rows[None, :], DIAGONAL, REVERSE)
-            decay *= tl.load(row_scale + rows, mask=known, other=0.0)[None, :]
-            queries = _load_all(q, rows, known, TILES, D)
-            d_rows = _load_all(dh, rows, known, TILES, D)
+            decay *= tl.load(row_scale + rows, mask=step_mask, other=0.0)[None, :]
+            queries = _load_all(q, rows, step_mask, TILES, D)
+            d_rows = _load_all(dh, rows, step_mask, TILES, D)
             weights = _scores(keys, queries, dtype, PRECISION) * decay
             if VALUES:
                 d_values = _add_products(d_values, weights.to(low_dtype), d_rows, PRECISION)
             if KEYS:
                 d_weights = _scores(values, d_rows, dtype, PRECISION)
-                d_weights += tl.load(dn + rows, mask=known, other=0.0)[None, :]
+                d_weights += tl.load(dn + rows, mask=step_mask, other=0.0)[None, :]
                 d_taken += tl.sum(weights * d_weights, 1)
                 d_keys = _add_products(d_keys, (d_weights * decay).to(low_dtype), queries, PRECISION)
     if KEYS:
-        _store_all(dk + head * N * D, d_keys, cols, there, TILES, D)
-        tl.store(da + head * N + cols, d_taken, mask=there)
+        _store_all(dk + head * N * D, d_keys, cols, mask, TILES, D)
+        tl.store(da + head * N + cols, d_taken, mask=mask)
     if VALUES:
-        _store_all(dv + head * N * D, d_values, cols, there, TILES, D)
+        _store_all(dv + head * N * D, d_values, cols, mask, TILES, D)
 
 
 @triton.jit
@@ -426,10 +427,10 @@ def states(
     D: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
     AFTER: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of what other chunks leave to each chunk: sums of weight x yᵀ, and for one column of tiles of weight x.
+    """One tile of the state of each chunk: sums of weight x yᵀ, and, in one column of tiles, the vector of weight x.
 
-    From keys and values read before it, relative to the maximum then; or AFTER, from queries and gradients of h of the
-    rows read after it, relative to the maximum at its end. The vector then has dn in its weights too.
+    The sums run over the keys and values before the chunk, relative to the running maximum before it; with AFTER, over
+    the queries and gradients of h of the rows after it, relative to the maximum at its end, and dn weights the vector.
     """
     tiles = tl.cdiv(D, TILE)
     part = tl.program_id(0) % (tiles * tiles)
@@ -447,28 +448,28 @@ def states(
     for step in range(chunks):
         chunk = step if REVERSE == AFTER else chunks - 1 - step
         start, end = chunk * CHUNK, tl.minimum((chunk + 1) * CHUNK, N)
-        place = head * chunks + chunk
-        to = state + place * D * D + rows[:, None] * D + cols[None, :]
+        index = head * chunks + chunk
+        to = state + index * D * D + rows[:, None] * D + cols[None, :]
         tl.store(to, total.to(wide), mask=(rows < D)[:, None] & (cols < D)[None, :])
         if part % tiles == 0:
-            tl.store(vector + place * D + rows, vector_total, mask=rows < D)
+            tl.store(vector + index * D + rows, vector_total, mask=rows < D)
         before = _max_before(row_max, start, end, N, REVERSE)
         last_max = tl.load(row_max + (start if REVERSE else end - 1))
         total *= tl.exp(before - last_max)
         vector_total *= tl.exp(before - last_max)
         for token in range(start, end, BLOCK):
             tokens = token + tl.arange(0, BLOCK)
-            there = tokens < N
+            mask = tokens < N
             if AFTER:
-                weight = tl.exp(before - tl.load(row_max + tokens, mask=there, other=float("inf")))
-                weight *= tl.load(row_scale + tokens, mask=there, other=0.0)
-                vector_weight = weight * tl.load(dn + tokens, mask=there, other=0.0)
+                weight = tl.exp(before - tl.load(row_max + tokens, mask=mask, other=float("inf")))
+                weight *= tl.load(row_scale + tokens, mask=mask, other=0.0)
+                vector_weight = weight * tl.load(dn + tokens, mask=mask, other=0.0)
             else:
-                weight = tl.exp(tl.load(a + tokens, mask=there, other=-float("inf")) - last_max)
+                weight = tl.exp(tl.load(a + tokens, mask=mask, other=-float("inf")) - last_max)
                 vector_weight = weight
             from_x, from_y = x + tokens[None, :] * D + rows[:, None], y + tokens[:, None] * D + cols[None, :]
-            x_tile = tl.load(from_x, mask=there[None, :] & (rows < D)[:, None], other=0.0)
-            y_tile = tl.load(from_y, mask=there[:, None] & (cols < D)[None, :], other=0.0)
+            x_tile = tl.load(from_x, mask=mask[None, :] & (rows < D)[:, None], other=0.0)
+            y_tile = tl.load(from_y, mask=mask[:, None] & (cols < D)[None, :], other=0.0)
             weighted = (x_tile * weight[None, :]).to(wide)
             total = tl.dot(weighted, y_tile.to(wide), total, input_precision=PRECISION, out_dtype=dtype)
             vector_total += tl.sum(x_tile * vector_weight[None, :], 1)

@@ -1,12 +1,12 @@
-"""Kernels of what stands around the mLSTM in a layer, for `fused`, which alone imports this file, and says what for.
+"""Triton kernels of the operations around the mLSTM. Only `fused` imports this file; it defines what they compute.
 
-A program has a block of tokens, all images' in one row, and a head's channels or a tile of all. Where gradients of
-parameters are wanted it goes over a span of tokens block by block, and leaves its sum to be added up with the others':
-no sum's order is left to chance. Sums are float32, or float64 for inputs of that dtype, which tests have. Parameters
-may be of another dtype than tokens.
+A program has a block of tokens of all images in sequence, and the channels of a head or a tile of all channels. For
+gradients of parameters it loops over a span of tokens in blocks and stores its sum, to be added to those of the others:
+all sums have a fixed order. Sums are float32, or float64 for float64 inputs, which only tests have. Parameters may have
+another dtype than tokens.
 
-Shapes: B images, N tokens each, E channels, h heads of width D = E / h. Tokens are (B, N, E), with strides `_image` and
-`_token` where they may be a part of something wider, such as what the up-projection leaves; else they are contiguous.
+Shapes: B images, N tokens each, E channels, h heads of width D = E / h. Tokens are (B, N, E). Those with strides
+`_image` and `_token` may be views of a wider tensor, such as the output of the up-projection; others are contiguous.
 """
 
 # Triton's types are not Python's.
@@ -18,7 +18,7 @@ import triton.language as tl
 
 @triton.jit
 def _at(rows, N, image, token):
-    """Where tokens begin whose images and tokens are this far apart; counted in 64 bits."""
+    """Offsets of tokens for the strides of images and tokens; in 64 bits."""
     return (rows // N).to(tl.int64) * image + (rows % N).to(tl.int64) * token
 
 
@@ -29,10 +29,10 @@ def _silu_slope(x):
 
 
 @triton.jit
-def _normalised(h, rows, channels, known, N, D: tl.constexpr, EPS: tl.constexpr, image, token, dtype: tl.constexpr):
-    """Rows of one head with mean 0 and variance 1, and what they were divided by, inverted."""
-    x = tl.load(h + _at(rows, N, image, token)[:, None] + channels[None, :], mask=known, other=0.0).to(dtype)
-    x = tl.where(known, x - (tl.sum(x, 1) / D)[:, None], 0.0)
+def _normalised(h, rows, channels, mask, N, D: tl.constexpr, EPS: tl.constexpr, image, token, dtype: tl.constexpr):
+    """Rows of one head, normalised to mean 0 and variance 1, and the factor 1 / deviation."""
+    x = tl.load(h + _at(rows, N, image, token)[:, None] + channels[None, :], mask=mask, other=0.0).to(dtype)
+    x = tl.where(mask, x - (tl.sum(x, 1) / D)[:, None], 0.0)
     scale = 1 / tl.sqrt(tl.sum(x * x, 1) / D + EPS)
     return x * scale[:, None], scale
 
@@ -49,21 +49,21 @@ def norm_forward(
     rows = tl.program_id(0) // HEADS * BLOCK + tl.arange(0, BLOCK)
     inside = tl.arange(0, WIDTH)
     channels = head * D + inside
-    known = (rows < tokens)[:, None] & (inside < D)[None, :]
+    mask = (rows < tokens)[:, None] & (inside < D)[None, :]
     dtype: tl.constexpr = tl.float64 if h.dtype.element_ty == tl.float64 else tl.float32
 
-    x, _ = _normalised(h + head.to(tl.int64) * h_head, rows, inside, known, N, D, EPS, h_image, h_token, dtype)
+    x, _ = _normalised(h + head.to(tl.int64) * h_head, rows, inside, mask, N, D, EPS, h_image, h_token, dtype)
     x *= 1 + tl.load(weight + channels, mask=inside < D, other=0.0).to(dtype)[None, :]
     if BIAS:
         x += tl.load(bias + channels, mask=inside < D, other=0.0).to(dtype)[None, :]
-    conv = tl.load(c + _at(rows, N, c_image, c_token)[:, None] + channels[None, :], mask=known, other=0.0).to(dtype)
+    conv = tl.load(c + _at(rows, N, c_image, c_token)[:, None] + channels[None, :], mask=mask, other=0.0).to(dtype)
     x += tl.load(skip + channels, mask=inside < D, other=0.0).to(dtype)[None, :] * conv
     if GATED:
         from_gate = gate + _at(rows, N, gate_image, gate_token)[:, None] + channels[None, :]
-        z = tl.load(from_gate, mask=known, other=0.0).to(dtype)
+        z = tl.load(from_gate, mask=mask, other=0.0).to(dtype)
         x *= z * tl.sigmoid(z)
     to = y + rows.to(tl.int64)[:, None] * (HEADS * D) + channels[None, :]
-    tl.store(to, x.to(y.dtype.element_ty), mask=known)
+    tl.store(to, x.to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -87,26 +87,26 @@ def norm_backward(
     d_weight, d_bias, d_skip = tl.zeros([WIDTH], dtype), tl.zeros([WIDTH], dtype), tl.zeros([WIDTH], dtype)
     for first in range(span * SPAN, tl.minimum((span + 1) * SPAN, tokens), BLOCK):
         rows = first + tl.arange(0, BLOCK)
-        known = (rows < tokens)[:, None] & (inside < D)[None, :]
-        x, rstd = _normalised(h + head.to(tl.int64) * h_head, rows, inside, known, N, D, EPS, h_image, h_token, dtype)
+        mask = (rows < tokens)[:, None] & (inside < D)[None, :]
+        x, rstd = _normalised(h + head.to(tl.int64) * h_head, rows, inside, mask, N, D, EPS, h_image, h_token, dtype)
         from_c = c + _at(rows, N, c_image, c_token)[:, None] + channels[None, :]
-        conv = tl.load(from_c, mask=known, other=0.0).to(dtype)
+        conv = tl.load(from_c, mask=mask, other=0.0).to(dtype)
         at = rows.to(tl.int64)[:, None] * (HEADS * D) + channels[None, :]
-        d_sum = tl.load(dy + at, mask=known, other=0.0).to(dtype)
+        d_sum = tl.load(dy + at, mask=mask, other=0.0).to(dtype)
         if GATED:
             from_gate = gate + _at(rows, N, gate_image, gate_token)[:, None] + channels[None, :]
-            z = tl.load(from_gate, mask=known, other=0.0).to(dtype)
+            z = tl.load(from_gate, mask=mask, other=0.0).to(dtype)
             d_gate = d_sum * (x * scale + shift + skipped * conv) * _silu_slope(z)
-            tl.store(dgate + at, d_gate.to(dgate.dtype.element_ty), mask=known)
+            tl.store(dgate + at, d_gate.to(dgate.dtype.element_ty), mask=mask)
             d_sum *= z * tl.sigmoid(z)
-        tl.store(dc + at, (d_sum * skipped).to(dc.dtype.element_ty), mask=known)
+        tl.store(dc + at, (d_sum * skipped).to(dc.dtype.element_ty), mask=mask)
         d_weight += tl.sum(d_sum * x, 0)
         d_bias += tl.sum(d_sum, 0)
         d_skip += tl.sum(d_sum * conv, 0)
         d_x = d_sum * scale
         d_x -= (tl.sum(d_x, 1) / D)[:, None] + x * (tl.sum(d_x * x, 1) / D)[:, None]
         to = dh + head.to(tl.int64) * (N * D) + _at(rows, N, HEADS * N * D, D)[:, None] + inside[None, :]
-        tl.store(to, (d_x * rstd[:, None]).to(dh.dtype.element_ty), mask=known)
+        tl.store(to, (d_x * rstd[:, None]).to(dh.dtype.element_ty), mask=mask)
     to = sums + span.to(tl.int64) * (3 * HEADS * D) + channels
     tl.store(to, d_weight, mask=inside < D)
     tl.store(to + HEADS * D, d_bias, mask=inside < D)
@@ -118,7 +118,7 @@ def _neighbours(
     x, rows, channels, tap, tokens, N, ROWS, COLUMNS, image, token,
     E: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
-    """What stands at place `tap` of the 3 × 3 tokens around each of some; 0 outside of the grid."""
+    """Neighbour number `tap` of the 3 × 3 around each token; 0 outside the grid."""
     down, right = tap // 3 - 1, tap % 3 - 1
     row, column = rows % N // COLUMNS + down, rows % N % COLUMNS + right
     inside = (rows < tokens) & (row >= 0) & (row < ROWS) & (column >= 0) & (column < COLUMNS)
@@ -133,7 +133,7 @@ def _convolved(
     x, weight, bias, rows, channels, tokens, N, ROWS, COLUMNS, image, token,
     E: tl.constexpr, BIAS: tl.constexpr, REVERSE: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
-    """The 3 × 3 convolution of some tokens and channels, its kernel turned by 180° if REVERSE."""
+    """The 3 × 3 convolution of some tokens and channels, its kernel rotated by 180° if REVERSE."""
     total = tl.full([rows.shape[0], channels.shape[0]], 0.0, dtype)
     if BIAS:
         total += tl.load(bias + channels, mask=channels < E, other=0.0).to(dtype)[None, :]
@@ -150,7 +150,7 @@ def conv_forward(
     E: tl.constexpr, BLOCK: tl.constexpr, CHANNELS: tl.constexpr,
     BIAS: tl.constexpr, SILU: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """The depthwise convolution (B, N, E) of tokens on their grid, and SiLU of it if so wished."""
+    """The depthwise convolution (B, N, E) of tokens on their grid, followed by SiLU if SILU."""
     tiles = tl.cdiv(E, CHANNELS)
     rows = tl.program_id(0) // tiles * BLOCK + tl.arange(0, BLOCK)
     channels = tl.program_id(0) % tiles * CHANNELS + tl.arange(0, CHANNELS)
@@ -169,7 +169,7 @@ def conv_backward(
     dy, x, weight, bias, d_conv, sums, tokens, N, ROWS, COLUMNS, x_image, x_token,
     E: tl.constexpr, BLOCK: tl.constexpr, CHANNELS: tl.constexpr, SPAN: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """The gradient (B, N, E) of what SiLU was taken of, and a span's sums (10, E) for the nine weights and the bias."""
+    """The gradient (B, N, E) of the convolution without SiLU, and a span's sums (10, E) for weights and bias."""
     tiles = tl.cdiv(E, CHANNELS)
     span = tl.program_id(0) // tiles
     channels = tl.program_id(0) % tiles * CHANNELS + tl.arange(0, CHANNELS)
@@ -178,15 +178,15 @@ def conv_backward(
     total = tl.zeros([16, CHANNELS], dtype)
     for first in range(span * SPAN, tl.minimum((span + 1) * SPAN, tokens), BLOCK):
         rows = first + tl.arange(0, BLOCK)
-        known = (rows < tokens)[:, None] & (channels < E)[None, :]
+        mask = (rows < tokens)[:, None] & (channels < E)[None, :]
         at = rows.to(tl.int64)[:, None] * E + channels[None, :]
-        d = tl.load(dy + at, mask=known, other=0.0).to(dtype)
+        d = tl.load(dy + at, mask=mask, other=0.0).to(dtype)
         d *= _silu_slope(
             _convolved(
                 x, weight, bias, rows, channels, tokens, N, ROWS, COLUMNS, x_image, x_token, E, True, REVERSE, dtype
             )
         )
-        tl.store(d_conv + at, d.to(d_conv.dtype.element_ty), mask=known)
+        tl.store(d_conv + at, d.to(d_conv.dtype.element_ty), mask=mask)
         for tap in tl.static_range(9):
             near = _neighbours(x, rows, channels, tap, tokens, N, ROWS, COLUMNS, x_image, x_token, E, dtype)
             total += tl.where(parameters == (8 - tap if REVERSE else tap), tl.sum(d * near, 0)[None, :], 0.0)
@@ -203,14 +203,14 @@ def _tile(x, rows, channels, tokens, N, image, token, E: tl.constexpr):
 
 @triton.jit
 def _in_heads(rows, channels, N, HEADS: tl.constexpr, D: tl.constexpr):
-    """Where channels of tokens lie in (B, h, N, D)."""
+    """Offsets of channels of tokens in (B, h, N, D)."""
     of_token = (rows // N).to(tl.int64) * (HEADS * D) * N + rows % N * D
     return of_token[:, None] + ((channels // D).to(tl.int64) * D * N + channels % D)[None, :]
 
 
 @triton.jit
 def _block_diagonal(weight, channels, E: tl.constexpr, SIDE: tl.constexpr, dtype: tl.constexpr):
-    """The whole matrix (outputs, inputs) for some channels of the blocks (E / SIDE, SIDE, SIDE)."""
+    """The full matrix (outputs, inputs) of some channels from the blocks (E / SIDE, SIDE, SIDE)."""
     size: tl.constexpr = channels.shape[0]
     from_weight = weight + channels[:, None] * SIDE + tl.arange(0, SIDE)[None, :]
     blocks = tl.load(from_weight, mask=(channels < E)[:, None], other=0.0).to(dtype)
@@ -220,7 +220,7 @@ def _block_diagonal(weight, channels, E: tl.constexpr, SIDE: tl.constexpr, dtype
 
 @triton.jit
 def _store_blocks(to, matrix, channels, E: tl.constexpr, SIDE: tl.constexpr):
-    """The blocks on the diagonal of such a matrix."""
+    """Store the blocks on the diagonal of such a matrix."""
     size: tl.constexpr = channels.shape[0]
     matrix = tl.where((channels // SIDE)[:, None] == (channels // SIDE)[None, :], matrix, 0.0)
     blocks = tl.sum(tl.reshape(matrix, (size, size // SIDE, SIDE)), 1)
@@ -229,14 +229,14 @@ def _store_blocks(to, matrix, channels, E: tl.constexpr, SIDE: tl.constexpr):
 
 @triton.jit
 def _project(
-    x, weight, bias, y, to, known, channels,
+    x, weight, bias, y, to, mask, channels,
     E: tl.constexpr, SIDE: tl.constexpr, BIAS: tl.constexpr, dtype: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     matrix = _block_diagonal(weight, channels, E, SIDE, x.dtype)
     product = tl.dot(x, tl.trans(matrix), input_precision=PRECISION, out_dtype=dtype)
     if BIAS:
         product += tl.load(bias + channels, mask=channels < E, other=0.0).to(dtype)[None, :]
-    tl.store(y + to, product.to(y.dtype.element_ty), mask=known)
+    tl.store(y + to, product.to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -255,13 +255,13 @@ def project_forward(
     gates = tl.zeros([BLOCK, GATES], dtype)
     for first in range(0, E, CHANNELS):
         channels = first + tl.arange(0, CHANNELS)
-        known = (rows < tokens)[:, None] & (channels < E)[None, :]
+        mask = (rows < tokens)[:, None] & (channels < E)[None, :]
         to = _in_heads(rows, channels, N, HEADS, D)
         c_tile = _tile(c, rows, channels, tokens, N, c_image, c_token, E)
         x_tile = _tile(x, rows, channels, tokens, N, x_image, x_token, E)
-        _project(c_tile, q_weight, q_bias, q, to, known, channels, E, SIDE, BIAS, dtype, PRECISION)
-        _project(c_tile, k_weight, k_bias, k, to, known, channels, E, SIDE, BIAS, dtype, PRECISION)
-        _project(x_tile, v_weight, v_bias, v, to, known, channels, E, SIDE, BIAS, dtype, PRECISION)
+        _project(c_tile, q_weight, q_bias, q, to, mask, channels, E, SIDE, BIAS, dtype, PRECISION)
+        _project(c_tile, k_weight, k_bias, k, to, mask, channels, E, SIDE, BIAS, dtype, PRECISION)
+        _project(x_tile, v_weight, v_bias, v, to, mask, channels, E, SIDE, BIAS, dtype, PRECISION)
         at = gate[None, :] * E + channels[:, None]
         real = (gate < 2 * HEADS)[None, :] & (channels < E)[:, None]
         from_c = tl.load(c_gates + at, mask=real, other=0.0).to(low)
@@ -308,15 +308,15 @@ def project_backward(
     x_sum = c_sum
     for first in range(span * SPAN, tl.minimum((span + 1) * SPAN, tokens), BLOCK):
         rows = first + tl.arange(0, BLOCK)
-        there = (rows < tokens)[:, None]
-        known = there & (channels < E)[None, :]
+        row_mask = (rows < tokens)[:, None]
+        mask = row_mask & (channels < E)[None, :]
         at = _in_heads(rows, channels, N, HEADS, D)
-        d_q = tl.load(dq + at, mask=known, other=0.0)
-        d_k = tl.load(dk + at, mask=known, other=0.0)
-        d_v = tl.load(dv + at, mask=known, other=0.0)
+        d_q = tl.load(dq + at, mask=mask, other=0.0)
+        d_k = tl.load(dk + at, mask=mask, other=0.0)
+        d_v = tl.load(dv + at, mask=mask, other=0.0)
         at = _at(rows, N, HEADS * N, 1)[:, None] + (gate % HEADS * N)[None, :]
-        d_gate = tl.load(di + at, mask=there & (gate < HEADS)[None, :], other=0.0)
-        d_gate += tl.load(df + at, mask=there & (gate >= HEADS)[None, :] & (gate < 2 * HEADS)[None, :], other=0.0)
+        d_gate = tl.load(di + at, mask=row_mask & (gate < HEADS)[None, :], other=0.0)
+        d_gate += tl.load(df + at, mask=row_mask & (gate >= HEADS)[None, :] & (gate < 2 * HEADS)[None, :], other=0.0)
         d_gate = d_gate.to(low)
         c_tile = _tile(c, rows, channels, tokens, N, c_image, c_token, E)
         x_tile = _tile(x, rows, channels, tokens, N, x_image, x_token, E)
@@ -325,10 +325,10 @@ def project_backward(
         d_c = tl.dot(d_q, q_matrix, input_precision=PRECISION, out_dtype=dtype)
         d_c = tl.dot(d_k, k_matrix, d_c, input_precision=PRECISION, out_dtype=dtype)
         d_c = tl.dot(d_gate, c_matrix, d_c, input_precision=PRECISION, out_dtype=dtype)
-        tl.store(dc + to, d_c.to(dc.dtype.element_ty), mask=known)
+        tl.store(dc + to, d_c.to(dc.dtype.element_ty), mask=mask)
         d_x = tl.dot(d_v, v_matrix, input_precision=PRECISION, out_dtype=dtype)
         d_x = tl.dot(d_gate, x_matrix, d_x, input_precision=PRECISION, out_dtype=dtype)
-        tl.store(dx + to, d_x.to(dx.dtype.element_ty), mask=known)
+        tl.store(dx + to, d_x.to(dx.dtype.element_ty), mask=mask)
 
         q_sum = tl.dot(tl.trans(d_q), c_tile, q_sum, input_precision=PRECISION, out_dtype=dtype)
         k_sum = tl.dot(tl.trans(d_k), c_tile, k_sum, input_precision=PRECISION, out_dtype=dtype)

@@ -1,0 +1,158 @@
+"""The input of every evaluation, a `Task`, and its results, `Score`s.
+
+Shapes: N images of a data set, D features.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+
+from selfvil import footprint
+from selfvil.data.index import Shards
+from selfvil.evaluate.features import Features, Precision, choose_readout, extract, raw_pixels
+from selfvil.evaluate.processes import Processes
+from selfvil.weights import Network, Normalisation
+
+_RAW_SIDE = 32  # pixels; the longer side of the images whose raw pixels are scored
+_ROOM_TO_FIT = 4  # memory that a fit needs, in sizes of its features
+
+
+@dataclass(frozen=True)
+class Score:
+    """One figure of an evaluation.
+
+    metric: its name in the metrics of a run, such as knn_20; protocol: its name in tables. value: top-1 accuracy in
+    percent, or its mean over draws or seeds; deviation: standard deviation over these, if any. seconds: wall time,
+    features included. settings: of the evaluation.
+    """
+
+    metric: str
+    protocol: str
+    value: float
+    deviation: float | None
+    readout: str
+    train_images: int
+    test_images: int
+    seconds: float
+    settings: dict[str, Any]
+
+
+class Figure(NamedTuple):
+    """What is fitted on features returns these: the first four values of a `Score`."""
+
+    metric: str
+    protocol: str
+    value: float
+    deviation: float | None = None
+
+
+class Parts(NamedTuple):
+    """Features of the training and the test images, and the seconds that their extraction took."""
+
+    train: Features
+    test: Features
+    seconds: float
+
+
+@dataclass
+class Task:
+    """A network, labelled images, and where to compute; features are computed once for each readout.
+
+    Args:
+        name: of the network in tables: pretrained, untrained or raw pixels.
+        network: None for raw pixels, and before training, when there is no network yet.
+        normalisation: how images are presented to the network.
+        create: a new copy of the network, with arguments of `timm.create_model` that change no weight's shape. For
+            evaluations that train it.
+        batch_size: images in a forward pass; None: 64 on a CPU, 256 elsewhere.
+        workers: processes that decode images, for each process.
+        seed: of held-out parts, draws and fine-tuning.
+        source: where the network comes from, for model cards.
+    """
+
+    name: str
+    network: Network | None
+    normalisation: Normalisation
+    train: Shards
+    test: Shards
+    create: Callable[..., Network]
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    precision: Precision = "fp32"
+    batch_size: int | None = None
+    workers: int = 2
+    seed: int = 0
+    source: str = ""
+    processes: Processes = field(default_factory=Processes)
+    _parts: dict[str, Parts | None] = field(default_factory=dict)
+
+    def features(self, readout: str | None = None) -> Parts | None:
+        """Features of both parts under a readout (None: the architecture's usual one); None but on the main process.
+
+        They are on `device` if there is room to fit on them, else on the CPU. A collective.
+        Raises UserError for a readout that the network does not have.
+        """
+        how = self.describe(readout)
+        if how not in self._parts:
+            began = time.monotonic()
+            train, test = (self.extract(self.network, shards, how, part) for part, shards in self.shards().items())
+            if train is None or test is None:
+                self._parts[how] = None
+            else:
+                size = train.x.nbytes + test.x.nbytes
+                on_cpu = self.device.type != "cpu" and _ROOM_TO_FIT * size > footprint.free_bytes(self.device)
+                device = torch.device("cpu") if on_cpu else self.device
+                self._parts[how] = Parts(train.to(device), test.to(device), time.monotonic() - began)
+        return self._parts[how]
+
+    def shards(self) -> dict[str, Shards]:
+        return {"train": self.train, "test": self.test}
+
+    def extract(self, network: Network | None, shards: Shards, readout: str, part: str) -> Features | None:
+        """Features of `network` (None: raw pixels) on `shards`, on the CPU; None but on the main process. A collective.
+
+        part: train or test, for the progress bar.
+        """
+        title = f"{self.name}, {part} images"
+        if network is None:
+            return raw_pixels(
+                shards, self.raw_size(), channels=self.normalisation.channels, workers=self.workers, title=title,
+                processes=self.processes,
+            )  # fmt: skip
+        shown = network.normalisation
+        return extract(
+            network.backbone, shards, img_size=shown.img_size, mean=shown.mean, std=shown.std, readout=readout,
+            batch_size=self.batch_size, workers=self.workers, device=self.device, precision=self.precision,
+            title=title, processes=self.processes,
+        )  # fmt: skip
+
+    def score_features(
+        self, readout: str | None, fit: Callable[[Features, Features], Iterable[Figure]], settings: dict[str, Any]
+    ) -> Iterator[Score]:
+        """Scores of what `fit` measures on the features of the training and the test images.
+
+        Every process extracts features; the main process alone fits and yields scores.
+        """
+        parts = self.features(readout)
+        if parts is None:
+            return
+        began = time.monotonic()
+        with self.processes.interrupts():
+            figures = list(fit(parts.train, parts.test))
+        seconds = parts.seconds + time.monotonic() - began
+        for figure in figures:
+            yield Score(*figure, self.describe(readout), len(parts.train), len(parts.test), seconds, settings)
+
+    def describe(self, readout: str | None) -> str:
+        """The name of a readout of the network, or the size of raw pixels."""
+        if self.network is None:
+            height, width = self.raw_size()
+            return f"{height} x {width} pixels"
+        return choose_readout(self.network.backbone, readout)
+
+    def raw_size(self) -> tuple[int, int]:
+        shrink = min(1.0, _RAW_SIDE / max(self.normalisation.img_size))
+        height, width = (max(1, round(side * shrink)) for side in self.normalisation.img_size)
+        return height, width
