@@ -94,6 +94,8 @@ def folder(request, digit_shards, tmp_path_factory) -> Path:
         if p and {"objective", "strategy"} <= p.keys()
     }
 
+    needed |= {(objective, "fp32", strategy) for objective, _, strategy in needed}  # which bf16 is compared with
+
     def cases_of(kind: str) -> list[dict]:
         cases = []
         for objective, precision, strategy in sorted(needed):
