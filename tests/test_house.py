@@ -144,6 +144,18 @@ def test_modules_import_each_other_in_no_cycle():
         pytest.fail(f"these modules import each other: {' <- '.join(error.args[1])}")
 
 
+def test_every_import_of_the_package_is_of_a_module_that_exists():
+    """Imports inside functions too, which fail only when they run; mypy ignores modules that are missing."""
+    missing = []
+    for path in (REPOSITORY / "ssl" / "selfvil").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "selfvil":
+                file = REPOSITORY / "ssl" / node.module.replace(".", "/")
+                if not (file.with_suffix(".py").exists() or (file / "__init__.py").exists()):
+                    missing.append(f"{path.name} imports {node.module}")
+    assert not missing
+
+
 def test_the_import_graph_finds_a_cycle(tmp_path):
     """A cycle through a function and a table is found; one only for type checkers is not reported."""
     package = tmp_path / "house"

@@ -61,6 +61,8 @@ UNSUPPORTED = {
     "encode_masked": ((torch.zeros(1, 3, 32, 32), MASKED, torch.zeros(3)), "ResNet cannot leave tokens out"),
     "masked_features": ((torch.zeros(1, 3, 32, 32), MASKED, torch.zeros(3)), "ResNet cannot leave tokens out"),
     "require_causal": ((), "ResNet does not read patches in order"),
+    "latest_cluster": ((IDS[0],), "ResNet does not read patches in order"),
+    "encode_causal": ((torch.zeros(1, 3, 32, 32), IDS[0]), "ResNet does not read patches in order"),
     "enable_gap_aware": ((), "ResNet does not forget"),
     "enable_compact_conv": ((), "this ResNet has no convolution among its tokens"),
 }

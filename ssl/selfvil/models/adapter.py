@@ -218,21 +218,24 @@ class BackboneAdapter:
 
     def require_causal(self) -> None:
         """Raise UserError unless the network can encode each patch without those of later clusters."""
-        raise UserError(
-            f"{self.name} does not read patches in order: the autoregressive objective needs a vil_* "
-            "model or one of timm's plain vision transformers (vit_*)"
-        )
+        raise self._not_causal()
 
     def latest_cluster(self, cluster_of: Tensor) -> Tensor:
         """The latest cluster (N,) that the token of each patch in `encode_causal` depends on; cluster_of is (N,)."""
-        raise NotImplementedError
+        raise self._not_causal()
 
     def encode_causal(self, images: Tensor, cluster_of: Tensor) -> Tensor:
         """Tokens of the patches (B, N, C), each of which depends on no cluster after `latest_cluster`.
 
         cluster_of: (N,) int64, the cluster of each patch.
         """
-        raise NotImplementedError
+        raise self._not_causal()
+
+    def _not_causal(self) -> UserError:
+        return UserError(
+            f"{self.name} does not read patches in order: the autoregressive objective needs a vil_* "
+            "model or one of timm's plain vision transformers (vit_*)"
+        )
 
     # --- options of masked pretraining -------------------------------------------------------------------------------
 
