@@ -198,3 +198,38 @@ def test_the_command_verifies_exports_runs_and_checkpoints(source, exported, tmp
         assert run_command("verify", folder) == 2
     assert "nothing was verified" in capsys.readouterr().err
     assert checkpoint.newest(run / "checkpoints").step == 30
+
+
+def test_a_timm_model_is_a_source(monkeypatch):
+    """By its name; its weights come from timm, and its normalisation from timm's table."""
+    asked = []
+    create = timm.create_model
+
+    def offline(name, pretrained=False, **arguments):
+        asked.append(pretrained)
+        return create(name, **arguments)
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    network = load_pretrained("vit_tiny_patch16_224", img_size=64)
+    assert asked == [True]
+    assert network.backbone.num_classes == 0
+    assert network.samples_seen == 0
+    assert network.normalisation.mean == (0.5, 0.5, 0.5)
+    assert network.normalisation.img_size == (64, 64)
+    assert load_pretrained("resnet18", untrained=True).normalisation.img_size == (224, 224)
+    assert asked == [True, False]
+    with pytest.raises(UserError, match=r"vil_mlp_tiny_patch16_224 has no published weights"):
+        load_pretrained("vil_mlp_tiny_patch16_224")
+    with pytest.raises(UserError, match=r"holds one network"):
+        load_pretrained("resnet18", network="teacher")
+    with pytest.raises(UserError, match=r"no folder resnet81 \(did you mean the timm model resnet"):
+        load_pretrained("resnet81")
+
+
+def test_weights_that_cannot_be_downloaded_are_one_sentence(monkeypatch):
+    def fail(*_, **__):
+        raise OSError("no route\nto host")
+
+    monkeypatch.setattr(timm, "create_model", fail)
+    with pytest.raises(UserError, match=r"could not load resnet18 with its published weights: no route to host"):
+        load_pretrained("resnet18")

@@ -1,4 +1,4 @@
-"""Read pretrained weights from an export, a run, a checkpoint or a single file. No other module opens such files.
+"""Read pretrained weights: of an export, a run, a checkpoint, a timm model, a single file. No other module does.
 
 Every file that has a digest is compared with it before its content is used. Nothing is unpickled, and no name or
 argument that a file holds can make timm download or unpickle.
@@ -18,6 +18,7 @@ from timm.models import load_state_dict
 from torch import Tensor, nn
 
 from selfvil import checkpoint
+from selfvil.advice import near
 from selfvil.checkpoint import Checkpoint
 from selfvil.errors import UserError
 from selfvil.manifest import MANIFEST, check_files, read_manifest, sha256
@@ -69,14 +70,16 @@ def load_backbone(source: str | Path, *, network: str | None = None, **overrides
     does not do: a flipped bit in the weights or in config.json raises an error here, and gives wrong features there.
 
     Args:
-        source: an export, a run (its newest valid checkpoint) or a checkpoint.
+        source: an export, a run (its newest valid checkpoint), a checkpoint, or the name of a timm model with
+            published weights, which timm downloads.
         network: "student", "teacher" ... of a run that has several; None takes its default. An export holds only one.
-        overrides: for an export, arguments of `timm.create_model` such as num_classes, img_size or drop_path_rate.
+        overrides: for an export or a timm model, arguments of `timm.create_model` such as num_classes, img_size or
+            drop_path_rate.
 
     Raises:
         UserError: the source is none of these, is damaged, or does not fit the arguments.
     """
-    if overrides and not is_export(Path(source)):
+    if overrides and not is_export(Path(source)) and not is_timm_model(source):
         raise UserError(f"{source} is no export: only an export can be loaded with {', '.join(overrides)}.")
     return load_pretrained(source, network=network, **overrides).backbone.eval()
 
@@ -84,21 +87,26 @@ def load_backbone(source: str | Path, *, network: str | None = None, **overrides
 def load_pretrained(
     source: str | Path, *, network: str | None = None, untrained: bool = False, seed: int = 0, **overrides: Any
 ) -> Network:
-    """The backbone of an export, a run or a checkpoint, and how its images were prepared.
+    """The backbone of an export, a run, a checkpoint or a timm model, and how its images were prepared.
 
     Args:
-        source: an export, a run (its newest valid checkpoint) or a checkpoint.
+        source: an export, a run (its newest valid checkpoint), a checkpoint, or the name of a timm model with
+            published weights, which timm downloads.
         network: "student", "teacher" ... of a run that has several; None takes its default. An export holds only one.
         untrained: the same architecture, newly initialised from `seed`. torch's global generator is not used.
         overrides: arguments of `timm.create_model` that change no weight's shape, such as drop_path_rate; for an
-            export, also num_classes and img_size.
+            export or a timm model, also num_classes and img_size.
 
     Raises:
         UserError: the source is none of these, is damaged, or does not fit the arguments.
     """
-    source = Path(source)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        if is_timm_model(source):
+            if network is not None:
+                raise UserError(f"{source} is a timm model and holds one network: leave out network = {network!r}.")
+            return load_timm_model(str(source), pretrained=not untrained, **overrides)
+        source = Path(source)
         if is_export(source):
             if network is not None:
                 raise UserError(f"{source} is an export and holds one network: leave out network = {network!r}.")
@@ -109,7 +117,9 @@ def load_pretrained(
 
 
 def model_arguments(source: str | Path) -> dict[str, Any]:
-    """Arguments of `timm.create_model` for the backbone of an export, a run or a checkpoint. Raises UserError."""
+    """Arguments of `timm.create_model` for the backbone of a source of `load_pretrained`. Raises UserError."""
+    if is_timm_model(source):
+        return {}
     source = Path(source)
     if (source / CONFIG).is_file():
         return dict(_read_config(source)["model_args"])
@@ -160,7 +170,12 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
     """
     source = Path(source)
     if not source.is_dir():
-        raise UserError(f"There is no folder {source}; expected the folder of a run or of one of its checkpoints.")
+        similar = near(str(source), timm.list_models())
+        meant = f" (did you mean the timm model {similar[0]}?)" if similar else ""
+        raise UserError(
+            f"There is no folder {source}{meant}; "
+            f"expected an export, a run, one of its checkpoints, or the name of a timm model."
+        )
     if (source / CHECKPOINTS).is_dir():
         newest = checkpoint.newest(source / CHECKPOINTS)
         if newest is None:
@@ -310,6 +325,38 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+# --- timm's own models -----------------------------------------------------------------------------------------------
+
+
+def is_timm_model(source: str | Path) -> bool:
+    """Whether `source` is the name of a timm model; a folder of the same name goes first."""
+    return not Path(source).exists() and timm.is_model(str(source))
+
+
+def load_timm_model(name: str, *, pretrained: bool = True, **overrides: Any) -> Network:
+    """The timm model `name` without its classifier, with its published weights and timm's normalisation.
+
+    pretrained=False gives the same architecture newly initialised; overrides: arguments of `timm.create_model`. The
+    images of its pretraining are not known: samples_seen is 0. Raises UserError if the model has no published weights,
+    these cannot be downloaded, or it cannot be built so.
+    """
+    if pretrained and not timm.is_model_pretrained(name):
+        raise UserError(f"The timm model {name} has no published weights that timm could load: give an export of it.")
+    try:
+        backbone: Any = timm.create_model(name, pretrained=pretrained, **{"num_classes": 0} | overrides)
+    except Exception as error:  # timm, the hub's client and its HTTP library raise different classes
+        reason = " ".join(str(error).split())[:200]
+        weights = " with its published weights" if pretrained else ""
+        raise UserError(f"timm {timm.__version__} could not load {name}{weights}: {reason}") from None
+    return Network(backbone, _normalisation_of(backbone), 0)
+
+
+def _normalisation_of(backbone: Any) -> Normalisation:
+    known = backbone.pretrained_cfg
+    height, width = getattr(getattr(backbone, "patch_embed", None), "img_size", None) or known["input_size"][1:]
+    return Normalisation(tuple(known["mean"]), tuple(known["std"]), (height, width))
+
+
 # --- single files ----------------------------------------------------------------------------------------------------
 
 
@@ -343,9 +390,7 @@ def load_timm_file(name: str, file: str | Path) -> Network:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{file} does not hold the weights of {name}: {reason}") from None
     backbone.reset_classifier(0)
-    known = backbone.pretrained_cfg
-    height, width = known["input_size"][1:]
-    return Network(backbone, Normalisation(tuple(known["mean"]), tuple(known["std"]), (height, width)), 0)
+    return Network(backbone, _normalisation_of(backbone), 0)
 
 
 def check_single_file(file: Path) -> None:

@@ -8,7 +8,7 @@ from selfvil.data.index import open_shards
 from selfvil.data.pack import pack
 from selfvil.errors import UserError
 from selfvil.evaluate import EVALUATIONS, evaluation, settings
-from selfvil.evaluate.checks import check_parts
+from selfvil.evaluate.checks import check_classes
 from selfvil.evaluate.score import score
 from selfvil.evaluate.task import Task
 from selfvil.weights import Network, Normalisation
@@ -48,7 +48,7 @@ def test_labels_of_another_order_of_classes_are_refused(colours, monkeypatch):
         with pytest.raises(UserError, match=message):
             score(colours, train, test, {name: settings(name)}, workers=0)
     pack(colours / "test", colours / "again", classes=["blue", "green", "red"], workers=1)
-    assert check_parts(open_shards(train), open_shards(colours / "again")) == []
+    assert check_classes(open_shards(train), open_shards(colours / "again")) == []
 
 
 def test_classes_that_cannot_be_compared_are_a_warning(colours):
@@ -56,12 +56,12 @@ def test_classes_that_cannot_be_compared_are_a_warning(colours):
     lists = [part.paths[0].with_name("classes.txt") for part in (train, test)]
     for part, file in zip((train, test), lists):
         file.rename(file.with_suffix(".away"))
-        (warning,) = check_parts(train, test)
+        (warning,) = check_classes(train, test)
         assert f"no classes.txt beside {part.paths[0]}, so whether its labels mean the same" in warning
         file.with_suffix(".away").rename(file)
     for file in lists:
         file.unlink()
-    assert check_parts(train, test) == []
+    assert check_classes(train, test) == []
 
 
 def test_the_image_of_a_sample_is_chosen(tmp_path):
@@ -85,17 +85,17 @@ def test_the_image_of_a_sample_is_chosen(tmp_path):
 def test_the_same_images_in_another_order_are_refused(tmp_path):
     train = shards(tmp_path / "train.tar", range(20))
     with pytest.raises(UserError, match=r"all 20 test images in .*test.tar are also training images in .*train.tar"):
-        check_parts(train, shards(tmp_path / "test.tar", range(19, -1, -1)))
+        check_classes(train, shards(tmp_path / "test.tar", range(19, -1, -1)))
     with pytest.raises(UserError, match="all 4 test images"):
-        check_parts(train, shards(tmp_path / "part.tar", range(4)))
+        check_classes(train, shards(tmp_path / "part.tar", range(4)))
 
 
 def test_some_images_in_both_parts_are_counted(tmp_path):
     train = shards(tmp_path / "train.tar", range(20))
-    (warning,) = check_parts(train, shards(tmp_path / "test.tar", range(17, 37)))
+    (warning,) = check_classes(train, shards(tmp_path / "test.tar", range(17, 37)))
     assert warning.startswith("3 of the 20 test images in ")
     assert warning.endswith("accuracies may be up to 15 points too high")
-    assert check_parts(train, shards(tmp_path / "new.tar", range(20, 40))) == []
+    assert check_classes(train, shards(tmp_path / "new.tar", range(20, 40))) == []
 
 
 def test_contents_depend_on_bytes_alone(tmp_path):

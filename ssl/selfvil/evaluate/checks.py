@@ -13,7 +13,7 @@ from selfvil.errors import UserError
 from selfvil.evaluate.features import Features, names, require_labels, shared_classes
 
 
-def check_parts(train: Shards, test: Shards) -> list[str]:
+def check_classes(train: Shards, test: Shards) -> list[str]:
     """Check labels, classes and contents of two parts of a data set; returns warnings, a sentence each.
 
     Raises UserError if images have no label, a label means different classes in two folders, the test images have a

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from pydantic import Field
 
 from selfvil.errors import UserError
+from selfvil.evaluate.checks import check_classes
 from selfvil.evaluate.features import Features, FeatureSettings, shared_classes
 from selfvil.evaluate.linear import accuracy, principal_axes, require_probe_labels, solve, standardised, threads_for
 from selfvil.evaluate.task import Figure, Score, Task
@@ -25,8 +26,9 @@ class Settings(FeatureSettings):
 
 def check(task: Task, settings: Settings) -> list[str]:
     """Raises UserError if there are fewer than two classes, or a class has too few images."""
+    warnings = check_classes(task.train, task.test)
     require_probe_labels(torch.as_tensor(task.train.labels), settings.labels_per_class)
-    return []
+    return warnings
 
 
 def evaluate(task: Task, settings: Settings) -> Iterator[Score]:

@@ -21,6 +21,7 @@ from torch import nn
 
 from selfvil.data.index import Shards
 from selfvil.errors import UserError
+from selfvil.evaluate.checks import check_classes
 from selfvil.evaluate.classifier import TrainingSettings, plan_micro_batch, train_classifier
 from selfvil.evaluate.features import Features
 from selfvil.evaluate.few_label import few_label_probe
@@ -59,6 +60,7 @@ def check(task: Task, settings: Settings) -> list[str]:
     that cannot be written; warns of few steps."""
     if settings.out is not None:
         require_new_folder(settings.out)
+    warnings = check_classes(task.train, task.test)
     require_probe_labels(torch.as_tensor(task.train.labels), settings.labels_per_class)
     batch_size, steps = settings.length(len(_training_images(task, settings)))
     if task.network is not None:
@@ -67,8 +69,8 @@ def check(task: Task, settings: Settings) -> list[str]:
         model = network.backbone.to(task.device)
         plan_micro_batch(model, network.normalisation, batch_size, task.device, task.precision)
     if steps < _FEW_STEPS:
-        return [f"Fine-tuning takes only {steps} steps of {batch_size} images: smaller batches give more."]
-    return []
+        warnings.append(f"Fine-tuning takes only {steps} steps of {batch_size} images: smaller batches give more.")
+    return warnings
 
 
 def evaluate(task: Task, settings: Settings) -> Iterator[Score]:
@@ -93,7 +95,10 @@ def evaluate(task: Task, settings: Settings) -> Iterator[Score]:
     epochs = f"{settings.epochs} epoch{'s' if settings.epochs > 1 else ''}"
 
     def score(kind: str, protocol: str, head: str, value: float, seconds: float, how: dict[str, Any]) -> Score:
-        return Score(f"{kind}_{head}", protocol + few, value, None, head, len(train), len(task.test), seconds, how)
+        return Score(
+            metric=f"{kind}_{head}", protocol=protocol + few, value=value, readout=head, train_images=len(train),
+            test_images=len(task.test), seconds=seconds, settings=how,
+        )  # fmt: skip
 
     for head, (train_features, test_features) in _split(frozen, heads, parts[0], parts[1], task.device).items():
         began = time.monotonic()

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from pydantic import BeforeValidator, Field
 
 from selfvil.errors import UserError
+from selfvil.evaluate.checks import check_classes
 from selfvil.evaluate.features import Features, FeatureSettings, shared_classes
 from selfvil.evaluate.task import Figure, Score, Task
 
@@ -37,8 +38,9 @@ class Settings(FeatureSettings):
 
 def check(task: Task, settings: Settings) -> list[str]:
     """Raises UserError if there are fewer training images than neighbours."""
+    warnings = check_classes(task.train, task.test)
     require_neighbours(len(task.train), settings.k)
-    return []
+    return warnings
 
 
 def evaluate(task: Task, settings: Settings) -> Iterator[Score]:

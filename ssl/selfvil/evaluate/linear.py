@@ -22,6 +22,7 @@ from pydantic import Field
 from torch import Tensor
 
 from selfvil.errors import UserError
+from selfvil.evaluate.checks import check_classes
 from selfvil.evaluate.features import Features, FeatureSettings, shared_classes
 from selfvil.evaluate.task import Figure, Score, Task
 
@@ -47,8 +48,9 @@ class Settings(FeatureSettings):
 
 def check(task: Task, settings: Settings) -> list[str]:
     """Raises UserError if there are fewer than two classes, or no images to hold out."""
+    warnings = check_classes(task.train, task.test)
     require_probe_labels(torch.as_tensor(task.train.labels), None)
-    return []
+    return warnings
 
 
 def evaluate(task: Task, settings: Settings) -> Iterator[Score]:

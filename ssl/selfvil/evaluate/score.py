@@ -8,7 +8,7 @@ Two baselines show what pretraining gained: the same architecture untrained, and
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,9 @@ from rich.table import Table
 from selfvil.data.index import Pattern, open_shards
 from selfvil.errors import UserError
 from selfvil.evaluate import ALL, evaluation, settings
-from selfvil.evaluate.checks import check_parts
 from selfvil.evaluate.features import ALONE, Precision
 from selfvil.evaluate.processes import Processes
-from selfvil.evaluate.task import Task
+from selfvil.evaluate.task import Score, Task
 from selfvil.runtime import commit, device_name
 from selfvil.settings import Section
 from selfvil.version import __version__
@@ -31,30 +30,17 @@ from selfvil.weights import load_pretrained
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Row:
-    """One figure, with all that is needed to report it.
-
-    value: top-1 accuracy in percent, or its mean over draws or seeds; deviation: standard deviation over these, if any.
-    seconds: wall time of features and protocol together. samples_seen: images seen in pretraining. settings: of the
-    evaluation.
-    """
+@dataclass(frozen=True, kw_only=True)
+class Row(Score):
+    """A score, with all that is needed to report it; samples_seen: images seen in pretraining."""
 
     network: str
-    protocol: str
-    value: float
-    deviation: float | None
-    readout: str
-    train_images: int
-    test_images: int
     seed: int
-    seconds: float
     source: str
     samples_seen: int
     device: str
     versions: dict[str, str]
     commit: str | None
-    settings: dict[str, Any] = field(default_factory=dict)
 
 
 def score(
@@ -108,10 +94,8 @@ def score(
 
     def checked() -> Task:
         first = task("pretrained")
-        warnings = check_parts(first.train, first.test)
-        for name, each in chosen.items():
-            warnings += evaluation(name).check(first, each)
-        for warning in warnings:
+        warnings = [warning for name, each in chosen.items() for warning in evaluation(name).check(first, each)]
+        for warning in dict.fromkeys(warnings):
             log.log(logging.WARNING if processes.is_main else logging.DEBUG, warning)
         return first
 
@@ -122,8 +106,7 @@ def score(
             subject = processes.together(partial(task, name))
         for evaluated, each in chosen.items():
             for found in evaluation(evaluated).evaluate(subject, each):
-                values = {key: value for key, value in vars(found).items() if key != "metric"}
-                values["seconds"] = round(found.seconds, 1)
+                values = vars(found) | {"seconds": round(found.seconds, 1)}
                 rows.append(
                     Row(
                         network=name, seed=seed, source=str(source),

@@ -20,33 +20,39 @@ _RAW_SIDE = 32  # pixels; the longer side of the images whose raw pixels are sco
 _ROOM_TO_FIT = 4  # memory that a fit needs, in sizes of its features
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Score:
     """One figure of an evaluation.
 
-    metric: its name in the metrics of a run, such as knn_20; protocol: its name in tables. value: top-1 accuracy in
-    percent, or its mean over draws or seeds; deviation: standard deviation over these, if any. seconds: wall time,
-    features included. settings: of the evaluation.
+    metric: its name in the metrics of a run, such as knn_20; protocol: its name in tables. value: in percent, or its
+    mean over draws or seeds; measure: what is measured, top-1 accuracy or mIoU. deviation: standard deviation over
+    draws or seeds, if any. interval: 95 % confidence interval over test images, if known. seconds: wall time,
+    features included. settings: of the evaluation. details: further results, such as the IoU of each class, as JSON.
     """
 
     metric: str
     protocol: str
     value: float
-    deviation: float | None
+    deviation: float | None = None
+    interval: tuple[float, float] | None = None
+    measure: str = "top-1"
     readout: str
     train_images: int
     test_images: int
     seconds: float
     settings: dict[str, Any]
+    details: dict[str, Any] = field(default_factory=dict)
 
 
 class Figure(NamedTuple):
-    """What is fitted on features returns these: the first four values of a `Score`."""
+    """A result of fitting on features: the entries of a `Score` that depend on the fit."""
 
     metric: str
     protocol: str
     value: float
     deviation: float | None = None
+    interval: tuple[float, float] | None = None
+    measure: str = "top-1"
 
 
 class Parts(NamedTuple):
@@ -143,7 +149,10 @@ class Task:
             figures = list(fit(parts.train, parts.test))
         seconds = parts.seconds + time.monotonic() - began
         for figure in figures:
-            yield Score(*figure, self.describe(readout), len(parts.train), len(parts.test), seconds, settings)
+            yield Score(
+                **figure._asdict(), readout=self.describe(readout), train_images=len(parts.train),
+                test_images=len(parts.test), seconds=seconds, settings=settings,
+            )  # fmt: skip
 
     def describe(self, readout: str | None) -> str:
         """The name of a readout of the network, or the size of raw pixels."""

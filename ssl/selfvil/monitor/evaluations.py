@@ -11,7 +11,6 @@ from torch import nn
 from selfvil.data.index import open_shards
 from selfvil.errors import UserError
 from selfvil.evaluate import evaluation
-from selfvil.evaluate.checks import check_parts
 from selfvil.evaluate.entries import labels, metric_prefixes
 from selfvil.evaluate.processes import Processes
 from selfvil.evaluate.task import Task
@@ -28,7 +27,7 @@ def check_evaluations(recipe: Recipe) -> list[str]:
     for label, entry in zip(labels([{"name": entry.name} for entry in recipe.eval]), recipe.eval):
         try:
             task = _task(recipe, entry, None, torch.device("cpu"), Processes())
-            found = check_parts(task.train, task.test) + evaluation(entry.name).check(task, entry)
+            found = evaluation(entry.name).check(task, entry)
         except UserError as error:
             raise UserError(f"{label}: {error}; remove the entry from eval to train without its scores") from None
         warnings += [warning for warning in found if warning not in warnings]
