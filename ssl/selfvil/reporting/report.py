@@ -145,7 +145,7 @@ def _attempt(make: Callable[[], Any]) -> Any:
 
 
 def _name(run: Run) -> list[Content]:
-    return [badge(run.letter, run.style), element("span", run.name, class_="name")]
+    return [badge(run.letter, run.style), " " if run.letter else None, element("span", run.name, class_="name")]
 
 
 def _missing(run: Run, reason: str) -> Element:
