@@ -78,7 +78,7 @@ def table(header: Sequence[Content], rows: Iterable[Sequence[Content]], caption:
         ]  # fmt: skip
         body.append(element("tr", element("th", name, scope="row"), *entries))
     made = element(
-        "table", element("caption", caption), element("thead", head) if head is not None else None,
+        "table", element("caption", element("span", caption)), element("thead", head) if head is not None else None,
         element("tbody", *body),
     )  # fmt: skip
     return element("div", made, class_="wide", tabindex=0, role="region", aria_label=caption)

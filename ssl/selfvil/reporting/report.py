@@ -205,7 +205,7 @@ def _images(run: Run) -> str | None:
 
 def _doctor(run: Run) -> Doctor | str:
     """The doctor that judged a run, or the reason why none could."""
-    if run.total_steps is None:
+    if not run.train:
         return "nothing to judge: there are no metrics"
     doctor = _attempt(lambda: examine(run.record))
     return doctor if isinstance(doctor, str) or rows(doctor) else NOTHING_JUDGED
@@ -303,7 +303,7 @@ def _mark(score: Score) -> Mark:
 def _cell(score: Score | None, best: float, compared: bool) -> Content:
     if score is None:
         return None
-    return element("strong", score.text) if compared and score.value == best else score.text
+    return element("strong" if compared and score.value == best else "span", score.text, class_="together")
 
 
 def _flattened(found: Any, prefix: str = "", most: int = 200) -> list[list[Content]]:
