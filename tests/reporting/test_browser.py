@@ -187,4 +187,5 @@ def test_the_page_needs_no_script_and_prints(browser, page_file):
     page.emulate_media(media="print")
     assert not page.locator("nav").is_visible()
     assert page.locator(".over.step svg.chart").first.is_visible()
+    assert overflow(page) <= 0
     assert page.pdf(format="A4")[:5] == b"%PDF-"

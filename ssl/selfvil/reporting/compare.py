@@ -17,6 +17,9 @@ _EXPLAINED = 6
 """Settings that differ, at most, in a sentence."""
 
 
+_LOSS = "A loss shows the progress of a run; how useful the features are is shown by scores."
+
+
 # --- scores ----------------------------------------------------------------------------------------------------------
 
 
@@ -152,7 +155,7 @@ def _flat(value: Any, prefix: str = "") -> dict[str, str]:
     elif isinstance(value, list) and any(isinstance(each, dict) for each in value):
         inner = {str(i): each for i, each in enumerate(value)}.items()
     else:
-        return {prefix: setting(value)}
+        return {prefix: str(value).lower() if isinstance(value, bool) else setting(value)}
     found: dict[str, str] = {}
     for key, each in inner:
         found |= _flat(each, f"{prefix}.{key}" if prefix else str(key))
@@ -218,13 +221,17 @@ def _better(best: Score, second: Score) -> str:
 
 
 def _reasons(best: Run, second: Run) -> str:
+    """The settings of both recipes that differ; those of the objective and the optimizer first."""
     differ = differing_settings([best, second])
     if not differ:
         return f"The recipes of {best.letter} and {second.letter} are the same."
-    listed = [f"{each.key} {each.values[0] or 'absent'} instead of {each.values[1] or 'absent'}" for each in differ]
-    more = len(listed) - _EXPLAINED
+    sections = ["objective", "optim", "model", "budget", "data"]
+    order = {name: index for index, name in enumerate(sections)}
+    shared = sorted((e for e in differ if None not in e.values), key=lambda e: order.get(e.key.split(".")[0], 9))
+    listed = [f"{each.key} {each.values[0]} instead of {each.values[1]}" for each in shared[:_EXPLAINED]]
+    more = len(differ) - len(listed)
     return (
-        f"How {best.letter} differs from {second.letter}: {', '.join(listed[:_EXPLAINED])}"
+        f"How {best.letter} differs from {second.letter}: {', '.join(listed)}"
         f"{f', and {more} more settings' if more > 0 else ''}."
     )
 
@@ -238,7 +245,7 @@ def _loss_finding(runs: Sequence[Run]) -> Finding:
     text = f"has the lowest {after}: {low:.4g}; next is {second.letter} with {next_low:.4g}."
     if low == next_low:
         text = f"and {second.letter} have the same {after}: {low:.4g}."
-    return Finding(f"loss of {best.record.recipe.objective.name}", best, text)
+    return Finding(f"loss of {best.record.recipe.objective.name}", best, text, _LOSS)
 
 
 def _loss_key(run: Run) -> str:

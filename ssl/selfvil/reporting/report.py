@@ -167,8 +167,11 @@ def _of_each(runs: Sequence[Run], cell: Callable[[Run], Content]) -> list[Conten
 
 def _glance(runs: Sequence[Run], protocols: Sequence[Protocol], doctors: dict[str, Doctor | str]) -> Iterator[Element]:
     for found in findings(runs, protocols):
+        doctor = doctors[found.best.letter]
+        alarms = [] if isinstance(doctor, str) else [name.replace("_", " ") for name in doctor.alarms]
         yield element(
             "p", element("strong", capitalised(found.what), ": "), *_name(found.best), f" {found.text} ",
+            element("span", f"Its doctor raised an alarm: {', '.join(alarms)}.", class_="alarm") if alarms else None,
             element("span", found.reasons, class_="reasons") if found.reasons else None, class_="finding",
         )  # fmt: skip
     yield element("div", *(_card(run, protocols, doctors[run.letter]) for run in runs), class_="cards")
