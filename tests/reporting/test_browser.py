@@ -187,5 +187,6 @@ def test_the_page_needs_no_script_and_prints(browser, page_file):
     page.emulate_media(media="print")
     assert not page.locator("nav").is_visible()
     assert page.locator(".over.step svg.chart").first.is_visible()
+    page.set_viewport_size({"width": 700, "height": 1000})  # about A4 without its margins
     assert overflow(page) <= 0
     assert page.pdf(format="A4")[:5] == b"%PDF-"

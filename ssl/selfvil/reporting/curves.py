@@ -164,7 +164,7 @@ def _figure(
         return element("figure", heading, note("No run has recorded it yet."))
     charts = [_over(axis, runs, series, title, borders, log) for axis in AXES]
     last = [
-        element("span", element("b", run.letter, class_=run.style), f" {short(series[run.letter][-1][1])} ")
+        element("span", element("b", run.letter, class_=run.style), f" {short(series[run.letter][-1][1])} \u2002")
         for run in runs if series[run.letter]
     ]  # fmt: skip
     absent = [run.letter for run in runs if not series[run.letter]]
