@@ -31,11 +31,11 @@ from selfvil.errors import UserError
 from selfvil.export import export
 from selfvil.models.adapter import adapt
 from selfvil.models.blocks import TRAVERSALS
-from selfvil.monitor.report import write_report
 from selfvil.monitor.saliency import pca_colours, readout_saliency
 from selfvil.objectives.base import Progress
 from selfvil.pretrain import pretrain
 from selfvil.recipe import Recipe
+from selfvil.reporting.report import report
 
 Case = dict[str, Any]
 
@@ -163,7 +163,7 @@ def test_a_run(case, digit_shards, tmp_path, unrendered):
         got, want = exported.eval().forward_features(images), objective.exported().eval().forward_features(images)
     torch.testing.assert_close(got, want)
 
-    page = write_report(record, tmp_path / "page.html", build_objective).read_text()
+    page = report(tmp_path / "run", tmp_path / "page.html").read_text()
     missing = [part.split("<")[0] for part in page.split("Not shown: ")[1:]]
     reasons = {
         "no scores": True, "draws no picture": case["objective"] == "distill",

@@ -8,17 +8,15 @@ import torch
 import run_many
 import runs
 from selfvil import checkpoint, pretrain
-from selfvil.build import build_objective
-from selfvil.diagnostics.checkup import open_run
 from selfvil.divergence import LossSpikes, non_finite
 from selfvil.errors import UserError
-from selfvil.monitor.report import write_report
 from selfvil.objectives.dino import DINO
 from selfvil.objectives.ibot import IBOT
 from selfvil.objectives.lejepa import LeJEPA
 from selfvil.objectives.mae import MAE
 from selfvil.recipe import load
 from selfvil.records import read_metrics
+from selfvil.reporting.report import report
 
 OBJECTIVES = {"mae": MAE, "dino": DINO, "ibot": IBOT, "lejepa": LeJEPA}
 
@@ -66,7 +64,7 @@ def test_a_skipped_step_changes_nothing(digit_shards, tmp_path, monkeypatch, obj
     assert len(line["ids"]) == 40
     logged = [record for record in read_metrics(tmp_path / "run" / "metrics.jsonl") if record["kind"] == "train"]
     assert ["loss" in record for record in logged] == [True, True, False, True]
-    assert write_report(open_run(tmp_path / "run"), tmp_path / "report.html", build_objective).stat().st_size > 10_000
+    assert report(tmp_path / "run", tmp_path / "report.html").stat().st_size > 10_000
 
 
 def test_running_statistics_of_a_skipped_step_are_restored(digit_shards, tmp_path, monkeypatch):

@@ -238,23 +238,27 @@ def doctor(
 
 @app.command()
 def report(
-    run: Annotated[Path, typer.Argument(help="Folder of a run.")],
-    out: Annotated[Path | None, typer.Option("--out", help="Where to write the page; RUN/report.html.")] = None,
-    curve: Annotated[Path | None, typer.Option(help="Also draw only the loss curve, to this PNG file.")] = None,
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs, finished or not.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Where to write the page; RUN/report.html, or report.html of several.")
+    ] = None,
+    curve: Annotated[Path | None, typer.Option(help="Also draw only the loss curve of one run, to this PNG.")] = None,
 ) -> None:
-    """Write a report of a run as one HTML page: curves, doctor, scores, pictures, features, memory, recipe."""
-    from selfvil.build import build_objective
-    from selfvil.diagnostics.checkup import open_run
+    """Write one HTML page about a run, or a comparison of several: curves, scores, settings that differ, pictures."""
     from selfvil.monitor.pictures import loss_curve
-    from selfvil.monitor.report import write_report
     from selfvil.monitor.summary import print_summary
+    from selfvil.records import read_record
+    from selfvil.reporting.report import report
 
-    record = open_run(run)
-    if record.summary:
-        print_summary(run)
+    if curve is not None and len(runs) > 1:
+        raise UserError("--curve draws the loss curve of one run: give one RUN, or leave --curve out")
+    with _progress("evaluating checkpoints") as progress:
+        page = report(runs, out, progress)
+    if len(runs) == 1 and read_record(runs[0]).summary:
+        print_summary(runs[0])
     if curve is not None:
-        print(f"loss curve: {loss_curve(run, curve)}")
-    print(f"report: {write_report(record, out or run / 'report.html', build_objective)}")
+        print(f"loss curve: {loss_curve(runs[0], curve)}")
+    print(f"report: {page}")
 
 
 @app.command("eval", context_settings={"ignore_unknown_options": True, "help_option_names": []})

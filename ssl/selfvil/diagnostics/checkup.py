@@ -59,15 +59,21 @@ def open_run(folder: Path) -> Record:
     Raises:
         UserError: it is no run, or has no training metrics yet.
     """
-    recipe, metrics_file = read_recipe(folder), folder / METRICS
-    metrics = read_metrics(metrics_file)
-    if not any(record["kind"] == "train" for record in metrics):
+    record = read_folder(folder)
+    if not any(entry["kind"] == "train" for entry in record.metrics):
         raise UserError(
-            f"{metrics_file} holds no training metrics: a run writes the first ones after monitor.log_every steps"
+            f"{folder / METRICS} holds no training metrics: a run writes the first ones after monitor.log_every steps"
         )
+    return record
+
+
+def read_folder(folder: Path) -> Record:
+    """Read a run's folder; its metrics may be missing. Raises UserError if it is no run."""
+    recipe, metrics_file = read_recipe(folder), folder / METRICS
     run = read_record(folder)
     summary = asdict(run.summary) if run.summary else None
-    return Record(folder, recipe, metrics, run.launches, summary, ends_incomplete(metrics_file))
+    cut = metrics_file.is_file() and ends_incomplete(metrics_file)
+    return Record(folder, recipe, read_metrics(metrics_file), run.launches, summary, cut)
 
 
 def examine(record: Record) -> Doctor:

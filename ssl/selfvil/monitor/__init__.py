@@ -1,1 +1,1 @@
-"""Output of a run: metrics, progress on the terminal, pictures, the report and the summary."""
+"""Output of a run: metrics, progress on the terminal, pictures and the summary."""
