@@ -37,9 +37,9 @@ class FolderImages:
         self.notes: list[str] = []
         if source.left_out:
             name, reason = source.left_out[0]
+            reason = reason.removeprefix("not packed: ")
             self.notes.append(
-                f"{len(source.left_out)} other files of {files.folder} are left out, the first is {name}: "
-                f"{reason.removeprefix('not packed: ')}"
+                f"files of {files.folder} left out: {len(source.left_out)}, the first is {name}: {reason}"
             )
         self._source = source
 

@@ -28,7 +28,7 @@ _OF_THE_MODEL = ("source", "readout", "network", "img_size", "precision", "devic
 class Embedder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
     """Images to embeddings, float32 (N, D), with a frozen backbone. `fit` learns nothing.
 
-    The model is loaded at the first use, and again if a parameter changes or after unpickling: a pickle or a copy holds
+    The model is loaded at the first use, and again if a parameter changes: a serialised object, like a clone, holds
     the parameters and no weights.
 
     Args:

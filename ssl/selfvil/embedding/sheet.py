@@ -136,9 +136,7 @@ def draw(out: Path, title: str, rows: Sequence[Sequence[Cell]], rule: bool = Fal
                 pen.rectangle((left, top, left + _TILE - 1, top + _TILE - 1), _EMPTY)
                 pen.text((left + 8, top + 8), "…" if cell.bold.startswith("and ") else "not readable", _PALE, small)
             else:
-                sheet.paste(
-                    cell.image, (left + (_TILE - cell.image.width) // 2, top + (_TILE - cell.image.height) // 2)
-                )
+                sheet.paste(cell.image, (left + (_TILE - cell.image.width) // 2, top + _TILE - cell.image.height))
             pen.text((left, top + _TILE + 3), _fit(cell.bold, _TILE, font), _INK, font)
             pen.text((left, top + _TILE + 4 + _LINE), _fit(cell.caption, _TILE, small, end=True), _PALE, small)
         if rule:
