@@ -160,7 +160,7 @@ def memory(args: argparse.Namespace, model: Path, folder: Path) -> dict[str, Any
             except psutil.Error:  # it has ended
                 continue
         peak = max(peak, size)
-        time.sleep(0.25)
+        time.sleep(2)  # reading the pages of a process is slow
     printed = process.stdout.read().split(" in ")[0] if process.stdout else ""
     if process.returncode:
         sys.exit(f"selfvil embed ended with {process.returncode}")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 from PIL import Image, ImageDraw, ImageFont
 
 from selfvil.data.folder import open_images
@@ -108,8 +109,8 @@ def duplicates_sheet(out: Path, file: EmbeddingFile, pictures: Pictures, found: 
             cells.append(Cell(None, f"and {len(group) - _SHOWN_IN_GROUP:,} more", f"group of {len(group):,}"))
         rows.append(cells)
     title = (
-        f"{len(shown):,} of {len(found.groups):,} groups, similarity ≥ {found.threshold:g} in {file.path.name} · "
-        f"{_model(file)}"
+        f"{len(shown):,} of {len(found.groups):,} groups with a similarity of {found.threshold:g} or more in "
+        f"{file.path.name} · {_model(file)}"
     )
     return draw(out, title, rows)
 
@@ -137,7 +138,7 @@ def draw(out: Path, title: str, rows: Sequence[Sequence[Cell]], rule: bool = Fal
                 pen.text((left + 8, top + 8), "…" if cell.bold.startswith("and ") else "not readable", _PALE, small)
             else:
                 sheet.paste(cell.image, (left + (_TILE - cell.image.width) // 2, top + _TILE - cell.image.height))
-            pen.text((left, top + _TILE + 3), _fit(cell.bold, _TILE, font), _INK, font)
+            pen.text((left, top + _TILE + 2), _fit(cell.bold, _TILE, font), _INK, font)
             pen.text((left, top + _TILE + 4 + _LINE), _fit(cell.caption, _TILE, small, end=True), _PALE, small)
         if rule:
             middle = _GAP + step - _GAP // 2
@@ -153,12 +154,12 @@ def draw(out: Path, title: str, rows: Sequence[Sequence[Cell]], rule: bool = Fal
 
 
 def _font(size: int) -> Any:
-    return ImageFont.load_default(size)
+    """DejaVu Sans, which comes with matplotlib and has more alphabets than Pillow's own font."""
+    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
 
 
 def _fit(text: str, width: int, font: Any, end: bool = False) -> str:
     """`text`, shortened to `width` pixels; end: its end is kept, since the end of a path differs."""
-    text = text.encode("ascii", "replace").decode() if not hasattr(font, "getbbox") else text
     if font.getlength(text) <= width:
         return text
     short: Callable[[int], str] = (lambda n: f"…{text[-n:]}") if end else (lambda n: f"{text[:n]}…")
