@@ -1,7 +1,7 @@
 """Self-supervised pretraining of Vision-LSTM. Importing the package registers its models with timm.
 
-The Python API: `load_backbone`, `report` and `verify` (imported on first use), `UserError`, and the models of
-timm.create_model("vil_...").
+The Python API: `load_backbone`, `embed`, `Embedder`, `report` and `verify` (imported on first use), `UserError`, and the
+models of timm.create_model("vil_...").
 
 The `selfvil` command imports torch and timm only in commands that use them, so that `selfvil --help` is fast. In its
 process, the modules that build networks (`selfvil.weights`, `selfvil.evaluate`) register the models.
@@ -16,11 +16,19 @@ from selfvil.errors import UserError as UserError
 from selfvil.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from selfvil.embedding.embedder import Embedder as Embedder
+    from selfvil.embedding.write import embed as embed
     from selfvil.reporting.report import report as report
     from selfvil.verification import verify as verify
     from selfvil.weights import load_backbone as load_backbone
 
-_LAZY = {"load_backbone": "selfvil.weights", "report": "selfvil.reporting.report", "verify": "selfvil.verification"}
+_LAZY = {
+    "Embedder": "selfvil.embedding.embedder",
+    "embed": "selfvil.embedding.write",
+    "load_backbone": "selfvil.weights",
+    "report": "selfvil.reporting.report",
+    "verify": "selfvil.verification",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -16,7 +16,8 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class BadSample:
-    """A sample that could not be read or decoded, the position where it occurred, and the id of its replacement."""
+    """A sample that could not be read or decoded, the position where it occurred, and the id of its replacement, -1 if
+    it was left out."""
 
     position: int
     id: int

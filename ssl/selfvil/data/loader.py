@@ -13,8 +13,9 @@ import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -36,6 +37,24 @@ View = Callable[[Image], Tensor]
 
 Span = tuple[int, int]
 """First and last position of a batch, the last one excluded."""
+
+
+class Images(Protocol):
+    """A list of image files: `Shards`, or `FolderImages` of `data/folder.py`."""
+
+    labels: np.ndarray | None
+    """int64 (len,), -1 for images without one; None if no image has a label."""
+
+    def __len__(self) -> int: ...
+    def read(self, i: int) -> bytes:
+        """The bytes of image file i. Raises DamagedImage."""
+
+    def key(self, i: int) -> str:
+        """The name of image i within its shard or folder."""
+
+    def shard_of(self, i: int) -> Path:
+        """The shard or folder that holds image i."""
+
 
 _TRIES = 16  # replacements that are tried for one damaged sample
 
@@ -134,7 +153,7 @@ def train_batches(
 
 
 def ordered_batches(
-    shards: Shards,
+    shards: Images,
     view: View,
     *,
     batch_size: int,
@@ -142,6 +161,8 @@ def ordered_batches(
     rank: int = 0,
     world_size: int = 1,
     channels: int = 3,
+    numbers: Sequence[int] | None = None,
+    skip_damaged: bool = False,
 ) -> Generator[Batch, None, None]:
     """All samples once, in the order of the shards, for evaluation; the last batch may be short.
 
@@ -149,16 +170,22 @@ def ordered_batches(
     batch is the same for any number of ranks; a part is empty where there are more ranks than batches. Damaged samples
     are replaced, and listed, as in training.
 
+    Args:
+        numbers: of the batches to read, which the ranks share; None: all. Batch i has the samples from i · batch_size.
+        skip_damaged: leave damaged samples out of their batch, which may become empty, and list them in `bad`.
+
     Raises:
         UserError: as `train_batches`.
         WorkerDied: a worker process died.
     """
     if batch_size < 1:
         raise UserError(f"a batch size of {batch_size} is not possible; it must be at least 1")
-    count = -(-len(shards) // batch_size)
-    first, last = count * rank // world_size, count * (rank + 1) // world_size
-    ranges = ((i * batch_size, min((i + 1) * batch_size, len(shards))) for i in range(first, last))
-    return _batches(_Samples(shards, [view], channels, seed=0, order=None), ranges, workers)
+    numbers = range(-(-len(shards) // batch_size)) if numbers is None else numbers
+    count = len(numbers)
+    own = numbers[count * rank // world_size : count * (rank + 1) // world_size]
+    ranges = ((i * batch_size, min((i + 1) * batch_size, len(shards))) for i in own)
+    samples = _Samples(shards, [view], channels, seed=0, order=None, skip_damaged=skip_damaged)
+    return _batches(samples, ranges, workers)
 
 
 @dataclass
@@ -166,14 +193,16 @@ class _Samples(Dataset):
     """Map-style data set whose item is a whole batch: positions [first, last) of the order, or of the shards.
 
     crops: the same views, if the device makes them; then only their random numbers are drawn here.
+    skip_damaged: leave damaged samples out instead of replacing them.
     """
 
-    shards: Shards
+    shards: Images
     views: Sequence[View]
     channels: int
     seed: int
     order: Order | None
     crops: Sequence[RandomCropFlip] | None = None
+    skip_damaged: bool = False
 
     def __getitem__(self, span: tuple[int, int]) -> Batch | UserError:
         positions = np.arange(*span)
@@ -181,21 +210,27 @@ class _Samples(Dataset):
         made: list[list[Any]] = [[] for _ in self.views]
         images: list[Image] = []
         bad: list[BadSample] = []
+        kept: list[int] = []
         with preserved_randomness():
             for row, position in enumerate(positions.tolist()):
                 try:
                     image, ids[row] = self._image(position, int(ids[row]), bad)
                 except UserError as error:  # DataLoader would add the traceback of the worker to a raised error
                     return error
+                except DamagedImage as damage:  # only with skip_damaged
+                    bad.append(self._bad(position, int(ids[row]), str(damage), -1))
+                    continue
+                kept.append(row)
                 for number, view in enumerate(self.views):
                     seed_randomness(self.seed, position, number)
                     crop = self.crops and self.crops[number]
                     made[number].append(crop.draw(*image.size, image.mode) if crop else view(image))
                 if self.crops:
                     images.append(image)
+        positions, ids = positions[kept], ids[kept]
         labels = np.full(len(ids), -1) if self.shards.labels is None else self.shards.labels[ids]
         drawn = Drawn.collate(images, made, self.crops) if self.crops else None
-        stacked = [] if drawn else [torch.stack(rows) for rows in made]
+        stacked = [] if drawn else [torch.stack(rows) if rows else torch.zeros(0) for rows in made]
         return Batch(stacked, torch.from_numpy(positions), torch.from_numpy(ids), torch.from_numpy(labels), bad, drawn)
 
     def _image(self, position: int, first: int, bad: list[BadSample]) -> tuple[Image, int]:
@@ -207,18 +242,21 @@ class _Samples(Dataset):
             try:
                 image = decode_image(self.shards.read(id), self.channels)
             except DamagedImage as damage:
+                if self.skip_damaged:
+                    raise
                 failed.append((id, str(damage)))
                 id = int(Order(len(self.shards), self.seed + hop + 1).ids(np.array([position]))[0])
                 continue
             for each, reason in failed:
-                bad.append(
-                    BadSample(position, each, str(self.shards.shard_of(each)), self.shards.key(each), reason, id)
-                )
+                bad.append(self._bad(position, each, reason, id))
             return image, id
         raise UserError(
             f"{_TRIES} samples in a row could not be read, the first from {self.shards.shard_of(first)}: "
             f"{failed[0][1]}; repair the shards or leave out the damaged ones"
         )
+
+    def _bad(self, position: int, id: int, reason: str, replaced_by: int) -> BadSample:
+        return BadSample(position, id, str(self.shards.shard_of(id)), self.shards.key(id), reason, replaced_by)
 
 
 def _batches_despite_worker_death(

@@ -68,22 +68,25 @@ def open_source(
         _check_classes(classes, labels)
     folder = Path(source).expanduser() if isinstance(source, (str, os.PathLike)) else None
     if folder is not None and folder.is_dir():
-        files = _Files(folder)
-        tars = any(folder.glob("*.tar"))
-        if files.images and tars:
-            raise UserError(f"{folder} holds both images and .tar files; give the images' folder, or {folder}/*.tar")
-        if not files.images and not tars:
-            found = f" ({_by_extension(files.others)})" if files.others else ""
-            raise UserError(
-                f"{folder} holds no images{found}; expected files ending in {', '.join(_SUFFIXES)}, or shards"
-            )
-        if files.images:
-            return _open_folder(files, classes, labels, image, mask)
+        if (files := image_files(folder)) is not None:
+            return open_folder(files, classes, labels, image, mask)
     elif folder is not None and folder.is_file() and folder.suffix != ".tar":
         raise UserError(f"{folder} is a file; expected a folder of images, or WebDataset shards (.tar)")
     if classes is not None:
         raise UserError(f"classes are for a folder of images; the labels of the shards {source} are kept as they are")
     return _open_shards(open_shards(source, image=image), labels, mask)
+
+
+def image_files(folder: Path) -> "Files | None":
+    """The files of a folder of images; None for a folder of shards. Raises UserError for neither, or both together."""
+    files = Files(folder)
+    tars = any(folder.glob("*.tar"))
+    if files.images and tars:
+        raise UserError(f"{folder} holds both images and .tar files; give the images' folder, or {folder}/*.tar")
+    if not files.images and not tars:
+        found = f" ({_by_extension(files.others)})" if files.others else ""
+        raise UserError(f"{folder} holds no images{found}; expected files ending in {', '.join(_SUFFIXES)}, or shards")
+    return files if files.images else None
 
 
 def _check_classes(classes: Sequence[str], labels: bool) -> None:
@@ -98,7 +101,7 @@ def _check_classes(classes: Sequence[str], labels: bool) -> None:
 # --- a folder -----------------------------------------------------------------------------------------------------
 
 
-class _Files:
+class Files:
     """The visible files of a folder at any depth. Links are followed, except to a folder that contains them.
 
     Attributes:
@@ -142,9 +145,10 @@ class _Files:
             yield from self._walk(path, (*within, real))
 
 
-def _open_folder(
-    files: _Files, classes: Sequence[str] | None, labels: bool, image: str | None, mask: str | None
+def open_folder(
+    files: Files, classes: Sequence[str] | None, labels: bool, image: str | None, mask: str | None
 ) -> Source:
+    """The images of a folder; arguments and errors as `pack`."""
     left_out = [(name, f"not packed: its extension is not one of {', '.join(EXTENSIONS)}") for name in files.others]
     notes = [f"{len(files.others)} files are not images that can be packed: {_by_extension(files.others)}"] * bool(
         left_out
@@ -173,7 +177,7 @@ def _open_folder(
 
 
 def _choose(
-    files: _Files, image: str | None, mask: str | None, left_out: list[tuple[str, str]], notes: list[str]
+    files: Files, image: str | None, mask: str | None, left_out: list[tuple[str, str]], notes: list[str]
 ) -> tuple[list[str], list[str | None]]:
     """The images to pack, and the mask of each; adds notes on files with one name and several extensions."""
     names = [(path, *_split(path)) for path in files.images]
