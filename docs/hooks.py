@@ -55,7 +55,8 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 def _with_mathml(text: str) -> str:
     text = re.sub(r"\$\$(.+?)\$\$", lambda found: convert(found[1].strip(), display="block"), text, flags=re.DOTALL)
-    return re.sub(r"(?<!\\)\$([^$\n]+)\$", lambda found: convert(found[1]), text)
+    # In a span, since Markdown takes a line that begins with <math> for a paragraph of its own.
+    return re.sub(r"(?<!\\)\$([^$\n]+)\$", lambda found: f"<span>{convert(found[1])}</span>", text)
 
 
 def from_root(name: str) -> str:
@@ -72,7 +73,7 @@ def recipe_page() -> str:
         "# Recipe", "",
         "A recipe is one YAML file of the sections below. Each key can be changed on the command line, as "
         "`section.key=value`. `selfvil explain section.key` prints the same text, and `selfvil schema` the JSON schema "
-        "for editors. A key without a default must be given.", "",
+        "for editors.", "",
     ]  # fmt: skip
     for section, field in Recipe.model_fields.items():
         model = field.annotation
@@ -96,12 +97,12 @@ def recipe_page() -> str:
 
 
 def _table(section: str, model: type[BaseModel], keys: list[str] | None = None) -> Iterator[str]:
-    yield "| key | meaning | type | default |"
-    yield "|---|---|---|---|"
+    yield "| key | meaning |"
+    yield "|---|---|"
     for key in model.model_fields if keys is None else keys:
         text, shape, default = describe_field(model, key)
-        shown = "" if default is None else f"`{_cell(default)}`"
-        yield f"| `{section}.{key}` | {_cell(text)} | {_cell(shape)} | {shown} |"
+        shown = "it must be given" if default is None else f"default `{_cell(default)}`"
+        yield f"| `{section}.{key}` | {_cell(text)}<br>*{_cell(shape)}; {shown}* |"
 
 
 def _cell(text: str) -> str:
