@@ -22,8 +22,10 @@ from documentation import LANGUAGES, REPOSITORY, Block, Page, Runner, find_block
 from selfvil import cli
 from selfvil.data.order import Order
 from selfvil.errors import UserError
+from selfvil.explain import explain
 from selfvil.models import VisionLSTM
 from selfvil.models.blocks import TRAVERSALS
+from selfvil.recipe import Recipe
 
 PAGES = pages()
 NO_PENDING = bool(os.environ.get("SELFVIL_NO_PENDING"))
@@ -202,6 +204,20 @@ def test_links_to_files_of_the_repository_exist(name):
     text = re.sub(r"^```.*?^```", "", (REPOSITORY / name).read_text(), flags=re.MULTILINE | re.DOTALL)
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
         assert target.startswith("http") or (REPOSITORY / target).exists(), f"{name} links to {target}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_keys_and_commands_in_the_text_exist(page):
+    """`section.key` in a sentence is a key of a recipe, and `selfvil NAME` a command, unless its feature is pending."""
+    text = re.sub(r"^ *```.*?^ *```", "", page.path.read_text(), flags=re.MULTILINE | re.DOTALL)
+    other = {"summary", "folder", "metrics", "json", "py", "yaml", "safetensors"}  # attributes of a Run, and files
+    sections = "|".join(Recipe.model_fields)
+    for key in re.findall(rf"`((?:{sections})\.[a-zA-Z_.]+)", text):
+        if key.split(".")[1] not in other | {"key", "NAME"}:
+            explain(key.rstrip("."))  # raises UserError for a key that does not exist
+    commands = {each.name or each.callback.__name__ for each in cli.app.registered_commands}
+    named = set(re.findall(r"`selfvil ([a-z]+)", text))
+    assert named <= commands, f"{page.name} names commands that do not exist: {named - commands}"
 
 
 def test_the_readme_is_short():
