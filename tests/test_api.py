@@ -85,6 +85,8 @@ def test_a_recipe_of_load_and_single_keys(digit_shards, run, tmp_path):
         "k": 3,
     }
     three = selfvil.pretrain(one.folder / "recipe.yaml", run={"out": tmp_path / "three"}, eval=[entry])
+    four = selfvil.pretrain(three.folder / "recipe.yaml", run={"out": tmp_path / "four"}, eval={"knn": {"k": 5}})
+    assert "knn_5" in four.metrics("eval")[-1]
     assert 0 < three.metrics("eval")[-1]["knn_3"] <= 100
 
 
@@ -117,6 +119,12 @@ def test_evaluations_and_their_settings(digit_shards, run, tmp_path):
     [
         (lambda d, r, t: selfvil.pretrain("demoo"), "did you mean demo"),
         (lambda d, r, t: selfvil.pretrain(7), "is a int"),
+        (lambda d, r, t: selfvil.evaluate(None, "knn", train=d, test=d), "source = 'None' is a NoneType"),
+        (lambda d, r, t: selfvil.evaluate(r, "knn", train=None, test=d), "train = 'None'"),
+        (lambda d, r, t: selfvil.evaluate(r, "knn", train=d, test=[3]), "test = '3'"),
+        (lambda d, r, t: selfvil.evaluate(r, "knn", train=d, test=d, workers=-1), "workers = '-1'"),
+        (lambda d, r, t: selfvil.export(None, t / "out"), "run = 'None'"),
+        (lambda d, r, t: selfvil.export(r, 3), "out = '3'"),
         (lambda d, r, t: selfvil.pretrain("demo", optim={"bach_size": 3}), "optim.batch_size"),
         (lambda d, r, t: selfvil.pretrain("demo", optim=3), "not a section with its keys"),
         (lambda d, r, t: selfvil.pretrain("demo", optin={"batch_size": 3}), "there is no section optin"),

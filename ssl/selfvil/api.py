@@ -64,17 +64,13 @@ def pretrain(recipe: Source | Recipe, **overrides: Any) -> Run:
     Args:
         recipe: the name of a packaged recipe, the path of a recipe file, or a recipe of `selfvil.recipe.load`.
         overrides: sections and their changed keys, such as ``optim={"batch_size": 64}``, or single keys, such as
-            ``**{"optim.batch_size": 64}``. ``eval=[...]`` replaces all evaluations.
+            ``**{"optim.batch_size": 64}``. ``eval=[...]`` replaces all evaluations, and ``eval={"knn": {"k": 5}}``
+            changes or adds one.
 
     Raises:
         UserError: the recipe, the images or the folder cannot be used. Nothing is overwritten.
     """
-    if not isinstance(recipe, str | os.PathLike | Recipe):
-        raise UserError(
-            f"pretrain: the recipe is a {type(recipe).__name__}: give the name of a packaged recipe, the path of a "
-            f"file, or a Recipe"
-        )
-    source = recipe if isinstance(recipe, Recipe) else os.fspath(recipe)
+    source = recipe if isinstance(recipe, Recipe) else _path(recipe, "pretrain: recipe", "a recipe's name or file")
     changed = load(source, {"run.stall_minutes": None} | _keys(overrides))
     summary = run_recipe(changed)
     return Run(Path(changed.run.out), summary)
@@ -116,6 +112,10 @@ def evaluate(
     Raises:
         UserError: the source, the shards, a name or a setting cannot be used; before features are computed.
     """
+    path, workers = _path(source, "evaluate: source"), _count(workers)
+    for part, pattern in (("train", train), ("test", test)):
+        for each in pattern if isinstance(pattern, list | tuple) else (pattern,):
+            _path(each, f"evaluate: {part}", "a path, a glob, a folder or a brace pattern of shards")
     chosen = [each for name in names or ("all",) for each in (ALL if name == "all" else (name,))]
     given: dict[str, dict[str, Any]] = {name: {} for name in chosen}
     fields = {name: settings_model(name).model_fields for name in given}
@@ -136,7 +136,7 @@ def evaluate(
         raise UserError(f"evaluate: device = {str(device)[:60]!r} is none of torch: use cpu, cuda or cuda:0") from None
     with undisturbed():
         return score(
-            os.fspath(source), _plain(train), _plain(test), evaluations, baselines=baselines, network=network,
+            path, _plain(train), _plain(test), evaluations, baselines=baselines, network=network,
             image=image, workers=workers, device=where, precision=precision, seed=seed,
         )  # fmt: skip
 
@@ -153,7 +153,19 @@ def export(run: Source, out: str | os.PathLike[str], *, network: str | None = No
     Raises:
         UserError: there is no undamaged checkpoint, or `out` is in use or cannot be written.
     """
-    return write_export(os.fspath(run), os.fspath(out), network=network, heads=heads)
+    return write_export(_path(run, "export: run"), _path(out, "export: out"), network=network, heads=heads)
+
+
+def _path(value: Any, name: str, expected: str = "a path") -> str:
+    if not isinstance(value, str | os.PathLike):
+        raise UserError(f"{name} = {str(value)[:60]!r} is a {type(value).__name__}: give {expected}")
+    return os.fspath(value)
+
+
+def _count(workers: Any) -> int:
+    if not isinstance(workers, int) or workers < 0:
+        raise UserError(f"evaluate: workers = {str(workers)[:60]!r}: give a number of processes, 0 or more")
+    return workers
 
 
 def _keys(overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -163,7 +175,10 @@ def _keys(overrides: Mapping[str, Any]) -> dict[str, Any]:
         if "." in name or (name == "eval" and not isinstance(value, Mapping)):
             flat[name] = _plain(value)
         elif isinstance(value, Mapping):
-            flat |= {f"{name}.{key}": _plain(each) for key, each in value.items()}
+            for key, each in value.items():
+                inner = each if name == "eval" and isinstance(each, Mapping) else None
+                named = {f"{key}.{setting}": x for setting, x in inner.items()} if inner is not None else {key: each}
+                flat |= {f"{name}.{setting}": _plain(x) for setting, x in named.items()}
         else:
             raise UserError(
                 f"pretrain: {name} = {str(value)[:60]!r} is not a section with its keys: write "
