@@ -1,7 +1,7 @@
 # The two commands of the README. Each makes .venv and installs what it needs, once.
 PYTHON ?= python3
 VENV ?= .venv
-EXTRAS ?= dev
+EXTRAS ?= dev,docs
 PYTEST_ARGS ?=
 # Tests run in this many processes, each with one thread: on two cores twice as fast as one process with two threads.
 JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); [ $$n -gt 4 ] && echo 4 || echo $$n)
@@ -9,7 +9,7 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(EXTRAS)
 
-.PHONY: demo test test-slow faults lint install clean
+.PHONY: demo test test-slow faults lint docs docs-serve install clean
 
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -32,6 +32,12 @@ test-slow: $(STAMP)  ## the tests marked slow: hours
 faults: $(STAMP)  ## kill, damage, fill and stall small runs, and print how often what is promised held
 	$(BIN)/python tests/faults/campaign.py
 
+docs: $(STAMP)  ## the documentation site, in site/; every warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+docs-serve: $(STAMP)  ## the site at http://127.0.0.1:8000, built again whenever a page changes
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve --strict
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -39,4 +45,4 @@ lint: $(STAMP)
 	$(BIN)/lint-imports
 
 clean:
-	rm -rf $(VENV) demo_out build dist ssl/*.egg-info
+	rm -rf $(VENV) demo_out site build dist ssl/*.egg-info

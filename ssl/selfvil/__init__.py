@@ -1,6 +1,7 @@
 """Self-supervised pretraining of Vision-LSTM. Importing the package registers its models with timm.
 
-The Python API: `load_backbone`, `embed`, `Embedder`, `report` and `verify` (imported on first use), `UserError`, and
+The Python API: `pretrain`, `evaluate`, `export`, `report`, `embed`, `Embedder`, `load_backbone` and `verify` (imported on
+first use), `UserError`, and
 the models of timm.create_model("vil_...").
 
 The `selfvil` command imports torch and timm only in commands that use them, so that `selfvil --help` is fast. In its
@@ -10,12 +11,16 @@ process, the modules that build networks (`selfvil.weights`, `selfvil.evaluate`)
 import os
 import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from selfvil.errors import UserError as UserError
 from selfvil.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from selfvil.api import evaluate as evaluate
+    from selfvil.api import export as export
+    from selfvil.api import pretrain as pretrain
     from selfvil.embedding.embedder import Embedder as Embedder
     from selfvil.embedding.write import embed as embed
     from selfvil.reporting.report import report as report
@@ -29,9 +34,46 @@ _LAZY = {
     "report": "selfvil.reporting.report",
     "verify": "selfvil.verification",
 }
+"""Function -> the module that has it."""
+
+_CALLABLE = {"pretrain": "selfvil.api", "evaluate": "selfvil.api", "export": "selfvil.api"}
+"""Functions that have the name of a module of this package -> the module that has the function."""
+
+
+class _CallableModule(ModuleType):
+    """A module such as selfvil.pretrain, which can be called as the function of the Python API that has its name."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._function(*args, **kwargs)
+
+    @property
+    def _function(self) -> Any:
+        name = self.__name__.rpartition(".")[2]
+        return getattr(import_module(_CALLABLE[name]), name)
+
+    @property
+    def __signature__(self) -> Any:  # for help in notebooks
+        from inspect import signature
+
+        return signature(self._function)
+
+
+class _Package(ModuleType):
+    """The class of this package."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Python sets a module as an attribute of its package when it is imported for the first time, by any import.
+        if name in _CALLABLE and type(value) is ModuleType:
+            value.__class__ = _CallableModule
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:
+    if name in _CALLABLE:
+        return import_module(f"selfvil.{name}")
     if name not in _LAZY:
         raise AttributeError(f"module 'selfvil' has no attribute {name!r}")
     return getattr(import_module(_LAZY[name]), name)

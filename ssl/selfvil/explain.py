@@ -82,13 +82,18 @@ def _sentence(text: str | None) -> str:
     return " ".join((text or "").split()).partition(". ")[0].rstrip(".")
 
 
-def _field(model: type[BaseModel], key: str) -> str:
+def describe_field(model: type[BaseModel], key: str) -> tuple[str, str, str | None]:
+    """Documentation, type in words, and default as JSON, None for a key that must be given."""
     field = model.model_fields[key]
-    default = "none: it must be given" if field.is_required() else _value(field.get_default(call_default_factory=True))
     schema = model.model_json_schema()
     shape = _type(schema["properties"][key], schema.get("$defs", {}))
     text = " ".join((field.description or "").split())
-    return f"  {text}\n  type: {shape}\n  default: {default}"
+    return text, shape, None if field.is_required() else _value(field.get_default(call_default_factory=True))
+
+
+def _field(model: type[BaseModel], key: str) -> str:
+    text, shape, default = describe_field(model, key)
+    return f"  {text}\n  type: {shape}\n  default: {'none: it must be given' if default is None else default}"
 
 
 def _value(value: Any) -> str:

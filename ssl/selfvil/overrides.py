@@ -8,7 +8,7 @@ objective removes the keys of the old objective, so that its own defaults apply.
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from selfvil import safe_yaml
@@ -27,10 +27,14 @@ Tree = dict[str, Any]
 """Section -> its keys and values; `eval` is a list of them."""
 
 
-def apply(tree: Tree, overrides: Sequence[str], sections: Sequence[str], texts: frozenset[str]) -> dict[str, str]:
+def apply(
+    tree: Tree, overrides: Sequence[str] | Mapping[str, Any], sections: Sequence[str], texts: frozenset[str]
+) -> dict[str, str]:
     """Change `tree` in place and return the override that set each key, as {"optim.base_lr": "optim.base_lr=1e-3"}.
 
     Args:
+        overrides: texts of the command line, or values by their keys, as {"optim.base_lr": 1e-3}; only there, "eval"
+            may be a list that replaces all entries.
         sections: names of the recipe's sections. texts: keys whose values are text, even where it looks like a number.
 
     Raises:
@@ -38,9 +42,17 @@ def apply(tree: Tree, overrides: Sequence[str], sections: Sequence[str], texts: 
     """
     given: dict[str, str] = {}
     values: dict[str, Any] = {}
-    for override in overrides:
-        key, value = _split(override, sections, texts)
-        given[key], values[key] = override, value
+    if isinstance(overrides, Mapping):
+        for key, value in overrides.items():
+            if key == "eval":
+                tree[key] = value
+                continue
+            given[key], values[key] = f"{key}={value}", value
+            _check_key(key, _short(given[key]), sections)
+    else:
+        for override in overrides:
+            key, value = _split(override, sections, texts)
+            given[key], values[key] = override, value
     lengths = [key for key in LENGTHS if values.get(f"budget.{key}") is not None]
     if lengths:
         for key in LENGTHS:
@@ -60,17 +72,25 @@ def apply(tree: Tree, overrides: Sequence[str], sections: Sequence[str], texts: 
 
 
 def _split(override: str, sections: Sequence[str], texts: frozenset[str]) -> tuple[str, Any]:
-    shown = override if len(override) <= 100 else override[:97] + "..."
     name, equals, text = override.partition("=")
     name = name.strip()
+    section, _, key = name.partition(".")
+    _check_key(name if equals else "", _short(override), sections)
+    if len(text) > safe_yaml.MAX_BYTES:
+        raise UserError(f"override {_short(override)!r} is longer than {safe_yaml.MAX_BYTES >> 20} MiB")
+    return name, safe_yaml.parse_value(text.strip(), name in texts or (section == "eval" and key.endswith(EVAL_TEXTS)))
+
+
+def _check_key(name: str, shown: str, sections: Sequence[str]) -> None:
     section, dot, key = name.partition(".")
-    if not (equals and dot and section and all(key.split("."))) or key.count(".") > (section == "eval"):
+    if not (dot and section and all(key.split("."))) or key.count(".") > (section == "eval"):
         raise UserError(f"override {shown!r} is not of the form section.key=value, such as optim.batch_size=256")
     if section not in sections:
         raise UserError(f"override {shown!r}: there is no section {section}{nearest_section(section, key, sections)}")
-    if len(text) > safe_yaml.MAX_BYTES:
-        raise UserError(f"override {shown!r} is longer than {safe_yaml.MAX_BYTES >> 20} MiB")
-    return name, safe_yaml.parse_value(text.strip(), name in texts or (section == "eval" and key.endswith(EVAL_TEXTS)))
+
+
+def _short(override: str) -> str:
+    return override if len(override) <= 100 else override[:97] + "..."
 
 
 def _replace_objective(tree: Tree, values: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ editors. A recipe contains only values: no import paths, no interpolation, no in
 import logging
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -344,20 +344,24 @@ class Recipe(Section):
         return {key: whole[key] for key in ("model", "data", "objective", "optim", "run")}
 
 
-def load(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load(source: "str | Path | Recipe", overrides: Sequence[str] | Mapping[str, Any] = ()) -> Recipe:
     """Read a recipe file, or a packaged recipe by its name, and apply `section.key=value` overrides.
 
-    An override of budget.epochs, samples or steps replaces the others; one of objective.name takes the defaults of that
+    source: may also be a recipe, of which a changed copy is returned. overrides: texts, or values by their keys. An
+    override of budget.epochs, samples or steps replaces the others; one of objective.name takes the defaults of that
     objective.
 
     Raises:
         UserError: the file is missing or no YAML mapping, a key is unknown, a value has the wrong type or does not fit.
     """
-    path = find(source)
-    tree = _sections(read_mapping(path), str(path))
+    if isinstance(source, Recipe):
+        where, tree = "the recipe", source.model_dump(mode="json")
+    else:
+        where, tree = str(path := find(source)), read_mapping(path)
+    tree = _sections(tree, where)
     given = command_line.apply(tree, overrides, list(Recipe.model_fields), TEXTS)
-    recipe = parse(tree, str(path), given)
-    _warn_of_old_eval(tree.get("eval"), str(path))
+    recipe = parse(tree, where, given)
+    _warn_of_old_eval(tree.get("eval"), where)
     return recipe
 
 
