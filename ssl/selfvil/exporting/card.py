@@ -167,7 +167,7 @@ def format_lines(files: Files, normalisation: Normalisation) -> list[str]:
         height, width = facts["img_size"]
         lines += [
             "## torch.export", "", *_graph_lines(facts),
-            "torch unpickles parts of a .pt2 file when it loads it, so that a file which somebody changed can run code.",
+            "torch unpickles parts of a .pt2 file when it loads it: a file which somebody changed can run code.",
             "Load it only if you trust where it comes from. model.safetensors and the ONNX file cannot run code.",
             "",
             "```python",

@@ -7,7 +7,6 @@ written itself.
 
 import io
 import warnings
-import zipfile
 from pathlib import Path
 
 import torch
@@ -29,12 +28,3 @@ def write(traced: Traced, file: Path) -> None:
 def outputs(file: Path) -> Outputs:
     """The program in a file that `write` has just written, as a function of the images."""
     return torch.export.load(file).module()
-
-
-def pickled_entries(file: Path) -> list[str]:
-    """Names of entries of a .pt2 archive that torch unpickles without restrictions when it loads the file.
-
-    The weights are raw bytes, and so are constants that a program of this package holds.
-    """
-    with zipfile.ZipFile(file) as archive:
-        return [name for name in archive.namelist() if archive.read(name)[:2] in (b"PK", b"\x80\x02", b"\x80\x04")]

@@ -80,8 +80,12 @@ def prepare(folder: str | Path, repo: str, licence: str | None = None) -> Upload
 def card_for(text: str, repo: str, licence: str | None) -> str:
     """The card with its code loading from `repo`, and with `licence` in its metadata and its last section."""
     text = text.replace(f"local-dir:{FOLDER}", f"hf-hub:{repo}")
-    download = f'__import__("huggingface_hub").snapshot_download("{repo}")'
-    text = text.replace(f'"{FOLDER}"', download).replace(FOLDER, "FOLDER")
+    parts = text.split("```python\n")
+    for number, part in enumerate(parts[1:], 1):
+        if f'"{FOLDER}"' in part:
+            download = part.replace(f'"{FOLDER}"', f'snapshot_download("{repo}")')
+            parts[number] = f"from huggingface_hub import snapshot_download\n{download}"
+    text = "```python\n".join(parts).replace(FOLDER, "FOLDER")
     if licence is None:
         return text
     _, metadata, body = text.split("---\n", 2) if text.startswith("---\n") else ("", "", text)
@@ -122,7 +126,7 @@ def send(upload: Upload, *, private: bool | None = None, api: Any = None, notify
             f"{upload.repo} was not uploaded: {without_token(' '.join(str(error).split())[:300])}."
         ) from None
     except Exception as error:  # the hub's client raises its HTTP library's classes
-        if type(error).__module__.partition(".")[0] not in ("httpx", "httpcore", "requests", "hf_xet"):
+        if not type(error).__module__.startswith(("http", "requests", "hf_xet")):
             raise
         raise UserError(f"{upload.repo} was not uploaded: {without_token(str(error)[:300])}.") from None
     return str(getattr(commit, "repo_url", None) or f"https://huggingface.co/{repo}")

@@ -89,12 +89,9 @@ def describe(backbone: nn.Module) -> Published:
         if isinstance(conv, nn.Conv2d):
             raise _impossible("it cannot run a convolution on the grid of overlapping patches (stride)")
     without_head = not backbone.num_classes
-    if norm_eps == 1e-6 and fc_norm in (None, 1e-5) and len(layers) % 2 == 0:
-        kind = {"conv_kind": "2d", "conv_kernel_size": 3}
-        if isinstance(conv, nn.Conv1d):
-            kind = {"conv_kind": "causal1d", "conv_kernel_size": 4}
-        biases = {"proj_bias": bias, "norm_bias": bias, "legacy_norm": fc_norm is not None}
-        return Published("VisionLSTM2", arguments | {"depth": len(layers) // 2} | kind | biases, without_head)
+    if isinstance(conv, nn.Conv2d) and norm_eps == 1e-6 and fc_norm in (None, 1e-5) and len(layers) % 2 == 0:
+        switches = {"proj_bias": bias, "norm_bias": bias, "legacy_norm": fc_norm is not None}
+        return Published("VisionLSTM2", arguments | {"depth": len(layers) // 2} | switches, without_head)
     version_1 = isinstance(conv, nn.Conv1d) and not bias and norm_eps == 1e-5 and fc_norm == 1e-6
     if version_1 and arguments["pooling"] == "bilateral_avg":
         return Published("VisionLSTM", arguments | {"depth": len(layers), "legacy_norm": True}, without_head)
@@ -126,11 +123,7 @@ def write(backbone: VisionLSTM, file: Path) -> None:
 def published_weights(backbone: VisionLSTM) -> dict[str, Tensor]:
     """The weights of a network under the names of the published module. Raises UserError, as `describe`."""
     version_1 = describe(backbone).constructor == "VisionLSTM"
-    conv = ".layer.conv.conv." if isinstance(_first_conv(backbone), nn.Conv1d) else ".layer.conv."
-    renamed = {}
-    for name, tensor in _weights(backbone).items():
-        renamed[_published_name(name, version_1, conv)] = tensor
-    return renamed
+    return {_published_name(name, version_1): tensor for name, tensor in _weights(backbone).items()}
 
 
 def _weights(backbone: VisionLSTM) -> dict[str, Tensor]:
@@ -138,14 +131,10 @@ def _weights(backbone: VisionLSTM) -> dict[str, Tensor]:
     return {name: tensor.cpu() for name, tensor in [*backbone.state_dict().items(), ("pos_embed", backbone.pos_embed)]}
 
 
-def _first_conv(backbone: VisionLSTM) -> nn.Module | None:
-    return next(module for module in backbone.modules() if isinstance(module, ViLLayer)).conv
-
-
-def _published_name(name: str, version_1: bool, conv: str) -> str:
-    name = name.replace(".layer.conv.", conv)
+def _published_name(name: str, version_1: bool) -> str:
     if version_1:  # it numbers blocks, not pairs, and its `norm` is the one after pooling
         name = _BLOCK.sub(lambda m: f"blocks.{2 * int(m[1]) + (m[2] == 'second')}.", name)
+        name = name.replace(".layer.conv.", ".layer.conv1d.conv.")
         if name.startswith(("norm.", "fc_norm.")):
             return f"legacy_{name}" if name.startswith("norm.") else name.removeprefix("fc_")
     for pattern, replacement in _PUBLISHED_NAMES:
