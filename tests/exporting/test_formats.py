@@ -134,13 +134,13 @@ def test_every_code_block_of_the_card_runs_in_a_fresh_process(exported, tmp_path
 def test_the_card_has_the_facts(exported):
     _, out, _ = exported
     card = (out / "README.md").read_text()
-    train_images = facts(out)[quantise.FILE]["knn"]["train_images"]
+    neighbours = f"k-NN accuracy (k = 20, {facts(out)[quantise.FILE]['knn']['train_images']} train"
     for fact in (
         "license: cc-by-4.0", "vil_nano_patch4_32", "640 images seen (4 epochs)", "0.03 hours", "2 x a CPU",
         "160 without labels", "mean [0.3]", "mae, mask_ratio 0.75", "loss: 0.123",
         "| pretrained | k-NN | top-1 accuracy | 41.5 |  | 38.25 to 44 | mean | 160 | 40 |", r"a\|b", "7.12346",
         "Evaluated by a|b, k-NN only.", "Pretrained at 8 x 8 pixels", "`model.pt2`: torch.export", "recipe.yaml",
-        "any height that is a multiple of 2", "can run code", "Cosine similarity", f"k-NN accuracy (k = 20, {train_images} train",
+        "any height that is a multiple of 2", "can run code", "Cosine similarity", neighbours,
         "domain this card does not know",
     ):  # fmt: skip
         assert fact in card, fact

@@ -194,7 +194,8 @@ def _graph_lines(facts: Mapping[str, Any]) -> list[str]:
     sizes = f"{height} x {width} pixels only"
     if multiple := facts["img_size_multiple"]:
         rows, columns = multiple
-        sizes = f"any height that is a multiple of {rows} and any width of {columns}, from {2 * rows} x {2 * columns}"
+        sizes = f"any height that is a multiple of {rows} and any width of {columns}, from {2 * rows} x {2 * columns} "
+        sizes += "(onnxruntime crops other sizes to these at the right and the bottom)"
     meaning = {
         "pooled": "pooled features (batch, D), as `network(images)` without a classifier",
         "patches": "the map of patch features after the final norm (batch, C, rows, columns)",

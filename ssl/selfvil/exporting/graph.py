@@ -10,6 +10,7 @@ the images where the architecture allows it. Every written file is read again an
 sizes and batches: `require_equal`.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ TOLERANCE = 1e-4
 """Largest allowed difference of an output, relative to the largest entry of that output if that is above 1."""
 BATCHES = (1, 3)
 LARGEST_BATCH = 2**16
+_DIVISIBLE = re.compile(r"\(L\['images'\]\.size\(\)\[[23]\] % \d+\) == 0")
 
 Outputs = Callable[[Tensor], Sequence[Tensor]]
 """From images (B, in_chans, height, width) to the outputs of the graph."""
@@ -128,12 +130,12 @@ def _not_recorded(graph: Graph, error: Exception) -> UserError:
 
 
 def _portable(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
-    """Remove the lines of source that each node was recorded from, which name files of this machine, and the guards.
+    """Remove the lines of source that each node was recorded from, which name files of this machine, and some guards.
 
-    torch refuses a batch of 1 by guards on strides, which no node of the graph depends on; sizes that the graph cannot
-    take are still refused, by the ranges of its input. `require_equal` compares a batch of 1.
+    torch refuses a batch of 1 by guards on strides, which no node of the graph depends on: `require_equal` compares a
+    batch of 1. The guards that sides are multiples of the patch's remain.
     """
-    program._guards_code = []
+    program._guards_code = [guard for guard in program._guards_code if _DIVISIBLE.fullmatch(guard)]
     for module in program.graph_module.modules():
         if isinstance(module, torch.fx.GraphModule):
             for node in module.graph.nodes:
