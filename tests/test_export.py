@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
@@ -118,10 +119,9 @@ def test_loads_in_a_fresh_process_with_the_lines_of_the_model_card(tmp_path):
     out = export(make_run(tmp_path / "run")[0], tmp_path / "out")
     card = (out / "README.md").read_text()
     code = card.split("```python\n")[1].split("```")[0].replace("PATH_OF_THIS_FOLDER", str(out))
-    code = (
-        "from PIL import Image\nimage = Image.new('RGB', (40, 50))\n" + code + "assert features.shape == (1, 8, 8, 96)"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    code += "assert features.shape == (1, 8, 8, 96)"
+    Image.new("RGB", (40, 50)).save(tmp_path / "photo.jpg")
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300, cwd=tmp_path)
 
 
 def test_the_model_card_describes_the_training(tmp_path):

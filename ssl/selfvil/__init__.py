@@ -1,7 +1,7 @@
 """Self-supervised pretraining of Vision-LSTM. Importing the package registers its models with timm.
 
-The Python API: `pretrain`, `evaluate`, `export`, `report`, `embed`, `Embedder`, `load_backbone` and `verify`, imported on
-first use; `UserError`; and the models of timm.create_model("vil_...").
+The Python API: `pretrain`, `evaluate`, `export`, `report`, `embed`, `Embedder`, `load_backbone` and `verify`, imported
+on first use; `UserError`; and the models of timm.create_model("vil_...").
 
 The `selfvil` command imports torch and timm only in commands that use them, so that `selfvil --help` is fast. In its
 process, the modules that build networks (`selfvil.weights`, `selfvil.evaluate`) register the models.

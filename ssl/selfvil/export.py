@@ -1,43 +1,91 @@
-"""Write the pretrained backbone of a run, without a classifier, as a folder that timm loads (`selfvil.timm_folder`).
+"""`selfvil export`: write the pretrained backbone of a run as a folder that timm loads, and in further formats.
 
-Besides the files of every such folder, it has:
+Besides the files of `selfvil.timm_folder`, the folder has:
 
     recipe.yaml               the run's recipe, if the run's folder is present
     heads/heads.safetensors   with --heads: the rest of the objective, for model.start_from
+    model.onnx                with --onnx
+    model.int8.onnx           with --int8
+    model.pt2                 with --torch-export
+    published/vision_lstm.safetensors   with --published
+
+Of an existing export, only the further formats are written, with a card, config.json and manifest of their own.
 """
 
+import json
 import logging
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from selfvil.checkpoint import Checkpoint, save_tensors
 from selfvil.errors import UserError
-from selfvil.manifest import sha256
-from selfvil.records import RECIPE, SCORE_COLUMNS, read_record, read_scores
+from selfvil.exporting.card import files_card, run_card
+from selfvil.exporting.formats import INT8, open_images, require_formats, require_possible, write_formats
+from selfvil.manifest import sha256, write_manifest
+from selfvil.records import RECIPE
 from selfvil.run import read_recipe
-from selfvil.timm_folder import atomic_folder, card, describe, inline, require_new_folder, write_network
-from selfvil.weights import HEADS, Normalisation, choose_network, load_network, open_checkpoint
+from selfvil.timm_folder import atomic_folder, require_new_folder, write_network
+from selfvil.weights import (
+    CONFIG,
+    HEADS,
+    choose_network,
+    is_export,
+    load_export,
+    load_network,
+    open_checkpoint,
+    verified_config,
+)
 
 log = logging.getLogger(__name__)
 
+LICENCE = re.compile(r"[a-z0-9]+([.-][a-z0-9]+)*")
 
-def export(run: str | Path, out: str | Path, *, network: str | None = None, heads: bool = False) -> Path:
+
+def export(
+    run: str | Path,
+    out: str | Path,
+    *,
+    network: str | None = None,
+    heads: bool = False,
+    formats: Sequence[str] = (),
+    images: str | None = None,
+    train: str | None = None,
+    test: str | None = None,
+    workers: int = 2,
+    licence: str | None = None,
+) -> Path:
     """Write the pretrained backbone of `run` to the new folder `out`, and return it.
 
-    run: the folder of a run, whose newest valid checkpoint is taken, or of one checkpoint. network: "student",
-    "teacher" ... of an objective that has several; None takes its default. heads: also write all other tensors of the
-    objective.
+    Args:
+        run: the folder of a run, whose newest valid checkpoint is taken, or of one checkpoint. Of an existing export,
+            only the files of `formats` are written.
+        network: "student", "teacher" ... of an objective that has several; None takes its default.
+        heads: also write all other tensors of the objective.
+        formats: further formats, of `selfvil.exporting.formats.FORMATS`; each file is compared with the network.
+        images: shards on which int8 is compared with float32; None: those of `test`, or of pretraining.
+        train, test: labelled shards, on which the k-NN accuracy of both is measured.
+        workers: processes that decode images.
+        licence: an identifier of the Hugging Face hub for the card, such as apache-2.0.
 
     The folder is written under a temporary name and renamed. Raises UserError if `out` exists and is not empty, or
-    cannot be written, and as `open_checkpoint` and `load_network` do.
+    cannot be written, if a format cannot hold the network or returns other values, and as `open_checkpoint` and
+    `load_network` do; nothing is left then.
     """
     out = require_new_folder(out)
+    require_licence(licence)
+    require_formats(formats)
+    if INT8 not in formats and (images is not None or train is not None or test is not None):
+        raise UserError("--images, --train and --test measure the cost of --int8: add --int8, or leave them out.")
+    if is_export(Path(run)):
+        return _export_again(Path(run), out, network, heads, formats, images, train, test, workers, licence)
     saved = open_checkpoint(run)
     backbone, normalisation, samples_seen = load_network(saved, network)
     network, prefix = choose_network(saved, network)
-    arguments = saved.meta["model"]["kwargs"]
+    backbone.eval().requires_grad_(False)
+    require_possible(backbone, formats)
+    labelled = open_images(images, train, test, saved.meta["data"]["pattern"]) if INT8 in formats else None
     origin: dict[str, Any] = {"network": network, "prefix": prefix, "samples_seen": samples_seen}
     with atomic_folder(out) as partial:
         if heads:
@@ -49,9 +97,47 @@ def export(run: str | Path, out: str | Path, *, network: str | None = None, head
         recipe = None if run_folder is None else _recipe_text(run_folder)
         if recipe is not None:
             (partial / RECIPE).write_text(recipe, encoding="utf-8")
-        text = model_card(backbone, saved, network, normalisation, with_recipe=recipe is not None)
-        write_network(partial, backbone, arguments, normalisation, origin, text)
+        files = write_formats(partial, backbone, normalisation, formats, labelled, workers)
+        text = run_card(
+            backbone, saved, network, normalisation, files,
+            run=run_folder, with_recipe=recipe is not None, with_heads=heads, licence=licence,
+        )  # fmt: skip
+        extra = {"formats": files} if files else {}
+        write_network(partial, backbone, saved.meta["model"]["kwargs"], normalisation, origin | extra, text)
     return out
+
+
+def _export_again(
+    source: Path, out: Path, network: str | None, heads: bool, formats: Sequence[str],
+    images: str | None, train: str | None, test: str | None, workers: int, licence: str | None,
+) -> Path:  # fmt: skip
+    """Write further formats of an existing export."""
+    if network is not None or heads:
+        raise UserError(f"{source} is an export: --network and --heads need the folder of its run.")
+    if not formats:
+        raise UserError(f"{source} is an export already: choose formats, such as --onnx, or give the folder of a run.")
+    backbone, normalisation, _ = load_export(source)
+    config = verified_config(source)
+    backbone.eval().requires_grad_(False)
+    require_possible(backbone, formats)
+    labelled = open_images(images, train, test, None) if INT8 in formats else None
+    with atomic_folder(out) as partial:
+        files = write_formats(partial, backbone, normalisation, formats, labelled, workers)
+        text = files_card(config, normalisation, files, licence)
+        config = config | {"selfvil": config["selfvil"] | {"formats": files}}
+        (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (partial / "README.md").write_text(text, encoding="utf-8")
+        write_manifest(partial)
+    return out
+
+
+def require_licence(licence: str | None) -> None:
+    """Raise UserError for what cannot be an identifier of a licence."""
+    if licence is not None and not LICENCE.fullmatch(licence):
+        raise UserError(
+            f"--licence {licence!r} is no identifier of the Hugging Face hub; expected one such as apache-2.0, mit, "
+            "cc-by-4.0, cc-by-nc-4.0 or other."
+        )
 
 
 def _recipe_text(run: Path) -> str | None:
@@ -61,56 +147,6 @@ def _recipe_text(run: Path) -> str | None:
     except UserError as error:
         log.warning("the export has no recipe.yaml: %s", error)
         return None
-
-
-# --- the model card --------------------------------------------------------------------------------------------------
-
-
-def model_card(
-    backbone: nn.Module, saved: Checkpoint, network: str, normalisation: Normalisation, with_recipe: bool
-) -> str:
-    """The Markdown card of a pretrained backbone, with facts from the checkpoint and its run's folder."""
-    meta = saved.meta
-    name, objective = meta["model"]["name"], dict(meta["objective"])
-    method = objective.pop("name")
-    folder = _run_folder(saved)
-    launches = read_record(folder).launches if folder else []
-    launch = launches[-1] if launches else {}
-    data = meta["data"]
-    size = sum(parameter.numel() for parameter in backbone.parameters())
-    facts = {
-        "Architecture": f"{name}, {size / 1e6:.2f} M parameters, {inline(meta['model']['kwargs'])}",
-        "Network": f"{network}, one of {', '.join(sorted(meta['networks']))}",
-        "Objective": f"{method}, {inline(objective)}",
-        "Images": f"{data['num_samples']:,} without labels, `{data['pattern']}` (fingerprint {data['fingerprint']})",
-        "Normalisation": describe(normalisation),
-        "Budget": f"{saved.step:,} steps, {meta['samples']:,} images seen, {meta['seconds'] / 3600:.2f} hours",
-        "Device": f"{launch.get('processes', '?')} x {launch['device']}" if "device" in launch else None,
-        "Seed": meta["seed"],
-        "Versions": ", ".join(f"{key} {value}" for key, value in launch.get("versions", {}).items()) or None,
-        "Commit": launch.get("commit"),
-    }
-    load = [
-        'backbone = selfvil.load_backbone("PATH_OF_THIS_FOLDER")  # verifies weights and config.json first',
-        "view = timm.data.create_transform(**timm.data.resolve_model_data_config(backbone))",
-        "features = backbone.forward_features(view(image)[None])",
-    ]
-    more = ["recipe.yaml holds the whole recipe.", ""] if with_recipe else []
-    more += _score_lines(read_scores(folder) if folder else [])
-    intro = "A backbone pretrained on images without labels. It has no classifier: use its features, or fine-tune it."
-    return card(
-        f"{name}, pretrained by {method}", ["image-feature-extraction", "self-supervised-learning", "vision-lstm"],
-        load, facts, intro, more,
-    )  # fmt: skip
-
-
-def _score_lines(rows: list[dict[str, Any]]) -> list[str]:
-    """A Markdown table of the rows that `selfvil eval ... --json RUN/scores.json` wrote, or nothing."""
-    if not rows:
-        return []
-    table = [SCORE_COLUMNS, ["---"] * len(SCORE_COLUMNS)]
-    table += [[str(row.get(column, "")) for column in SCORE_COLUMNS] for row in rows]
-    return ["## Scores", "", *("| " + " | ".join(cells) + " |" for cells in table), ""]
 
 
 def _run_folder(saved: Checkpoint) -> Path | None:

@@ -118,6 +118,9 @@ def _timm_config(
 
 # --- the model card --------------------------------------------------------------------------------------------------
 
+FOLDER = "PATH_OF_THIS_FOLDER"
+"""In the code of a card, where the folder is; `selfvil push` replaces it."""
+
 
 def card(
     title: str,
@@ -126,19 +129,16 @@ def card(
     facts: Mapping[str, Any],
     intro: str = "",
     more: Sequence[str] = (),
+    licence: str | None = None,
 ) -> str:
     """A model card in Markdown.
 
-    load: lines of Python that load the network. facts: how the network was trained; entries that are None are left out.
-    more: lines after the facts.
+    load: lines of Python that load the network and apply it to the image `image`. facts: how the network was trained;
+    entries that are None are left out. more: lines after the facts. licence: an identifier of the Hugging Face hub,
+    such as apache-2.0.
     """
-    facts = {**facts, "Written by": f"selfvil {__version__}, torch {torch.__version__}, timm {timm.__version__}"}
     lines = [
-        "---",
-        "library_name: timm",
-        f"tags: [{', '.join(tags)}]",
-        "---",
-        "",
+        *header("timm", tags, licence),
         f"# {title}",
         "",
         *([intro, ""] if intro else []),
@@ -146,6 +146,8 @@ def card(
         "",
         "```python",
         "import selfvil, timm  # importing selfvil registers the vil_* models",
+        "from PIL import Image",
+        'image = Image.open("photo.jpg")',
         *load,
         "```",
         "",
@@ -153,23 +155,38 @@ def card(
         "",
         "```python",
         "import selfvil, timm",
-        'network = timm.create_model("local-dir:PATH_OF_THIS_FOLDER", pretrained=True).eval()',
+        f'network = timm.create_model("local-dir:{FOLDER}", pretrained=True).eval()',
         "```",
         "",
         "timm does not compare files with manifest.json: it loads most weights that a copy or a disk has damaged,",
-        "without an error. `selfvil verify PATH_OF_THIS_FOLDER` compares every file.",
+        f"without an error. `selfvil verify {FOLDER}` compares every file.",
         "",
         "## How it was made",
         "",
-        *(f"- {key}: {value}" for key, value in facts.items() if value is not None),
-        "",
+        *fact_lines(facts),
         *more,
-        "## Licence",
-        "",
-        "Left to whoever publishes these weights; respect the terms of the images.",
-        "",
+        *licence_lines(licence),
     ]
     return "\n".join(lines)
+
+
+def header(library: str, tags: Sequence[str], licence: str | None) -> list[str]:
+    """The metadata at the top of a card, which the Hugging Face hub reads."""
+    license = [] if licence is None else [f"license: {licence}"]
+    return ["---", f"library_name: {library}", *license, f"tags: [{', '.join(tags)}]", "---", ""]
+
+
+def fact_lines(facts: Mapping[str, Any]) -> list[str]:
+    """A list of facts without those that are None, and the versions of this package, torch and timm."""
+    facts = {**facts, "Written by": f"selfvil {__version__}, torch {torch.__version__}, timm {timm.__version__}"}
+    return [*(f"- {key}: {value}" for key, value in facts.items() if value is not None), ""]
+
+
+def licence_lines(licence: str | None) -> list[str]:
+    """The last section of a card."""
+    left = "Left to whoever publishes these weights; respect the terms of the images."
+    given = f"{licence}. The terms of the images that it was trained on may restrict its use further."
+    return ["## Licence", "", left if licence is None else given, ""]
 
 
 def describe(normalisation: Normalisation) -> str:

@@ -39,7 +39,7 @@ def _verify_export(folder: Path) -> list[str]:
             check_digest(folder / HEADS, heads)
         verified = f"{WEIGHTS} and {HEADS} are" if heads is not None else f"{WEIGHTS} is"
         return [f"{folder}, an older export: {verified} undamaged. No other file of it has a digest."]
-    _, files = read_manifest(folder, required=[CONFIG, WEIGHTS])
+    _, files = read_manifest(folder, required=[CONFIG])
     card = {name: files.pop(name) for name in [CARD] if name in files}
     check_files(folder, files)
     sentences = [f"{folder}, an export: {', '.join(files)} are undamaged ({_megabytes(files)})."]

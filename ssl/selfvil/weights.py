@@ -284,7 +284,9 @@ def verified_config(folder: Path) -> dict[str, Any]:
     warning is given for config.json, which has no digest. Raises UserError if the folder is no export or damaged.
     """
     if (folder / MANIFEST).is_file():
-        _, files = read_manifest(folder, required=[CONFIG, WEIGHTS])
+        _, files = read_manifest(folder, required=[CONFIG])
+        if WEIGHTS not in files:
+            raise UserError(f"{folder} holds further formats of an export, without {WEIGHTS}: give the export itself.")
         check_files(folder, {name: files[name] for name in (CONFIG, WEIGHTS)})
         return _read_config(folder)
     config = _read_config(folder)

@@ -1,13 +1,20 @@
-"""Export of every design by torch.export and ONNX, to programs that do not have this package."""
+"""Export of every design by torch.export and ONNX, with dynamic batch and image size, to programs that do not have this
+package."""
 
 import subprocess
 import sys
+import zipfile
 
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 
+from selfvil.errors import UserError
+from selfvil.exporting import exported_program, onnx
+from selfvil.exporting.graph import Graph, require_equal, trace
 from selfvil.models import VisionLSTM
+from selfvil.models.positions import INTERPOLATIONS, _resample_in_graph, resample_positions
 
 DESIGNS = {
     "published": {"fc_norm": True, "init_values": 0.1},
@@ -18,6 +25,11 @@ DESIGNS = {
     "class token": {"global_pool": "middle_cls"},
     "version 1": {"conv": "causal1d", "bias": False, "global_pool": "bilateral_avg", "stride": 2, "depth": 1.5},
     "MLP": {"block": "mlp", "init_values": 0.1},
+    "bilateral_avg, unidirectional": {"global_pool": "bilateral_avg", "traversal": "unidirectional"},
+    "bidirectional, causal": {"traversal": "bidirectional", "conv": "causal1d"},
+    "no pooling": {"global_pool": "", "num_classes": 0, "pos_interpolation": "bicubic"},
+    "token, antialias": {"global_pool": "token", "pos_interpolation": "bicubic_antialias"},
+    "MLP, quad_shared, class token": {"block": "mlp", "traversal": "quad_shared", "global_pool": "middle_cls"},
     "MLP, quad": {"block": "mlp", "traversal": "quad", "num_registers": 2, "global_pool": "registers"},
     "no convolution": {"conv": "none", "pos_embed": "sincos", "global_pool": "middle_patch"},
 }
@@ -32,48 +44,124 @@ def network(design: str) -> VisionLSTM:
     return model
 
 
-def exported(model: torch.nn.Module) -> torch.export.ExportedProgram:
-    images = torch.randn(2, 3, 16, 12)
-    return torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+FAST = "registers"
 
 
-@pytest.mark.parametrize("design", DESIGNS)
-def test_a_graph_needs_no_custom_operator(design):
-    model = network(design)
-    program = exported(model)
-    used = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+def designs(fast: str = "") -> list:
+    return [name if name == fast else pytest.param(name, marks=pytest.mark.slow) for name in DESIGNS]
+
+
+@pytest.mark.parametrize("design", designs(FAST))
+def test_a_graph_needs_no_custom_operator_and_returns_the_same_at_other_sizes(tmp_path, design, monkeypatch):
+    monkeypatch.setenv("SELFVIL_MLSTM", "chunkwise")  # which has a custom operator, and is ignored
+    graph = Graph(network(design), (16, 12)).eval()
+    traced = trace(graph)
+    assert traced.dynamic
+    used = {str(node.target) for node in traced.program.graph.nodes if node.op == "call_function"}
     assert not {name for name in used if "selfvil" in name or "mkldnn" in name}
-    for batch in (1, 3):
-        images = torch.randn(batch, 3, 16, 12)
-        with torch.no_grad():
-            torch.testing.assert_close(program.module()(images), model(images), rtol=1e-4, atol=1e-4)
+    exported_program.write(traced, tmp_path / "model.pt2")
+    outputs = exported_program.outputs(tmp_path / "model.pt2")
+    assert require_equal(graph, True, "model.pt2", outputs) < 1e-4
+    with torch.no_grad():  # and at a size that no check of the package has
+        for got, expected in zip(outputs(torch.ones(5, 3, 8, 60)), graph(torch.ones(5, 3, 8, 60))):
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(Exception, match=r"18|images|Guard"):  # no multiple of the patch
+        outputs(torch.ones(1, 3, 18, 16))
 
 
-@pytest.mark.parametrize(
-    "design", [name if name == "published" else pytest.param(name, marks=pytest.mark.slow) for name in DESIGNS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("design", DESIGNS)
 def test_onnx_returns_the_same_values(tmp_path, design):
     pytest.importorskip("onnxscript")
-    runtime = pytest.importorskip("onnxruntime")
-    model, file = network(design), tmp_path / "model.onnx"
-    torch.onnx.export(
-        model, (torch.randn(2, 3, 16, 12),), file, dynamo=True, verbose=False, external_data=False,
-        input_names=["images"], dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
-    )  # fmt: skip
-    session = runtime.InferenceSession(file)
-    for batch in (1, 3):
-        images = torch.randn(batch, 3, 16, 12)
-        with torch.no_grad():
-            expected = model(images)
-        (found,) = session.run(None, {"images": images.numpy()})
-        torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-4)
+    pytest.importorskip("onnxruntime")
+    graph = Graph(network(design), (16, 12)).eval()
+    file = tmp_path / "model.onnx"
+    onnx.write(graph, trace(graph), file, {"key": "value"})
+    assert require_equal(graph, True, "model.onnx", onnx.outputs(file)) < 1e-4
+    with torch.no_grad():
+        for got, expected in zip(onnx.outputs(file)(torch.ones(5, 3, 8, 60)), graph(torch.ones(5, 3, 8, 60))):
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    assert b"/selfvil/" not in file.read_bytes(), "a path of this machine is in the file"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", ["vil", "vil_mlp"])
+@pytest.mark.parametrize("size", ["nano_patch4_32", "tiny_patch16_224", "small_patch16_224", "base_patch16_224"])
+def test_every_size_returns_the_same_by_both_formats(tmp_path, block, size):
+    pytest.importorskip("onnxscript")
+    backbone = timm.create_model(f"{block}_{size}", num_classes=0).eval().requires_grad_(False)
+    side = int(size.rpartition("_")[2])
+    graph = Graph(backbone, (side, side)).eval()
+    traced = trace(graph)
+    exported_program.write(traced, tmp_path / "model.pt2")
+    onnx.write(graph, traced, tmp_path / "model.onnx", {})
+    assert require_equal(graph, True, "model.pt2", exported_program.outputs(tmp_path / "model.pt2")) < 1e-4
+    assert require_equal(graph, True, "model.onnx", onnx.outputs(tmp_path / "model.onnx")) < 1e-4
+
+
+@pytest.mark.parametrize("interpolation", INTERPOLATIONS)
+@pytest.mark.parametrize("old", [(4, 3), (7, 7), (1, 2)])
+def test_positions_in_a_graph_equal_torchs_interpolation(interpolation, old):
+    positions = torch.randn(1, *old, 5)
+    for new in [old, (7, 9), (3, 20), (20, 3), (14, 14), (1, 1), (2, 5), (1, 30)]:
+        if interpolation == "bicubic_antialias" and new != old:
+            expected = F.interpolate(positions.permute(0, 3, 1, 2), size=new, mode="bicubic", antialias=True)
+            expected = expected.permute(0, 2, 3, 1)
+        else:
+            expected = resample_positions(positions, new, interpolation)
+        got = _resample_in_graph(positions, new, interpolation)
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_other_families_have_a_dynamic_size_or_a_reason_why_not():
+    vit = timm.create_model("test_vit", num_classes=0).eval()
+    graph = Graph(vit, (160, 160)).eval()
+    traced = trace(graph)
+    assert not traced.dynamic
+    assert (
+        traced.note == "its image size is fixed at 160 x 160 pixels: VisionTransformer has positions for one grid only"
+    )
+    assert graph.names == ["pooled", "patches"]
+    traced.program._guards_code = []
+    assert require_equal(graph, False, "program", traced.program.module()) < 1e-4
+    convnet = Graph(timm.create_model("test_convnext", num_classes=3).eval(), (64, 64)).eval()
+    assert convnet.names == ["pooled", "patches", "logits"]
+    pooled, patches, logits = convnet(torch.randn(2, 3, 96, 64))
+    assert pooled.shape == (2, patches.shape[1])
+    assert patches.shape[2:] == (3, 2)
+    assert logits.shape == (2, 3)
+
+
+def test_a_difference_is_named():
+    graph = Graph(network("published"), (16, 12)).eval()
+
+    def wrong(images):
+        pooled, patches, logits = graph(images)
+        return pooled, patches + (2e-3 if len(images) == 3 else 0), logits
+
+    with pytest.raises(
+        UserError, match=r"model.x does not return .*: patches differs by 0.002 at 16 x 12 .* batch of 3"
+    ):
+        require_equal(graph, False, "model.x", wrong)
+    with pytest.raises(UserError, match="patches differs by nan"):
+        require_equal(graph, False, "model.x", lambda x: [y * float("nan") if y.ndim == 4 else y for y in graph(x)])
+    with pytest.raises(UserError, match=r"pooled has shape \[1, 63\]"):
+        require_equal(graph, False, "model.x", lambda x: [y[:, 1:] for y in graph(x)])
+
+    def broken(images):
+        raise RuntimeError("no kernel")
+
+    with pytest.raises(UserError, match="does not run at 16 x 12 pixels and a batch of 1: no kernel"):
+        require_equal(graph, False, "model.x", broken)
 
 
 def test_a_saved_graph_loads_where_the_package_is_not_installed(tmp_path):
-    model, images = network("registers"), torch.randn(3, 3, 16, 12)
-    torch.export.save(exported(model), tmp_path / "model.pt2")
+    graph, images = Graph(network("registers"), (16, 12)).eval(), torch.randn(3, 3, 24, 8)
+    exported_program.write(trace(graph), tmp_path / "model.pt2")
+    with zipfile.ZipFile(tmp_path / "model.pt2") as archive:  # torch unpickles some entries, as the model card warns
+        assert any(archive.read(name)[:2] == b"PK" for name in archive.namelist())
     with torch.no_grad():
-        torch.save({"images": images, "expected": model(images)}, tmp_path / "values.pt")
+        torch.save({"images": images, "expected": graph(images)}, tmp_path / "values.pt")
     code = (
         "import sys; sys.modules['selfvil'] = None\n"
         "import torch\n"

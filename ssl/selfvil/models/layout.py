@@ -135,7 +135,8 @@ class TokenLayout(NamedTuple):
         if not columns:
             return layout
         height, width = grid
-        ids, order = (ids % width * height + ids // width).sort(dim=1)
+        row = ids // width
+        ids, order = ((ids - row * width) * height + row).sort(dim=1)  # ONNX has no remainder of a dynamic width
         transposed = cls._by_rows(ids, (width, height), keep is not None, num_extra, gap_aware, compact_conv)
         if layout.sequence_index is not None and transposed.sequence_index is not None:
             rows, num_kept = layout.sequence_index.ids, ids.shape[1]

@@ -66,8 +66,10 @@ def mlstm(
     if positions is not None:
         log_f = log_f * _gaps(positions, reverse).unsqueeze(1).to(log_f.dtype)
     if backend == "auto":
-        backend = os.environ.get(OVERRIDE) or (
-            "reference" if exporting() else choose(q.shape[2], v.shape[3], q.device, q.dtype)
+        backend = (
+            "reference"
+            if exporting()
+            else os.environ.get(OVERRIDE) or choose(q.shape[2], v.shape[3], q.device, q.dtype)
         )
         if not torch.compiler.is_compiling():  # a graph cannot contain the message
             _log_once(backend)
