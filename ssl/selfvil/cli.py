@@ -265,14 +265,17 @@ def evaluate(
         typer.Argument(metavar="NAME... SOURCE [key=value ...]", help="Evaluations (all: knn and linear); an export, "
                        "run or checkpoint folder; settings: key=value, or NAME.key=value for one of several."),
     ] = None,
-    train: Annotated[str | None, typer.Option(help="Labelled shards to fit on.")] = None,
-    test: Annotated[str | None, typer.Option(help="Labelled shards to score.")] = None,
+    train: Annotated[list[str] | None, typer.Option(help="Labelled shards to fit on; repeat for more data.")] = None,
+    test: Annotated[list[str] | None, typer.Option(help="Labelled shards to score, one for each --train.")] = None,
     baselines: Annotated[bool, typer.Option("--baselines", help="Also the untrained network and raw pixels.")] = False,
     network: Annotated[str | None, typer.Option(help="Which network of a run that has several.")] = None,
     image: Annotated[str | None, typer.Option(help="Extension of the image if samples have several.")] = None,
     workers: Annotated[int, typer.Option(min=0, help="Processes that decode images.")] = 2,
     seed: Annotated[int, typer.Option(help="Seed of the untrained network, held-out images, draws, training.")] = 0,
     precision: Annotated[Literal["fp32", "bf16"], typer.Option(help="Arithmetic of the backbone.")] = "fp32",
+    allow_shared: Annotated[
+        bool, typer.Option("--allow-shared", help="Score although some test images are in --train too.")
+    ] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the rows to this file.")] = None,
     show_help: Annotated[bool, typer.Option("--help", help="Show this message, and the settings of NAME.")] = False,
 ) -> None:  # fmt: skip
@@ -292,16 +295,23 @@ def evaluate(
             print(settings_help(name, settings_model(name)))
         return
     evaluations, source = arguments.parse(words)
-    if missing := [option for option, value in (("--train", train), ("--test", test)) if value is None]:
+    if missing := [option for option, value in (("--train", train), ("--test", test)) if not value]:
         raise UserError(f"{' and '.join(missing)} missing: {arguments.FORM}")
+    trains, tests = train or [], test or []
+    if len(trains) != len(tests):
+        raise UserError(
+            f"--train is given {len(trains)} times and --test {len(tests)} times; several data sets are pairs: "
+            f"--train A --test B --train C --test D (quote a glob, so that the shell does not expand it)"
+        )
     from selfvil.evaluate.processes import launched
 
     with launched() as processes, _results(json_file if processes.is_main else None) as keep:
-        from selfvil.evaluate.score import score
+        from selfvil.evaluate.score import Pair, score_pairs
 
-        score(
-            source, str(train), str(test), evaluations, baselines=baselines, network=network, image=image,
-            workers=workers, precision=precision, seed=seed, keep=keep, processes=processes,
+        score_pairs(
+            source, [Pair(*pair) for pair in zip(trains, tests)], evaluations, baselines=baselines, network=network,
+            image=image, workers=workers, precision=precision, seed=seed, allow_shared=allow_shared, keep=keep,
+            processes=processes,
         )  # fmt: skip
     out = getattr(evaluations.get("finetune"), "out", None)
     if out is not None and processes.is_main:
