@@ -31,6 +31,7 @@ EVALUATIONS = {
     "linear": "selfvil.evaluate.linear",
     "few_label": "selfvil.evaluate.few_label",
     "finetune": "selfvil.evaluate.finetune",
+    "robustness": "selfvil.evaluate.robustness",
 }
 
 ALL = ("knn", "linear")

@@ -1,6 +1,6 @@
 """Several networks under one protocol: their accuracy beside what they cost.
 
-    found = compare(["exported", "runs/mae", "vit_small_patch16_224"], "train.tar", "test.tar", {"knn": settings("knn")})
+    found = compare(["exported", "runs/mae", "vit_small_patch16_224"], "train.tar", "test.tar")
     draw(found, "compared.png")
 
 Each network gets the images at its own size and normalisation. All have the same training and test images, and the same
@@ -16,11 +16,18 @@ import torch
 from rich.table import Table
 
 from selfvil.errors import UserError
-from selfvil.evaluate.features import Precision
+from selfvil.evaluate.features import ALONE, Precision
+from selfvil.evaluate.processes import Processes
 from selfvil.evaluate.score import Row, as_json, score
 from selfvil.evaluate.speed import Cost, measure
 from selfvil.settings import Section
 from selfvil.weights import load_pretrained
+
+_AXES: dict[str, Callable[[Cost], float]] = {
+    "images/s": lambda cost: cost.images_per_second,
+    "parameters, millions": lambda cost: cost.parameters / 1e6,
+}
+_MARKERS = "osD^v<>P"  # networks differ by shape too, for readers who do not tell colours apart
 
 
 @dataclass(frozen=True)
@@ -54,19 +61,21 @@ def compare(
     sources: Sequence[str],
     train: str,
     test: str,
-    evaluations: Mapping[str, Section],
+    evaluations: Mapping[str, Section] | None = None,
     *,
     device: torch.device | str | None = None,
     precision: Precision = "fp32",
     keep: Callable[[list[Row]], None] | None = None,
+    processes: Processes = ALONE,
     **options: Any,
-) -> Comparison:
+) -> Comparison | None:
     """Score every source with the same evaluations, then time all of them together.
 
     Args:
         sources: exports, runs, checkpoints or names of timm models; at least two.
         train, test, evaluations, options: as for `score`.
         keep: called with all rows so far after each new one.
+        processes: which share the images; every one calls this, and the others than the main process return None.
 
     Raises UserError as `score`, or if a source is given twice. Every source is loaded once before the first is scored.
     """
@@ -84,8 +93,11 @@ def compare(
 
     for source in sources:
         rows += score(
-            source, train, test, evaluations, device=device, precision=precision, keep=keep_all, **options
+            source, train, test, evaluations, device=device, precision=precision, keep=keep_all, processes=processes,
+            **options,
         )  # fmt: skip
+    if not processes.is_main:
+        return None
     networks = {names[source]: load_pretrained(source) for source in sources}
     return Comparison(rows, names, measure(networks, device=device, precision=precision))
 
@@ -110,29 +122,29 @@ def distinct_names(sources: Sequence[str]) -> dict[str, str]:
 
 
 def as_table(found: Comparison) -> Table:
-    """One line for each network: accuracies with their 95 % intervals, speed, memory, parameters."""
-    first = found.rows[0]
-    table = Table(
-        title=f"Accuracy in percent on {first.test_images:,} test images ({first.train_images:,} to fit on); "
-        f"forward pass in batches of {next(iter(found.costs.values())).batch_size}"
-    )
-    table.add_column("network")
+    """A column for each network: accuracies with their 95 % intervals, then what a forward pass costs."""
+    first, (name, *_) = found.rows[0], found.costs
+    table = Table(title=f"Accuracy in percent: {first.train_images:,} train / {first.test_images:,} test images")
+    table.add_column("")
+    for network in found.costs:
+        table.add_column(network, justify="right", overflow="fold")
     for protocol in found.protocols:
-        table.add_column(protocol, justify="right")
-    for column in ("pixels", "images/s", "memory, MB", "parameters, M", "multiply-adds, G"):
-        table.add_column(column, justify="right")
-    best = {protocol: max(row.value for row in found.rows if row.protocol == protocol) for protocol in found.protocols}
-    for name, cost in found.costs.items():
-        cells = []
-        for protocol in found.protocols:
-            row = found.row(name, protocol)
-            text = "" if row is None else _value(row)
-            cells.append(f"[bold]{text}[/bold]" if row is not None and row.value == best[protocol] else text)
-        height, width = cost.img_size
-        table.add_row(
-            name, *cells, f"{height} x {width}", f"{cost.images_per_second:,.0f}", f"{cost.memory / 1e6:,.0f}",
-            f"{cost.parameters / 1e6:,.2f}", f"{cost.multiply_adds / 1e9:,.3g}",
-        )  # fmt: skip
+        rows = {network: found.row(network, protocol) for network in found.costs}
+        best = max(row.value for row in rows.values() if row is not None)
+        cells = {network: "" if row is None else _value(row) for network, row in rows.items()}
+        bold = {network for network, row in rows.items() if row is not None and row.value == best}
+        table.add_row(protocol, *(f"[bold]{text}[/bold]" if n in bold else text for n, text in cells.items()))
+    table.add_section()
+    batch = found.costs[name].batch_size
+    for label, of_cost in {
+        "pixels": lambda cost: "{} x {}".format(*cost.img_size),
+        f"images/s, batches of {batch}": lambda cost: f"{cost.images_per_second:,.4g}",
+        f"speed over {name}": lambda cost: f"{cost.ratio(found.costs[name]):.2f}",
+        "memory of a batch, MB": lambda cost: f"{cost.memory / 1e6:,.0f}",
+        "parameters, M": lambda cost: f"{cost.parameters / 1e6:,.2f}",
+        "multiply-adds of an image, G": lambda cost: f"{cost.multiply_adds / 1e9:,.3g}",
+    }.items():
+        table.add_row(label, *map(of_cost, found.costs.values()))
     return table
 
 
@@ -140,31 +152,36 @@ def _value(row: Row) -> str:
     if row.interval is None:
         return f"{row.value:.2f}"
     low, high = row.interval
-    return f"{row.value:.2f} ({low:.1f} to {high:.1f})"
+    return f"{row.value:.2f} ({low:.1f}–{high:.1f})"
 
 
 def draw(found: Comparison, out: Path) -> Path:
     """Write a chart: accuracy against images per second, and against parameters, a line of panels for each protocol."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-    figure = Figure(figsize=(9, 3.4 * len(found.protocols)), layout="constrained")
-    panels = figure.subplots(len(found.protocols), 2, squeeze=False, sharey="row")
-    axes = (("images/s", lambda cost: cost.images_per_second), ("parameters, millions", lambda c: c.parameters / 1e6))
-    for line, protocol in zip(panels, found.protocols):
+    protocols, axes = found.protocols, _AXES.items()
+    figure = Figure(figsize=(9, 0.6 + 2.8 * len(protocols)), layout="constrained")
+    panels = figure.subplots(len(protocols), len(axes), squeeze=False, sharey="row", sharex="col")
+    for line, protocol in zip(panels, protocols):
         for panel, (label, of_cost) in zip(line, axes):
             for index, (name, cost) in enumerate(found.costs.items()):
-                row = found.row(name, protocol)
-                if row is None:
-                    continue
-                low, high = row.interval or (row.value, row.value)
-                bars = [[max(0.0, row.value - low)], [max(0.0, high - row.value)]]
-                panel.errorbar(of_cost(cost), row.value, bars, fmt="o", color=f"C{index}", capsize=3)
-                panel.annotate(name, (of_cost(cost), row.value), xytext=(6, 4), textcoords="offset points", fontsize=8)
-            panel.set_xlabel(label)
+                if (row := found.row(name, protocol)) is not None:
+                    low, high = row.interval or (row.value, row.value)
+                    bars = [[max(0.0, row.value - low)], [max(0.0, high - row.value)]]
+                    marker = _MARKERS[index % len(_MARKERS)]
+                    panel.errorbar(of_cost(cost), row.value, bars, fmt=marker, color=f"C{index}", capsize=3, label=name)
+            values = [of_cost(cost) for cost in found.costs.values()]
             panel.set_xscale("log")
-            panel.margins(x=0.25, y=0.15)
+            panel.set_xlim(min(values) / 1.6, max(values) * 1.6)
+            panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            panel.xaxis.set_minor_locator(NullLocator())
+            panel.margins(y=0.15)
             panel.grid(True, alpha=0.3)
-        line[0].set_ylabel(f"{protocol}, {found.rows[0].measure}, %")
-    out = Path(out)
+            if protocol == protocols[-1]:
+                panel.set_xlabel(label)
+        line[0].set_ylabel(f"{protocol}, %")
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=min(4, len(found.costs)))
     figure.savefig(out, dpi=150)
     return out

@@ -142,10 +142,9 @@ def extract_all(
         batch_size = 64 if device.type == "cpu" else 256  # batches that fit into a CPU's caches are a third faster
     was_training = backbone.training
     backbone.to(device).eval()
-    autocast: Any = torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
 
     def rows(images: Tensor) -> dict[str, Tensor]:
-        with autocast:
+        with autocast(device, precision):
             return _read_out(adapt(backbone), images.to(device), readouts)
 
     view = CenterCrop(img_size, mean, std)
@@ -154,6 +153,11 @@ def extract_all(
             return named_rows(rows, shards, view, len(mean), batch_size, workers, title, processes)
     finally:
         backbone.train(was_training)
+
+
+def autocast(device: torch.device, precision: Precision) -> Any:
+    """A context in which networks compute in `precision`."""
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
 def _read_out(adapter: BackboneAdapter, images: Tensor, readouts: Sequence[str]) -> dict[str, Tensor]:

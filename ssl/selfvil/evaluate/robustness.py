@@ -8,6 +8,7 @@ images are resized, and the network's positions are resampled where it has any.
 import copy
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -18,12 +19,14 @@ from selfvil.data.views import CenterCrop
 from selfvil.errors import UserError
 from selfvil.evaluate import knn, linear
 from selfvil.evaluate.checks import check_classes
-from selfvil.evaluate.features import Features, FeatureSettings, autocast_for, named_rows
+from selfvil.evaluate.features import Features, FeatureSettings, autocast, named_rows
 from selfvil.evaluate.finetune import resize
 from selfvil.evaluate.perturbations import Perturbed
 from selfvil.evaluate.speed import Cost, measure
 from selfvil.evaluate.task import Score, Task
+from selfvil.files import require_writable
 from selfvil.models.adapter import READOUTS, adapt
+from selfvil.settings import PathText
 from selfvil.weights import Network, load_timm_model
 
 _NEIGHBOURS = 20
@@ -45,11 +48,17 @@ class Settings(FeatureSettings):
     """Names of timm models whose speed and memory are measured beside; they need no weights."""
     speed: bool = True
     """Also measure images per second and memory at each size."""
+    out: PathText | None = None
+    """PNG, SVG or PDF file for a chart of the pretrained network's accuracies."""
 
 
 def check(task: Task, settings: Settings) -> list[str]:
     """Raises UserError for labels that do not fit, or a size or a timm model that cannot be built."""
     warnings = check_classes(task.train, task.test, task.allow_shared)
+    if settings.out is not None:
+        if Path(settings.out).suffix not in (".png", ".svg", ".pdf"):
+            raise UserError(f"robustness.out = {settings.out}: name a file that ends in .png, .svg or .pdf")
+        require_writable(Path(settings.out))
     linear.require_probe_labels(torch.as_tensor(task.train.labels), None)
     if task.network is not None:
         for size in _sizes(task.network, settings):
@@ -77,14 +86,18 @@ def evaluate(task: Task, settings: Settings) -> Iterator[Score]:
         correct = _classify(task, settings, parts.train, list(tests.values()))
         costs = _costs(task, settings) if settings.speed and task.network is not None else {}
     seconds = parts.seconds + time.monotonic() - began
+    scores = {}
     for name, right, features in zip(tests, correct, tests.values()):
         figure = task.top1(f"robustness_{name}", f"{settings.classifier}, {name.replace('_', ' ')}", right, features.y)
         details = {**figure.details, **costs.get(name, {})}
-        yield Score(
+        scores[name] = Score(
             **figure._replace(details=details)._asdict(), readout=task.describe(settings.readout),
             train_images=len(parts.train), test_images=len(features), seconds=seconds,
             settings=settings.model_dump(mode="json"),
         )  # fmt: skip
+    if settings.out is not None and task.name == "pretrained":
+        draw(scores, task, settings, Path(settings.out))
+    yield from scores.values()
 
 
 # --- features of changed images --------------------------------------------------------------------------------------
@@ -120,7 +133,7 @@ def _row(task: Task, network: Network | None, settings: Settings) -> Any:
     backbone, readout = network.backbone, task.describe(settings.readout)
 
     def row(images: Tensor) -> Tensor:
-        with autocast_for(task.device, task.precision):
+        with autocast(task.device, task.precision):
             adapter = adapt(backbone)
             return READOUTS[readout](*adapter.split_tokens(adapter.forward_features(images.to(task.device)))).float()
 
@@ -213,3 +226,35 @@ def _with_ratio(mine: Cost, other: Cost) -> dict[str, Any]:
 
 def _name(size: tuple[int, int]) -> str:
     return f"{size[0]}x{size[1]}"
+
+
+# --- the chart -------------------------------------------------------------------------------------------------------
+
+
+def draw(scores: dict[str, Score], task: Task, settings: Settings, out: Path) -> None:
+    """Write a chart: accuracy against the occluded fraction, the cells that are shuffled, and the size of the images."""
+    from matplotlib.figure import Figure
+
+    own = task.normalisation.img_size
+    sizes = [] if task.network is None else sorted([own, *_sizes(task.network, settings)])
+    lines = {
+        "occluded, % of the image": [(0.0, "clean")]
+        + [(100 * fraction, f"occlusion_{round(100 * fraction)}") for fraction in sorted(settings.occlusions)],
+        "shuffled cells per side": [(1.0, "clean")] + [(float(s), f"shuffle_{s}") for s in sorted(settings.shuffles)],
+        "height of the images, pixels": [
+            (float(size[0]), "clean" if size == own else _name(size)) for size in sizes or [own]
+        ],
+    }
+    figure = Figure(figsize=(10, 3.2), layout="constrained")
+    for panel, (label, points) in zip(figure.subplots(1, 3, sharey=True), lines.items()):
+        shown = [(x, scores[name]) for x, name in points]
+        values = [score.value for _, score in shown]
+        ends = [score.interval or (score.value, score.value) for _, score in shown]
+        bars = [[max(0.0, value - low) for value, (low, _) in zip(values, ends)]]
+        bars.append([max(0.0, high - value) for value, (_, high) in zip(values, ends)])
+        panel.errorbar([x for x, _ in shown], values, bars, fmt="o-", capsize=3)
+        panel.set_xlabel(label)
+        panel.set_xticks([x for x, _ in shown])
+        panel.grid(True, alpha=0.3)
+    figure.axes[0].set_ylabel("top-1 accuracy, %")
+    figure.savefig(out, dpi=150)

@@ -7,7 +7,6 @@ all of them equally. A ratio of speeds is the median of the ratios within the ro
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from selfvil import footprint
-from selfvil.evaluate.features import Precision
+from selfvil.evaluate.features import Precision, autocast
 from selfvil.weights import Network
 
 _ROUNDS = 7
@@ -99,8 +98,7 @@ def _forward_pass(network: Network, batch_size: int, device: torch.device, preci
     backbone: Any = network.backbone.to(device).eval()
 
     def run() -> Tensor:
-        autocast: Any = torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
-        with torch.no_grad(), autocast:
+        with torch.no_grad(), autocast(device, precision):
             return backbone.forward_features(images)
 
     return run
