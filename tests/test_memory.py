@@ -4,7 +4,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import runs
 from selfvil import footprint, memory, ops
@@ -216,3 +216,15 @@ def test_the_mlstm_operator_is_counted(backend, tokens):
         size = {5: 5, 128: 64, 300: 60}[tokens]
         assert found == 6 * tokens * (size * (8 + 16) + 2 * 8 * 16)
         assert both - found == 6 * tokens * (size * (3 * 8 + 2 * 16) + 6 * 8 * 16)
+
+
+def test_multiply_adds_of_attention_are_counted():
+    """Torch counts none for its own attention on CPUs, so that a transformer would look cheaper than it is."""
+    q, k, v = (torch.randn(2, 3, count, 8, requires_grad=True) for count in (5, 7, 7))
+
+    def attention() -> Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+    pairs = 2 * 3 * 5 * 7
+    assert footprint.multiply_adds(attention) == pairs * 2 * 8
+    assert footprint.multiply_adds(lambda: attention().sum().backward()) == pairs * (2 + 5) * 8

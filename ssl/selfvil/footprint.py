@@ -150,7 +150,19 @@ def _convolution_backward_flops(dy: Shape, x: Shape, weight: Shape, *rest: Any, 
     return 2 * math.prod(x if transposed else dy) * math.prod(weight[1:]) * (mask[0] + mask[1])
 
 
+def _attention_flops(q: Shape, k: Shape, v: Shape, *_: Any, **__: Any) -> int:
+    """Scores, and sums of values, of q (B, H, N, D), k (B, H, M, D), v (B, H, M, D'). Torch has no formula for CPUs."""
+    return 2 * math.prod(q[:3]) * k[2] * (q[3] + v[3])
+
+
+def _attention_backward_flops(dh: Shape, q: Shape, k: Shape, v: Shape, *_: Any, **__: Any) -> int:
+    """Scores again, and the gradients of scores, q, k and v."""
+    return 2 * math.prod(q[:3]) * k[2] * (3 * q[3] + 2 * v[3])
+
+
 _FORMULAS = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
     torch.ops.aten.convolution_backward: _convolution_backward_flops,
     torch.ops.selfvil.mlstm: _mlstm_flops,
     torch.ops.selfvil.mlstm_backward: _mlstm_backward_flops,

@@ -350,13 +350,17 @@ def load_timm_model(name: str, *, pretrained: bool = True, **overrides: Any) -> 
         reason = " ".join(str(error).split())[:200]
         weights = " with its published weights" if pretrained else ""
         raise UserError(f"timm {timm.__version__} could not load {name}{weights}: {reason}") from None
-    return Network(backbone, _normalisation_of(backbone), 0)
+    return Network(backbone, _normalisation_of(backbone, overrides.get("in_chans", 3)), 0)
 
 
-def _normalisation_of(backbone: Any) -> Normalisation:
+def _normalisation_of(backbone: Any, channels: int = 3) -> Normalisation:
+    """timm's; for other numbers of channels than 3, its mean over the colours for each."""
     known = backbone.pretrained_cfg
+    mean, std = tuple(known["mean"]), tuple(known["std"])
+    if channels != len(mean):
+        mean, std = ((sum(values) / len(values),) * channels for values in (mean, std))
     height, width = getattr(getattr(backbone, "patch_embed", None), "img_size", None) or known["input_size"][1:]
-    return Normalisation(tuple(known["mean"]), tuple(known["std"]), (height, width))
+    return Normalisation(mean, std, (height, width))
 
 
 # --- single files ----------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from selfvil.data.index import open_shards
 from selfvil.data.pack import pack
 from selfvil.errors import UserError
 from selfvil.evaluate import EVALUATIONS, evaluation, settings
-from selfvil.evaluate.checks import check_classes
+from selfvil.evaluate.checks import check_classes, shared_images
 from selfvil.evaluate.score import score
 from selfvil.evaluate.task import Task
 from selfvil.weights import Network, Normalisation
@@ -48,7 +48,9 @@ def test_labels_of_another_order_of_classes_are_refused(colours, monkeypatch):
         with pytest.raises(UserError, match=message):
             score(colours, train, test, {name: settings(name)}, workers=0)
     pack(colours / "test", colours / "again", classes=["blue", "green", "red"], workers=1)
-    assert check_classes(open_shards(train), open_shards(colours / "again")) == []
+    (warning,) = check_classes(open_shards(train), open_shards(colours / "again"))
+    assert "no test image in" in warning
+    assert "has the label 1, which" in warning
 
 
 def test_classes_that_cannot_be_compared_are_a_warning(colours):
@@ -56,12 +58,12 @@ def test_classes_that_cannot_be_compared_are_a_warning(colours):
     lists = [part.paths[0].with_name("classes.txt") for part in (train, test)]
     for part, file in zip((train, test), lists):
         file.rename(file.with_suffix(".away"))
-        (warning,) = check_classes(train, test)
+        warning, _ = check_classes(train, test)
         assert f"no classes.txt beside {part.paths[0]}, so whether its labels mean the same" in warning
         file.with_suffix(".away").rename(file)
     for file in lists:
         file.unlink()
-    assert check_classes(train, test) == []
+    assert [text for text in check_classes(train, test) if "classes.txt" in text] == []
 
 
 def test_the_image_of_a_sample_is_chosen(tmp_path):
@@ -90,12 +92,24 @@ def test_the_same_images_in_another_order_are_refused(tmp_path):
         check_classes(train, shards(tmp_path / "part.tar", range(4)))
 
 
-def test_some_images_in_both_parts_are_counted(tmp_path):
-    train = shards(tmp_path / "train.tar", range(20))
-    (warning,) = check_classes(train, shards(tmp_path / "test.tar", range(17, 37)))
+def test_images_in_both_parts_are_refused_or_counted(tmp_path):
+    train, test = shards(tmp_path / "train.tar", range(20)), shards(tmp_path / "test.tar", range(17, 37))
+    with pytest.raises(UserError, match=r"^3 of the 20 test images in .*15 points too high.*--allow-shared"):
+        check_classes(train, test)
+    (warning,) = check_classes(train, test, allow_shared=True)
     assert warning.startswith("3 of the 20 test images in ")
     assert warning.endswith("accuracies may be up to 15 points too high")
+    assert shared_images(train, test) == 3
     assert check_classes(train, shards(tmp_path / "new.tar", range(20, 40))) == []
+    with pytest.raises(UserError, match="all 20 test images"):
+        check_classes(train, train, allow_shared=True)
+
+
+def test_classes_without_test_images_are_a_warning(tmp_path):
+    train = shards(tmp_path / "train.tar", range(20), classes=4)
+    (warning,) = check_classes(train, shards(tmp_path / "test.tar", range(20, 30)))
+    assert "has the label 2, 3, which" in warning
+    assert "2 of 4 classes" in warning
 
 
 def test_contents_depend_on_bytes_alone(tmp_path):

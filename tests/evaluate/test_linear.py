@@ -70,7 +70,7 @@ def test_accuracy_and_choice_are_those_of_scikit_learn():
     train, test = mixture(600, seed=1), mixture(400, seed=2)
     result = linear_probe(train, test, seed=3)
     x, queries = standardised(train, test)
-    fitted, held = linear._stratified_split(train.y, 0.1, seed=3)
+    fitted, held = linear.stratified_split(train.y, 0.1, seed=3)
     expected = {}
     for strength in result.held_out:
         model = sklearn_model(x[fitted], train.y[fitted], strength)
@@ -84,12 +84,12 @@ def test_accuracy_and_choice_are_those_of_scikit_learn():
 
 def test_the_held_out_part():
     y = torch.tensor([0] * 40 + [1] * 10 + [2] * 2 + [3])
-    fitted, held = linear._stratified_split(y, 0.1, seed=0)
+    fitted, held = linear.stratified_split(y, 0.1, seed=0)
     assert sorted(fitted.tolist() + held.tolist()) == list(range(53))
     assert y[held].bincount(minlength=4).tolist() == [4, 1, 1, 0]
-    assert not torch.equal(held, linear._stratified_split(y, 0.1, seed=1)[1])
-    assert linear._stratified_split(y, 0.9, seed=0)[0].tolist()  # even then each class keeps one to fit on
-    assert y[linear._stratified_split(y, 0.99, seed=0)[0]].unique().tolist() == [0, 1, 2, 3]
+    assert not torch.equal(held, linear.stratified_split(y, 0.1, seed=1)[1])
+    assert linear.stratified_split(y, 0.9, seed=0)[0].tolist()  # even then each class keeps one to fit on
+    assert y[linear.stratified_split(y, 0.99, seed=0)[0]].unique().tolist() == [0, 1, 2, 3]
 
 
 def test_results_repeat_and_do_not_depend_on_units_or_class_names():

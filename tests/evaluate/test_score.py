@@ -18,9 +18,11 @@ from selfvil.evaluate import EVALUATIONS, evaluation, settings
 from selfvil.evaluate.features import extract
 from selfvil.evaluate.knn import knn
 from selfvil.evaluate.linear import linear_probe
-from selfvil.evaluate.score import as_json, as_table, score
+from selfvil.evaluate.score import Pair, as_json, as_table, score, score_pairs
 from selfvil.export import export
+from selfvil.models.vision_lstm import VisionLSTM
 from selfvil.weights import load_pretrained
+from tars import labelled, write_tar
 
 KWARGS = {"img_size": [8, 8], "patch_size": 2, "in_chans": 1, "num_classes": 0, "embed_dim": 32, "depth": 1}
 FAST = {"workers": 0, "device": "cpu"}
@@ -61,7 +63,7 @@ def test_every_evaluation_has_the_three_names():
 
 
 def test_all_protocols_and_baselines(run, parts):
-    rows = score(run, *parts, baselines=True, seed=2, **FAST)
+    rows = score(run, *parts, chosen("knn") | chosen("linear"), baselines=True, seed=2, **FAST)
     protocols = ["k-NN, k = 10", "k-NN, k = 20", "k-NN, k = 100", "linear probe"]
     assert [(row.network, row.protocol) for row in rows] == [
         (network, protocol) for network in ("pretrained", "untrained", "raw pixels") for protocol in protocols
@@ -126,7 +128,7 @@ def test_untrained_is_a_function_of_its_seed_and_leaves_the_random_state(run, tm
 
 
 def test_mistakes_are_refused_before_features_are_computed(run, parts, tmp_path, monkeypatch):
-    monkeypatch.setattr("selfvil.evaluate.task.extract", None)  # calling it would be a TypeError
+    monkeypatch.setattr("selfvil.evaluate.task.extract_all", None)  # calling it would be a TypeError
     train, test = parts
     (tmp_path / "flat").mkdir()
     Image.new("L", (8, 8)).save(tmp_path / "flat" / "a.png")
@@ -175,12 +177,61 @@ def test_several_probes_are_averaged(run, parts):
         settings("linear", {"probe_seeds": 0})
 
 
-def test_features_are_computed_once_for_each_readout(run, parts, monkeypatch):
-    calls = []
-    monkeypatch.setattr("selfvil.evaluate.task.extract", lambda *a, **o: calls.append(o["readout"]) or extract(*a, **o))
+def test_all_features_are_computed_in_one_pass_over_the_images(run, parts, monkeypatch):
+    """Each image is read and encoded once, and every score is that of the evaluation alone."""
     evaluations = chosen("knn") | chosen("linear", readout="mean") | chosen("few_label", labels_per_class=2, draws=2)
-    score(run, *parts, evaluations, **FAST)
-    assert calls == ["first_last_mean"] * 2 + ["mean"] * 2
+    alone = [row for name in evaluations for row in score(run, *parts, {name: evaluations[name]}, **FAST)]
+    encoded, forward = [], VisionLSTM.forward_features
+    monkeypatch.setattr(
+        VisionLSTM, "forward_features", lambda self, x: encoded.append(len(x)) or forward(self, x)
+    )  # fmt: skip
+    rows = score(run, *parts, evaluations, **FAST)
+    assert sum(encoded) == 200
+    assert [(row.metric, row.value, row.interval) for row in rows] == [
+        (row.metric, row.value, row.interval) for row in alone
+    ]
+
+
+def test_several_pairs_of_shards(run, parts, tmp_path):
+    """Each row names its data, and is that of its pair alone; everything is checked before the first features."""
+    pairs = [Pair(*parts), Pair(*reversed(parts))]
+    rows = score_pairs(run, pairs, chosen("knn", k=5), **FAST)
+    alone = [score(run, *pair, chosen("knn", k=5), **FAST)[0] for pair in pairs]
+    assert [(row.train, row.test, row.value) for row in rows] == [(row.train, row.test, row.value) for row in alone]
+    assert [row.train_images for row in rows] == [120, 80]
+    out = io.StringIO()
+    Console(file=out, width=400).print(as_table(rows))
+    assert f"{parts[0]}, {parts[1]}: 120 train / 80 test images" in out.getvalue()
+    assert f"{parts[1]}, {parts[0]}: 80 train / 120 test images" in out.getvalue()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("selfvil.evaluate.task.extract_all", None)  # calling it would be a TypeError
+        with pytest.raises(UserError, match="are also training images"):
+            score_pairs(run, [Pair(*parts), Pair(parts[0], parts[0])], chosen("knn"), **FAST)
+        with pytest.raises(UserError, match="a pair of training and test shards"):
+            score_pairs(run, [], chosen("knn"), **FAST)
+
+
+def test_rows_have_intervals_and_the_accuracy_of_each_class(run, parts):
+    rows = score(run, *parts, chosen("knn", k=5) | chosen("few_label", labels_per_class=2, draws=3), **FAST)
+    for row in rows:
+        assert row.interval[0] < row.value < row.interval[1]
+        assert list(row.details["classes"]) == [str(digit) for digit in range(10)]
+        assert (row.deviation is None) == (row.metric == "knn_5")
+    out = io.StringIO()
+    Console(file=out, width=160).print(as_table(rows))
+    assert f"{rows[0].interval[0]:.1f} … {rows[0].interval[1]:.1f}" in out.getvalue()
+
+
+def test_shared_images_are_in_the_rows_if_they_are_allowed(run, tmp_path):
+    train = write_tar(tmp_path / "train.tar", labelled(20))
+    test = write_tar(tmp_path / "test.tar", labelled(20, first=15))
+    with pytest.raises(UserError, match=r"5 of the 20 test images .* up to 25 points too high.*--allow-shared"):
+        score(run, train, test, chosen("knn", k=5), **FAST)
+    (row,) = score(run, train, test, chosen("knn", k=5), allow_shared=True, **FAST)
+    assert row.shared_images == 5
+    out = io.StringIO()
+    Console(file=out, width=120).print(as_table([row]))
+    assert "5 of them in both" in out.getvalue()
 
 
 def test_wrong_settings_have_the_nearest_key():

@@ -85,10 +85,13 @@ def test_enough_for_neighbours_may_be_too_few_for_a_probe(digit_shards, tmp_path
     assert check_evaluations(recipe) == []
 
 
-def test_some_test_images_among_the_training_images_are_a_warning(digit_shards, tmp_path, caplog):
+def test_test_images_among_the_training_images_are_refused_or_a_warning(digit_shards, tmp_path, caplog):
     mixed = write_tar(tmp_path / "mixed.tar", labelled(20))
     more = write_tar(tmp_path / "more.tar", labelled(20, first=15))
     settings = [*entries(mixed, more), "budget.steps=1"]
+    with pytest.raises(UserError, match="5 of the 20 test images"):
+        pretrain(runs.small("mae", digit_shards, tmp_path / "run", *settings))
+    settings += ["eval.allow_shared=true"]
     pretrain(runs.small("mae", digit_shards, tmp_path / "run", *settings))
     assert "5 of the 20 test images" in caplog.text
     assert [record["kind"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl")] == ["train", "eval"]
@@ -97,7 +100,7 @@ def test_some_test_images_among_the_training_images_are_a_warning(digit_shards, 
 def test_an_evaluation_that_fails_is_a_warning_and_the_run_continues(digit_shards, parts, tmp_path, monkeypatch):
     """k-NN and the linear probe fail once each; later ones succeed, and the weights are those of a run without them."""
     settings = [*entries(*parts), "eval.every=4"]
-    calls, extract = [], task.extract
+    calls, extract = [], task.extract_all
 
     def sometimes(*arguments, **options):
         calls.append(1)
@@ -107,7 +110,7 @@ def test_an_evaluation_that_fails_is_a_warning_and_the_run_continues(digit_shard
             raise UserError("missing shard: eval.tar")
         return extract(*arguments, **options)
 
-    monkeypatch.setattr(task, "extract", sometimes)
+    monkeypatch.setattr(task, "extract_all", sometimes)
     whole = pretrain(runs.small("mae", digit_shards, tmp_path / "whole"))
     summary = pretrain(runs.small("mae", digit_shards, tmp_path / "run", *settings))
     assert summary.finished

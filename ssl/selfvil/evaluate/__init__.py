@@ -1,10 +1,14 @@
 """The table of evaluations: adding one is one file and one line here.
 
-The file of an evaluation defines three names:
+The file of an evaluation defines three names,
 
     class Settings(Section)                       its settings, each documented
     def check(task, settings) -> list[str]        raises UserError for what cannot be scored; returns warnings
     def evaluate(task, settings) -> Iterator[Score]
+
+and, if it uses `Task.features`, a fourth, so that one pass over the images computes what all evaluations need:
+
+    def needs(task, settings) -> list[str | None]    the readouts that it will ask `task.features` for
 
 A `task.Task` holds the network, the labelled shards and the processes. `check` runs before training or feature
 extraction, on every process. `evaluate` runs on every process too, and yields scores on the main process alone. The
@@ -12,7 +16,8 @@ training loop (`monitor.evaluations`) and the command line (`score.score`) call 
 """
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from typing import Any
 
 from pydantic import ValidationError
@@ -26,6 +31,7 @@ EVALUATIONS = {
     "linear": "selfvil.evaluate.linear",
     "few_label": "selfvil.evaluate.few_label",
     "finetune": "selfvil.evaluate.finetune",
+    "robustness": "selfvil.evaluate.robustness",
 }
 
 ALL = ("knn", "linear")
@@ -39,6 +45,25 @@ def evaluation(name: object) -> Any:
         meant = f"did you mean {found[0]}? " if found else ""
         raise UserError(f"there is no evaluation {str(name)[:60]!r} ({meant}choose one of: {', '.join(EVALUATIONS)})")
     return importlib.import_module(EVALUATIONS[name])
+
+
+def needs(name: str, task: Any, settings: Any) -> list[str | None]:
+    """The features that evaluation `name` asks `task` for, by its function `needs`; none if it has no such function.
+
+    Raises UserError for features that the network does not have.
+    """
+    own = getattr(evaluation(name), "needs", None)
+    return [] if own is None else list(own(task, settings))
+
+
+def want(task: Any, evaluations: Iterable[tuple[str, Any]]) -> None:
+    """Name to `task` the features that evaluations need, each with its settings, so that one pass computes all.
+
+    An evaluation whose features are not possible is left out: it raises its own error in its turn.
+    """
+    for name, settings in evaluations:
+        with suppress(UserError):
+            task.want(needs(name, task, settings))
 
 
 def settings_model(name: object) -> type[Section]:

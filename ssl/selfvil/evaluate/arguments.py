@@ -12,6 +12,23 @@ from selfvil.settings import Section
 _TEXTS = {"out"}  # settings whose value is text, even where it looks like a number
 
 FORM = "selfvil eval NAME... SOURCE --train SHARDS --test SHARDS [key=value ...]"
+COMPARE = "compare"
+COMPARE_FORM = "selfvil eval compare [NAME...] SOURCE SOURCE ... --train SHARDS --test SHARDS [key=value ...]"
+
+
+def parse_comparison(words: Sequence[str]) -> tuple[Any, ...]:
+    """The settings of each evaluation, and then each source, of the words after `compare`; `all` if none is named.
+
+    Raises UserError as `parse`, or for fewer than two sources.
+    """
+    named = list(words[: _count(words)]) or ["all"]
+    rest = list(words[_count(words) :])
+    count = next((i for i, word in enumerate(rest) if _is_setting(word) or word.startswith("-")), len(rest))
+    sources, given = rest[:count], rest[count:]
+    if len(sources) < 2:
+        raise UserError(f"a comparison needs at least two networks, got {len(sources)}: {COMPARE_FORM}")
+    evaluations, _ = parse([*named, sources[0], *given])
+    return evaluations, *sources
 
 
 def parse(words: Sequence[str]) -> tuple[dict[str, Section], str]:

@@ -13,16 +13,17 @@ from selfvil.errors import UserError
 from selfvil.evaluate.features import Features, names, require_labels, shared_classes
 
 
-def check_classes(train: Shards, test: Shards) -> list[str]:
+def check_classes(train: Shards, test: Shards, allow_shared: bool = False) -> list[str]:
     """Check labels, classes and contents of two parts of a data set; returns warnings, a sentence each.
 
     Raises UserError if images have no label, a label means different classes in two folders, the test images have a
-    class that training lacks, or all test images are training images.
+    class that training lacks, or test images are also training images. With `allow_shared`, the last is a warning,
+    unless all test images are.
     """
     require_labels(train)
     require_labels(test)
     class_names(train, test)
-    warnings = _compare_contents(train, test)
+    warnings = _compare_contents(train, test, allow_shared)
     named, unnamed = sorted((train, test), key=lambda part: class_names(part) is None)
     if class_names(named) and not class_names(unnamed):
         warnings.append(
@@ -30,19 +31,42 @@ def check_classes(train: Shards, test: Shards) -> list[str]:
             f"{names(named)} is not known"
         )
     shared_classes(*(Features(torch.zeros(len(part), 1), torch.as_tensor(part.labels)) for part in (train, test)))
+    trained, tested = (sorted({*np.asarray(part.labels).tolist()}) for part in (train, test))
+    if untested := [label for label in trained if label not in tested]:
+        warnings.append(
+            f"no test image in {names(test)} has the label {', '.join(map(str, untested[:5]))}"
+            f"{' ...' if len(untested) > 5 else ''}, which training images in {names(train)} have: the score is "
+            f"that of {len(tested)} of {len(trained)} classes"
+        )
     return warnings
 
 
-def _compare_contents(train: Shards, test: Shards) -> list[str]:
-    shared = int(np.isin(test.contents, train.contents).sum())
+def shared_images(train: Shards, test: Shards) -> int:
+    """The number of test images whose files are also training images, by CRC-32 and size.
+
+    Files are compared, not pixels: a copy that was encoded again is not found. Its pixels differ slightly if the format
+    is a lossy one, so a digest of pixels would not find it either; near-duplicates are found by their features.
+    """
+    return int(np.isin(test.contents, train.contents).sum())
+
+
+def _compare_contents(train: Shards, test: Shards, allowed: bool) -> list[str]:
+    shared = shared_images(train, test)
+    if not shared:
+        return []
+    found = (
+        f"{'all ' if shared == len(test) else ''}{shared:,} {'' if shared == len(test) else f'of the {len(test):,} '}"
+        f"test images in {names(test)} are also training images in {names(train)} (equal CRC-32 and size)"
+    )
     if shared == len(test):
         raise UserError(
-            f"all {shared:,} test images in {names(test)} are also training images in {names(train)} (equal CRC-32 and "
-            f"size), so a score would not measure how new images are classified: give test images that are not in train"
+            f"{found}, so a score would not measure how new images are classified: give test images that are not in "
+            f"train"
         )
-    if shared:
-        return [
-            f"{shared:,} of the {len(test):,} test images in {names(test)} are also training images in {names(train)} "
-            f"(equal CRC-32 and size): accuracies may be up to {100 * shared / len(test):.2g} points too high"
-        ]
-    return []
+    bound = f"accuracies may be up to {100 * shared / len(test):.2g} points too high"
+    if not allowed:
+        raise UserError(
+            f"{found}: {bound}. Remove them from train, or accept this with --allow-shared (allow_shared: true in a "
+            f"recipe), which writes their number into the results"
+        )
+    return [f"{found}: {bound}"]

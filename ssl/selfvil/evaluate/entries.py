@@ -40,6 +40,8 @@ class Entry(Section):
     """Optimizer steps between two scores; null scores at the end only. The end is always scored."""
     at_start: bool = False
     """Also score before the first step: what a network without training, or the one of model.start_from, is worth."""
+    allow_shared: bool = False
+    """Score although some test images are also training images; their number is a warning then, not an error."""
 
 
 class OldSection(Section):
@@ -157,10 +159,10 @@ def override(section: Any, values: Mapping[str, Any]) -> tuple[Any, dict[str, li
     for key, path in paths.items():
         if key in of_one:
             continue
-        if path[0] not in ("train", "test", "every", "at_start"):
+        if path[0] not in ("train", "test", "every", "at_start", "allow_shared"):
             raise UserError(
-                f"override {key}: write eval.NAME.KEY, or eval.train, eval.test, eval.every or eval.at_start for all "
-                f"entries"
+                f"override {key}: write eval.NAME.KEY, or eval.train, eval.test, eval.every, eval.at_start or "
+                f"eval.allow_shared for all entries"
             )
         for entry in entries:
             entry[path[0]] = values[key]

@@ -1,16 +1,20 @@
 """Features of frozen backbones: one row for each labelled image.
 
-A readout (`selfvil.models.adapter`) turns the tokens of an image into its row. Shapes: B images, N images of a data
-set, D features.
+A readout (`selfvil.models.adapter`) turns the tokens of an image into its row. All readouts that the evaluations need
+are computed in one pass over the images. Shapes: B images, N images of a data set, D features, T patches, C channels.
 """
 
 import logging
+import math
+import shutil
 import sys
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import torch
 from pydantic import AfterValidator
 from rich.progress import track
@@ -23,7 +27,8 @@ from selfvil.data.loader import ordered_batches
 from selfvil.data.views import CenterCrop
 from selfvil.errors import UserError
 from selfvil.evaluate.processes import Processes
-from selfvil.models.adapter import READOUTS, adapt
+from selfvil.models.adapter import READOUTS, BackboneAdapter, adapt
+from selfvil.models.pooling import avg
 from selfvil.settings import Section
 
 log = logging.getLogger(__name__)
@@ -31,10 +36,17 @@ log = logging.getLogger(__name__)
 Precision = Literal["fp32", "bf16"]
 ALONE = Processes()
 
+LAST_BLOCKS = "last blocks"
+"""The designed readout of each of the last `NUM_BLOCKS` blocks, first to last, and the mean of the last block's
+patches: what DINOv2's linear evaluation chooses from. For evaluations; a user's setting cannot name it."""
+TOKENS = "patch tokens"
+"""The tokens of all patches after the final norm, without prefix tokens. For evaluations, as `LAST_BLOCKS`."""
+NUM_BLOCKS = 4
+
 
 @dataclass(frozen=True)
 class Features:
-    """x: float32 (N, D), one row for each image; y: int64 (N,), its label."""
+    """x: float32 (N, D), one row for each image, or for `TOKENS` float16 (N, T, C); y: int64 (N,), its label."""
 
     x: Tensor
     y: Tensor
@@ -69,6 +81,8 @@ def choose_readout(backbone: nn.Module, readout: str | None = None) -> str:
     """
     if readout is None:
         return adapt(backbone).frozen_readout
+    if readout in (LAST_BLOCKS, TOKENS):
+        return readout
     if readout not in READOUTS:
         raise UserError(f"There is no readout {readout!r}; choose one of: {', '.join(READOUTS)}.")
     if readout not in adapt(backbone).usable_readouts():
@@ -84,18 +98,34 @@ def extract(
     backbone: nn.Module,
     shards: Shards,
     *,
+    readout: str | None = None,
+    **options: Any,
+) -> Features | None:
+    """Features of every readable image in `shards` under one readout; arguments and errors as `extract_all`."""
+    readout = choose_readout(backbone, readout)
+    found = extract_all(backbone, shards, [readout], **options)
+    return None if found is None else found[readout]
+
+
+def extract_all(
+    backbone: nn.Module,
+    shards: Shards,
+    readouts: Sequence[str],
+    *,
     img_size: int | Sequence[int],
     mean: Sequence[float],
     std: Sequence[float],
-    readout: str | None = None,
     batch_size: int | None = None,
     workers: int = 2,
     device: torch.device | str | None = None,
     precision: Precision = "fp32",
     title: str | None = None,
     processes: Processes = ALONE,
-) -> Features | None:
-    """Features of every readable image in `shards`, in their order, on the CPU of the main process; None on others.
+) -> dict[str, Features] | None:
+    """Features of every readable image in `shards` under each of several readouts, in one pass over the images.
+
+    Features are in the order of the images, on the CPU of the main process; None on others. `TOKENS` are in a temporary
+    file (`on_disk`), all else is in memory.
 
     Each image is resized and cropped at its centre to `img_size` (H, W), and normalised with mean and std per channel.
     The backbone moves to `device` (None: a GPU if there is one) and runs in evaluation mode, without gradients, in
@@ -103,26 +133,47 @@ def extract(
     elsewhere). title: shown with a progress bar on a terminal. Several processes share the batches; each batch is the
     same as with one process, so features are the same too. A collective where there are several.
 
-    Raises UserError if images have no labels, or for a readout the backbone does not have.
+    Raises UserError if images have no labels, for a readout the backbone does not have, or too little disk space.
     """
-    readout = choose_readout(backbone, readout)
+    for readout in readouts:
+        choose_readout(backbone, readout)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if batch_size is None:
         batch_size = 64 if device.type == "cpu" else 256  # batches that fit into a CPU's caches are a third faster
     was_training = backbone.training
     backbone.to(device).eval()
-    autocast: Any = torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
 
-    def row(images: Tensor) -> Tensor:
-        with autocast:
-            return adapt(backbone).read_out(images.to(device), readout)
+    def rows(images: Tensor) -> dict[str, Tensor]:
+        with autocast(device, precision):
+            return _read_out(adapt(backbone), images.to(device), readouts)
 
     view = CenterCrop(img_size, mean, std)
     try:
         with processes.same_buffers(backbone):
-            return labelled_rows(row, shards, view, len(mean), batch_size, workers, title, processes)
+            return named_rows(rows, shards, view, len(mean), batch_size, workers, title, processes)
     finally:
         backbone.train(was_training)
+
+
+def autocast(device: torch.device, precision: Precision) -> Any:
+    """A context in which networks compute in `precision`."""
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+def _read_out(adapter: BackboneAdapter, images: Tensor, readouts: Sequence[str]) -> dict[str, Tensor]:
+    """The features of images (B, channels, H, W) under each readout, from one forward pass."""
+    blocks = adapter.last_blocks(images, NUM_BLOCKS) if LAST_BLOCKS in readouts else None
+    prefix, patches = adapter.split_tokens(adapter.forward_features(images)) if blocks is None else blocks[-1]
+    found = {}
+    for readout in readouts:
+        if readout == LAST_BLOCKS:
+            own = READOUTS[adapter.default_readout]
+            found[readout] = torch.cat([*(own(*block) for block in blocks or ()), avg(patches)], dim=1)
+        elif readout == TOKENS:
+            found[readout] = patches.half()
+        else:
+            found[readout] = READOUTS[readout](prefix, patches)
+    return found
 
 
 def raw_pixels(
@@ -145,8 +196,14 @@ def raw_pixels(
     )
 
 
-def labelled_rows(
-    row: Callable[[Tensor], Tensor],
+def labelled_rows(row: Callable[[Tensor], Tensor], shards: Shards, *options: Any) -> Features | None:
+    """`row` of every readable image in `shards`: images (B, channels, H, W) to rows (B, D); else as `named_rows`."""
+    found = named_rows(lambda images: {"rows": row(images)}, shards, *options)
+    return None if found is None else found["rows"]
+
+
+def named_rows(
+    rows: Callable[[Tensor], Mapping[str, Tensor]],
     shards: Shards,
     view: CenterCrop,
     channels: int,
@@ -154,25 +211,31 @@ def labelled_rows(
     workers: int,
     title: str | None,
     processes: Processes = ALONE,
-) -> Features | None:
-    """`row` of every readable image in `shards`, in their order, on the CPU: images (B, channels, H, W) to rows (B, D).
+) -> dict[str, Features] | None:
+    """`rows` of every readable image in `shards`, in their order: images (B, channels, H, W) to named rows (B, ...).
 
-    Each process computes the rows of its part of the batches; the main process gathers them, the others return None.
-    Raises UserError if images have no labels.
+    Float16 rows are stored on disk, all others as float32 in memory. Each process computes the rows of its part of the
+    batches; the main process gathers them, the others return None. Raises UserError if images have no labels.
     """
 
     @torch.no_grad()
-    def own_part() -> tuple[Tensor, Tensor, list[BadSample]]:
+    def own_part() -> tuple[dict[str, Tensor], Tensor, list[BadSample]]:
         require_labels(shards)
         batches = ordered_batches(
             shards, view, batch_size=batch_size, workers=workers, channels=channels, rank=processes.rank,
             world_size=processes.world_size,
         )  # fmt: skip
-        xs, ys, bad = [], [], []
+        count = -(-len(shards) // batch_size)
+        first, last = (
+            count * processes.rank // processes.world_size,
+            count * (processes.rank + 1) // processes.world_size,
+        )
+        most, used = min(len(shards), last * batch_size) - first * batch_size, 0
+        xs, ys, bad = dict[str, Tensor](), [torch.zeros(0, dtype=torch.int64)], []
         for batch in track(
             batches,
             description=title or "",
-            total=-(-len(shards) // batch_size // processes.world_size),
+            total=last - first,
             console=terminal.console(stderr=True),
             transient=True,
             disable=title is None or not sys.stderr.isatty() or not processes.is_main,
@@ -180,22 +243,55 @@ def labelled_rows(
             bad += batch.bad
             replaced = {sample.position for sample in batch.bad}
             kept = torch.tensor([position not in replaced for position in batch.positions.tolist()])
-            xs.append(row(batch.views[0][kept]).float().cpu())
             ys.append(batch.labels[kept].cpu())
-        if not xs:  # more processes than batches
-            return torch.zeros(0, 0), torch.zeros(0, dtype=torch.int64), bad
-        return torch.cat(xs), torch.cat(ys), bad
+            for name, made in rows(batch.views[0][kept]).items():
+                if name not in xs:
+                    xs[name] = _allocate((most, *made.shape[1:]), made.dtype)
+                xs[name][used : used + len(made)] = made.cpu()
+            used += len(ys[-1])
+        return {name: x[:used] for name, x in xs.items()}, torch.cat(ys), bad
 
-    x, y, bad = processes.together(own_part)
+    xs, y, bad = processes.together(own_part)
     bad = [sample for part in processes.exchange(bad) for sample in part]
-    everyones_x, everyones_y = processes.gather_rows(x), processes.gather_rows(y)
-    if everyones_x is None or everyones_y is None:
+    kinds = {
+        name: kind for part in processes.exchange({n: x.dtype for n, x in xs.items()}) for name, kind in part.items()
+    }
+    everyones_y = processes.gather_rows(y)
+    everyones = {
+        name: processes.gather_rows(
+            xs.get(name, torch.zeros(0, 0, dtype=kind)), _allocate
+        )  # a process may have no batch
+        for name, kind in kinds.items()
+    }
+    if everyones_y is None:
         return None
     if bad:
         first = bad[0]
         log.warning("%d of %d images cannot be read and are left out (first: %s in %s: %s)",
                     len(bad), len(shards), first.key, first.shard, first.reason)  # fmt: skip
-    return Features(everyones_x, everyones_y)
+    return {name: Features(x, everyones_y) for name, x in everyones.items() if x is not None}
+
+
+def _allocate(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    return on_disk(shape) if dtype == torch.float16 else torch.empty(*shape, dtype=torch.float32)
+
+
+def on_disk(shape: Sequence[int]) -> Tensor:
+    """A float16 tensor in a temporary file, which is deleted with it: memory holds what is in use.
+
+    The file is in the folder for temporary files, which the environment variable TMPDIR sets. Raises UserError if there
+    is too little space.
+    """
+    size, folder = 2 * math.prod(shape), tempfile.gettempdir()
+    if size > (free := shutil.disk_usage(folder).free):
+        raise UserError(
+            f"the tokens of {shape[0]:,} images take {size / 2**30:,.1f} GiB on disk, and {folder} has "
+            f"{free / 2**30:,.1f} GiB free: set TMPDIR to a folder with more space, or use fewer images"
+        )
+    if size == 0:
+        return torch.zeros(*shape, dtype=torch.float16)
+    with tempfile.TemporaryFile() as file:
+        return torch.from_numpy(np.memmap(file, np.float16, mode="w+", shape=tuple(shape)))
 
 
 def require_labels(shards: Shards) -> None:
@@ -225,7 +321,7 @@ def shared_classes(train: Features, test: Features) -> tuple[Tensor, Tensor, Ten
     for name, features in (("training", train), ("test", test)):
         if len(features) == 0:
             raise UserError(f"There are no {name} images.")
-        if not torch.isfinite(features.x).all():
+        if not all(torch.isfinite(part).all() for part in features.x.split(4096)):
             raise UserError(f"The features of the {name} images hold NaN or infinity: the backbone is broken.")
         if int(features.y.min()) < 0:
             raise UserError(f"Some {name} images have no label.")

@@ -60,7 +60,7 @@ def check(task: Task, settings: Settings) -> list[str]:
     that cannot be written; warns of few steps."""
     if settings.out is not None:
         require_new_folder(settings.out)
-    warnings = check_classes(task.train, task.test)
+    warnings = check_classes(task.train, task.test, task.allow_shared)
     require_probe_labels(torch.as_tensor(task.train.labels), settings.labels_per_class)
     batch_size, steps = settings.length(len(_training_images(task, settings)))
     if task.network is not None:

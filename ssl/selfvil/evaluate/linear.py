@@ -1,4 +1,7 @@
-"""Linear probe: multinomial logistic regression on frozen, standardised features.
+"""Linear probe: multinomial logistic regression on frozen features, the penalty chosen on held-out training images.
+
+This is the one home of logistic regression. `c=dinov3 standardise=false` is the protocol of DINOv3's
+`eval/log_regression.py`: 45 values of scikit-learn's C, chosen on 10 % of the training images, then a fit on all.
 
     minimise over W (D, K), b (K,):   mean_n CE(x_n W + b, y_n) + strength/2 · ‖W‖²
 
@@ -10,25 +13,26 @@ component; there the optimum is zero.
 """
 
 import logging
-import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Annotated
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor
 
 from selfvil.errors import UserError
 from selfvil.evaluate.checks import check_classes
 from selfvil.evaluate.features import Features, FeatureSettings, shared_classes
+from selfvil.evaluate.intervals import percent
 from selfvil.evaluate.task import Figure, Score, Task
 
 log = logging.getLogger(__name__)
 
 STRENGTHS = tuple(10.0 ** (power / 2) for power in range(0, -11, -1))  # 1, 10^-0.5, ... 1e-5
+DINOV3_CS = tuple(10.0 ** (-6 + power / 4) for power in range(45))  # 1e-6 ... 1e5
 _TOLERANCE = 1e-5  # on the largest gradient entry, in the solver's coordinates
 _TOLERANCE_OF_CHOICE = 1e-4  # enough to rank strengths
 _MAX_STEPS = 500
@@ -36,47 +40,68 @@ _SMALL = 2**23  # entries of a matrix; below this, synchronising threads takes l
 
 
 class Settings(FeatureSettings):
-    """Accuracy of a linear probe: a logistic regression on frozen features, its strength chosen on held-out images."""
+    """Accuracy of a logistic regression on frozen features, its penalty chosen on held-out training images."""
 
     probe_seeds: int = Field(1, ge=1)
     """Number of probes, whose mean and deviation are reported: seeds seed, seed + 1, ... of the held-out images."""
     strengths: list[Annotated[float, Field(gt=0)]] = Field(list(STRENGTHS), min_length=1)
     """Strengths of the L2 penalty to choose from."""
+    c: Annotated[
+        Literal["dinov3"] | Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1)] | None,
+        BeforeValidator(lambda value: [value] if isinstance(value, int | float) else value),
+    ] = None
+    """Instead of strengths: values of scikit-learn's C = 1 / (strength · images); dinov3: its 45, 1e-6 to 1e5."""
+    standardise: bool = True
+    """Divide each feature by its standard deviation over the training images; DINOv3 does not."""
     holdout: float = Field(0.1, gt=0, lt=1)
     """Fraction of the training images of each class on which the strength is chosen."""
+
+    @model_validator(mode="after")
+    def _one_grid(self) -> "Settings":
+        if self.c is not None and "strengths" in self.model_fields_set:
+            raise ValueError("give strengths or c, not both: c = 1 / (strength · number of training images)")
+        return self
 
 
 def check(task: Task, settings: Settings) -> list[str]:
     """Raises UserError if there are fewer than two classes, or no images to hold out."""
-    warnings = check_classes(task.train, task.test)
+    warnings = check_classes(task.train, task.test, task.allow_shared)
     require_probe_labels(torch.as_tensor(task.train.labels), None)
     return warnings
 
 
+def needs(task: Task, settings: Settings) -> list[str | None]:
+    return [settings.readout]
+
+
 def evaluate(task: Task, settings: Settings) -> Iterator[Score]:
     """Top-1 accuracy, the mean over `probe_seeds`."""
+    cs = DINOV3_CS if settings.c == "dinov3" else settings.c
 
     def fit(train: Features, test: Features) -> Iterator[Figure]:
-        seeds = range(task.seed, task.seed + settings.probe_seeds)
         probes = [
-            linear_probe(train, test, strengths=settings.strengths, holdout=settings.holdout, seed=seed)
-            for seed in seeds
-        ]
-        values = [probe.accuracy for probe in probes]
-        deviation = statistics.stdev(values) if len(values) > 1 else None
-        yield Figure("linear", "linear probe", statistics.mean(values), deviation)
+            linear_probe(
+                train, test, strengths=settings.strengths, cs=cs, standardise=settings.standardise,
+                holdout=settings.holdout, seed=seed,
+            )
+            for seed in range(task.seed, task.seed + settings.probe_seeds)
+        ]  # fmt: skip
+        chosen = [{"strength": probe.strength, "c": 1 / (probe.strength * len(train))} for probe in probes]
+        correct = torch.stack([probe.correct for probe in probes])
+        yield task.top1("linear", "linear probe", correct, test.y, chosen=chosen)
 
     return task.score_features(settings.readout, fit, settings.model_dump(mode="json"))
 
 
 @dataclass(frozen=True)
 class LinearResult:
-    """accuracy: top-1 on test in percent; strength: the chosen one; held_out: percent on the held-out part, by
-    strength."""
+    """accuracy: top-1 on test in percent; strength: of the scored fit; held_out: percent on the held-out part, by
+    strength; correct: bool (N,), whether each test image is classified correctly."""
 
     accuracy: float
     strength: float
     held_out: dict[float, float]
+    correct: Tensor = field(compare=False, repr=False)
 
 
 def linear_probe(
@@ -84,37 +109,49 @@ def linear_probe(
     test: Features,
     *,
     strengths: Sequence[float] = STRENGTHS,
+    cs: Sequence[float] | None = None,
+    standardise: bool = True,
     holdout: float = 0.1,
     seed: int = 0,
 ) -> LinearResult:
     """Fit on `train`, score on `test`.
 
-    Features are standardised by the statistics of train. The chosen strength is the best on a held-out part of train
-    (drawn by `seed`, the same fraction of every class; of equals, the stronger). The scored fit is on all of train.
-    Computed in float32 on the device of `train.x`.
+    The chosen strength is the best on a held-out part of train (drawn by `seed`, the same fraction of every class; of
+    equals, the stronger). The scored fit is on all of train. Computed in float32 on the device of `train.x`.
+
+    Args:
+        cs: replaces strengths by 1 / (C · number of images of a fit), so the strength of the scored fit is a little
+            weaker than the chosen one, as in scikit-learn.
+        standardise: divide features by their standard deviation over train. The mean is always subtracted, which
+            changes no optimum, since biases have no penalty.
 
     Raises UserError for strengths or a holdout out of range, features that do not fit each other, test labels absent
     from train, fewer than two classes, or too few images to hold any out.
     """
-    if not strengths or min(strengths) <= 0 or not 0 < holdout < 1:
-        raise UserError(f"A probe needs strengths above 0 and 0 < holdout < 1, got {list(strengths)} and {holdout}.")
+    given = strengths if cs is None else cs
+    if not given or min(given) <= 0 or not 0 < holdout < 1:
+        raise UserError(f"A probe needs strengths above 0 and 0 < holdout < 1, got {list(given)} and {holdout}.")
     classes, y, truth = shared_classes(train, test)
     require_probe_labels(train.y, None)
-    x, queries = standardised(train, test)
+    x, queries = standardised(train, test) if standardise else centred(train, test)
     with threads_for(x.numel()):
         axes, spread = principal_axes(x)
         x, queries = x @ axes, queries @ axes
-        fitted, held = _stratified_split(y, holdout, seed)
+        fitted, held = stratified_split(y, holdout, seed)
         x_fitted, y_fitted, x_held, y_held = x[fitted], y[fitted], x[held], y[held]
+        if cs is not None:
+            strengths = [1 / (c * len(fitted)) for c in cs]
         start, path, held_out = None, {}, {}
         for strength in sorted(set(strengths), reverse=True):  # each fit starts from the one before
             start = solve(x_fitted, y_fitted, len(classes), strength, spread, start, _TOLERANCE_OF_CHOICE)
             path[strength], held_out[strength] = start, accuracy(start, x_held, y_held)
         best = max(held_out, key=lambda strength: (held_out[strength], strength))
-        weights = solve(x, y, len(classes), best, spread, path[best])
+        final = best if cs is None else best * len(fitted) / len(y)
+        weights = solve(x, y, len(classes), final, spread, path[best])
     if len(held_out) > 2 and best == min(held_out):
         log.warning("The linear probe chose its weakest strength, %g: a weaker one may do better.", best)
-    return LinearResult(accuracy(weights, queries, truth.to(queries.device)), best, held_out)
+    correct = is_correct(weights, queries, truth.to(queries.device)).cpu()
+    return LinearResult(percent(correct), final, held_out, correct)
 
 
 def require_probe_labels(labels: Tensor, labels_per_class: int | None) -> None:
@@ -213,11 +250,22 @@ def standardised(train: Features, test: Features) -> tuple[Tensor, Tensor]:
     return (x - mean) / std, (test.x.to(x) - mean) / std
 
 
+def centred(train: Features, test: Features) -> tuple[Tensor, Tensor]:
+    """Both, minus the mean of train."""
+    mean = train.x.float().mean(dim=0)
+    return train.x.float() - mean, test.x.to(mean) - mean
+
+
+def is_correct(weights: tuple[Tensor, Tensor], x: Tensor, y: Tensor) -> Tensor:
+    """bool (N,): whether the class of the largest score is that of y."""
+    return (x @ weights[0] + weights[1]).argmax(dim=1) == y
+
+
 def accuracy(weights: tuple[Tensor, Tensor], x: Tensor, y: Tensor) -> float:
-    return 100 * float(((x @ weights[0] + weights[1]).argmax(dim=1) == y).double().mean())
+    return percent(is_correct(weights, x, y))
 
 
-def _stratified_split(y: Tensor, holdout: float, seed: int) -> tuple[Tensor, Tensor]:
+def stratified_split(y: Tensor, holdout: float, seed: int) -> tuple[Tensor, Tensor]:
     """Rows to fit on and rows held out: of each class about the fraction `holdout`, at least one row, but never all."""
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
     held = torch.zeros(len(y), dtype=torch.bool)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -76,18 +77,21 @@ class Processes:
         distributed.all_gather_object(values, value)
         return values
 
-    def gather_rows(self, x: Tensor) -> Tensor | None:
+    def gather_rows(self, x: Tensor, allocate: Callable[..., Tensor] = torch.empty) -> Tensor | None:
         """The rows of all processes, in the order of their ranks, on the CPU of the main process; None on the others.
 
-        x: (N, ...) on the CPU; N may differ and may be 0, the other dimensions are ignored where N is 0. A collective.
+        x: (N, ...) on the CPU; N may differ and may be 0, the other dimensions are ignored where N is 0. allocate:
+        makes the tensor of all rows from its shape and dtype, in memory or on disk. A collective, chunk by chunk.
         """
         if self.world_size == 1:
             return x
         shapes = self.exchange(tuple(x.shape))
         row = next((shape[1:] for shape in shapes if shape[0]), shapes[0][1:])
         lengths, device = [shape[0] for shape in shapes], collective_device()
+        starts = [sum(lengths[:rank]) for rank in range(self.world_size)]
+        make = partial(allocate, (sum(lengths), *row), dtype=x.dtype)
+        everyones = self.together(make if self.is_main else lambda: None)
         rows = max(1, _CHUNK_ELEMENTS // max(1, torch.Size(row).numel()))
-        parts = [[torch.zeros(0, *row, dtype=x.dtype)] for _ in lengths]
         for first in range(0, max(lengths), rows):
             count = min(rows, max(lengths) - first)
             sent = torch.zeros(count, *row, dtype=x.dtype, device=device)
@@ -96,9 +100,11 @@ class Processes:
                 sent[: len(mine)] = mine.to(device)
             received = [torch.empty_like(sent) for _ in lengths] if self.is_main else None
             distributed.gather(sent, received, dst=0)
-            for part, length, chunk in zip(parts, lengths, received or ()):
-                part.append(chunk[: max(0, length - first)].cpu())
-        return torch.cat([chunk for part in parts for chunk in part]) if self.is_main else None
+            for start, length, chunk in zip(starts, lengths, received or ()):
+                part = chunk[: max(0, length - first)]
+                if everyones is not None and len(part):
+                    everyones[start + first : start + first + len(part)] = part.cpu()
+        return everyones
 
     @contextmanager
     def same_buffers(self, backbone: nn.Module) -> Iterator[None]:

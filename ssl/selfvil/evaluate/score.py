@@ -1,40 +1,64 @@
-"""Score a backbone by the evaluations of the table; features are computed once for each network and readout.
+"""Score a backbone by the evaluations of the table, all in one pass over the images of each pair of shards.
 
     rows = score("exported", "train-{000..009}.tar", "test-000.tar", baselines=True)
-    rows = score("exported", ..., {"few_label": settings("few_label", {"labels_per_class": 10})})
+    rows = score("exported", ..., {"few_label": settings("few_label", {"labels_per_class": "1%"})})
+    rows = score_pairs("exported", [Pair("a/train", "a/test"), Pair("b/train", "b/test")])
 
 Two baselines show what pretraining gained: the same architecture untrained, and the pixels themselves.
 """
 
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.table import Table
 
-from selfvil.data.index import Pattern, open_shards
+from selfvil.data.index import Pattern, Shards, open_shards
 from selfvil.errors import UserError
-from selfvil.evaluate import ALL, evaluation, settings
+from selfvil.evaluate import ALL, evaluation, needs, settings, want
+from selfvil.evaluate.checks import shared_images
 from selfvil.evaluate.features import ALONE, Precision
 from selfvil.evaluate.processes import Processes
 from selfvil.evaluate.task import Score, Task
 from selfvil.runtime import commit, device_name
 from selfvil.settings import Section
 from selfvil.version import __version__
-from selfvil.weights import load_pretrained
+from selfvil.weights import Network, load_pretrained
 
 log = logging.getLogger(__name__)
+
+PRETRAINED, UNTRAINED, RAW = "pretrained", "untrained", "raw pixels"
+
+
+class Pair(NamedTuple):
+    """Shard patterns of one data set: the images that evaluations are fitted on, and those that are scored."""
+
+    train: Pattern
+    test: Pattern
+
+    def names(self) -> tuple[str, str]:
+        """Both patterns as text, for tables."""
+        train, test = (str(each) if isinstance(each, str | os.PathLike) else " ".join(map(str, each)) for each in self)
+        return train, test
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row(Score):
-    """A score, with all that is needed to report it; samples_seen: images seen in pretraining."""
+    """A score, with all that is needed to report it.
+
+    train, test: the shard patterns. shared_images: test images that are training images too, which `allow_shared`
+    accepted. samples_seen: images seen in pretraining.
+    """
 
     network: str
+    train: str
+    test: str
+    shared_images: int
     seed: int
     source: str
     samples_seen: int
@@ -44,9 +68,15 @@ class Row(Score):
 
 
 def score(
+    source: str | Path, train: Pattern, test: Pattern, evaluations: Mapping[str, Section] | None = None, **options: Any
+) -> list[Row]:
+    """Scores on one pair of shards; arguments and errors as `score_pairs`."""
+    return score_pairs(source, [Pair(train, test)], evaluations, **options)
+
+
+def score_pairs(
     source: str | Path,
-    train: Pattern,
-    test: Pattern,
+    pairs: Sequence[Pair],
     evaluations: Mapping[str, Section] | None = None,
     *,
     baselines: bool = False,
@@ -57,20 +87,22 @@ def score(
     device: torch.device | str | None = None,
     precision: Precision = "fp32",
     seed: int = 0,
+    allow_shared: bool = False,
     keep: Callable[[list[Row]], None] | None = None,
     processes: Processes = ALONE,
 ) -> list[Row]:
-    """Scores of the backbone in `source` on labelled shards, and of the baselines if `baselines` is set.
+    """Scores of the backbone in `source` on pairs of labelled shards, and of the baselines if `baselines` is set.
 
     Args:
-        source: an export folder, a run folder or a checkpoint folder.
-        train, test: shard patterns.
-        evaluations: names of `evaluate.EVALUATIONS` and their settings; None: knn and linear with their defaults.
+        source: an export folder, a run folder, a checkpoint folder, or the name of a timm model.
+        evaluations: names of `evaluate.EVALUATIONS` and their settings; None: those of `evaluate.ALL` with their
+            defaults.
         network: which network of a run ("student", "teacher"); None takes the run's choice.
         image: extension of the image to use where samples have several, as in `open_shards`.
         batch_size: images in a forward pass of feature extraction; None: 64 on a CPU, 256 elsewhere.
         precision: float32 or bf16 autocast.
-        seed: of the untrained network, of held-out images, of draws and of fine-tuning.
+        seed: of the untrained network, of held-out images, of draws, of probes, of resamples and of fine-tuning.
+        allow_shared: score although test images are also training images, if not all are.
         keep: called with all rows so far after each new one, so that a later failure loses none.
         processes: which share the images; every one calls this, and the main process alone has rows.
 
@@ -82,57 +114,89 @@ def score(
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     load = partial(load_pretrained, source, network=network, seed=seed)
 
-    def task(name: str) -> Task:
-        create = partial(load, untrained=name == "untrained")
-        loaded = create()
-        return Task(
-            name, None if name == "raw pixels" else loaded, loaded.normalisation,
-            open_shards(train, image=image), open_shards(test, image=image), create, device=device,
-            precision=precision, batch_size=batch_size, workers=workers, seed=seed, source=str(source),
-            processes=processes,
+    def make(name: str, loaded: Network, train: Shards, test: Shards) -> Task:
+        task = Task(
+            name, None if name == RAW else loaded, loaded.normalisation, train, test,
+            partial(load, untrained=name == UNTRAINED), device=device, precision=precision, batch_size=batch_size,
+            workers=workers, seed=seed, source=str(source), processes=processes, allow_shared=allow_shared,
         )  # fmt: skip
+        want(task, chosen.items())
+        return task
 
-    def checked() -> Task:
-        first = task("pretrained")
-        warnings = [warning for name, each in chosen.items() for warning in evaluation(name).check(first, each)]
+    def checked() -> tuple[Network, list[tuple[Shards, Shards]]]:
+        if not pairs:
+            raise UserError("There are no images to score: give a pair of training and test shards.")
+        for name in chosen:
+            evaluation(name)
+        loaded = load()
+        opened = [(open_shards(pair.train, image=image), open_shards(pair.test, image=image)) for pair in pairs]
+        warnings = list[str]()
+        for train, test in opened:
+            task = make(PRETRAINED, loaded, train, test)
+            for name, each in chosen.items():
+                warnings += evaluation(name).check(task, each)
+                task.want(needs(name, task, each))
         for warning in dict.fromkeys(warnings):
             log.log(logging.WARNING if processes.is_main else logging.DEBUG, warning)
-        return first
+        return loaded, opened
 
     rows: list[Row] = []
-    subject = processes.together(checked)
-    for name in ("pretrained", "untrained", "raw pixels") if baselines else ("pretrained",):
-        if name != "pretrained":
-            subject = processes.together(partial(task, name))
-        for evaluated, each in chosen.items():
-            for found in evaluation(evaluated).evaluate(subject, each):
-                values = vars(found) | {"seconds": round(found.seconds, 1)}
-                rows.append(
-                    Row(
-                        network=name, seed=seed, source=str(source),
-                        samples_seen=subject.network.samples_seen if subject.network is not None else 0,
-                        device=device_name(device), versions={"selfvil": __version__, "torch": torch.__version__},
-                        commit=commit(), **values,
-                    )
-                )  # fmt: skip
-                if keep is not None:
-                    keep(rows)
+    pretrained, opened = processes.together(checked)
+    for pair, (train, test) in zip(pairs, opened):
+        train_name, test_name = pair.names()
+        for name in (PRETRAINED, UNTRAINED, RAW) if baselines else (PRETRAINED,):
+            loaded = processes.together(partial(load, untrained=True)) if name == UNTRAINED else pretrained
+            task = make(name, loaded, train, test)
+            for evaluated, each in chosen.items():
+                for found in evaluation(evaluated).evaluate(task, each):
+                    values = vars(found) | {"seconds": round(found.seconds, 1)}
+                    rows.append(
+                        Row(
+                            network=name, train=train_name, test=test_name, shared_images=shared_images(train, test),
+                            seed=seed, source=str(source),
+                            samples_seen=0 if task.network is None else task.network.samples_seen,
+                            device=device_name(device), versions={"selfvil": __version__, "torch": torch.__version__},
+                            commit=commit(), **values,
+                        )
+                    )  # fmt: skip
+                    if keep is not None:
+                        keep(rows)
     return rows
 
 
 def as_table(rows: Sequence[Row]) -> Table:
-    """One line for each protocol and network, to be printed by rich."""
-    first = rows[0]
-    table = Table(title=f"Top-1 accuracy in percent, {first.train_images:,} train / {first.test_images:,} test images")
+    """One line for each pair of shards, protocol and network, to be printed by rich."""
+    first, pairs = rows[0], dict.fromkeys((row.train, row.test) for row in rows)
+    measures = dict.fromkeys(row.measure for row in rows)
+    title = f"{' and '.join(measures)} in percent"
+    table = Table(title=title if len(pairs) > 1 else f"{title}, {_images(first)}")
+    if len(pairs) > 1:
+        table.add_column("images")
     for column in ("protocol", "network"):
         table.add_column(column)
-    table.add_column("accuracy", justify="right")
+    table.add_column("value", justify="right")
+    table.add_column("95 %", no_wrap=True)
     table.add_column("features")
     table.add_column("seconds", justify="right")
-    for row in sorted(rows, key=lambda row: [each.protocol for each in rows].index(row.protocol)):
-        deviation = "" if row.deviation is None else f" ± {row.deviation:.2f}"
-        table.add_row(row.protocol, row.network, f"{row.value:.2f}{deviation}", row.readout, f"{row.seconds:.1f}")
+    protocols = list(dict.fromkeys(row.protocol for row in rows))
+    for pair in pairs:
+        own = [row for row in rows if (row.train, row.test) == pair]
+        for row in sorted(own, key=lambda row: protocols.index(row.protocol)):
+            data = [f"{row.train}, {row.test}: {_images(row)}" if row is own[0] else ""] if len(pairs) > 1 else []
+            value = f"{row.value:.2f}" if row.deviation is None else f"{row.value:.2f} ± {row.deviation:.2f}"
+            value = f"{value} {row.measure}" if len(measures) > 1 else value
+            interval = "" if row.interval is None else f"{row.interval[0]:.1f} … {row.interval[1]:.1f}"
+            table.add_row(*data, row.protocol, row.network, value, interval, row.readout, f"{row.seconds:.1f}")
+        table.add_section()
+    table.caption = "95 %: bootstrap interval over test images"
+    if any(row.deviation is not None for row in rows):
+        table.caption += "; ±: deviation over draws or seeds"
     return table
+
+
+def _images(row: Row) -> str:
+    shared = f", {row.shared_images:,} of them in both" if row.shared_images else ""
+    return f"{row.train_images:,} train / {row.test_images:,} test images{shared}"
 
 
 def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:

@@ -162,6 +162,14 @@ class BackboneAdapter:
         """
         return READOUTS[readout](*self.split_tokens(self.forward_features(images)))
 
+    def last_blocks(self, images: Tensor, count: int) -> list[tuple[Tensor, Tensor]]:
+        """Prefix tokens and patches, as of `split_tokens`, after each of the last `count` blocks and the final norm.
+
+        First to last, so the last ones are those of `forward_features`; fewer where the network has fewer blocks, and
+        one for a network whose blocks give no tokens of one width. A ViL block is a pair of layers.
+        """
+        return [self.split_tokens(self.forward_features(images))]
+
     # --- image size --------------------------------------------------------------------------------------------------
 
     def enable_dynamic_img_size(self) -> None:
@@ -289,6 +297,14 @@ class TokenAdapter(BackboneAdapter):
     def token_grid(self, image_size: Sequence[int]) -> tuple[int, int]:
         height, width = image_size[-2:]
         return self.backbone.patch_embed.dynamic_feat_size((height, width))
+
+    def last_blocks(self, images: Tensor, count: int) -> list[tuple[Tensor, Tensor]]:
+        found = self.backbone.forward_intermediates(
+            images, indices=min(count, len(self.backbone.blocks)), norm=True, output_fmt="NLC",
+            intermediates_only=True, return_prefix_tokens=True,
+        )  # fmt: skip
+        pairs = (each if isinstance(each, tuple) else (each, each[:, :0]) for each in found)
+        return [(prefix, patches) for patches, prefix in pairs]
 
     def masked_features(self, images: Tensor, masked: Tensor, mask_token: Tensor) -> Tensor:
         def replace(module: nn.Module, args: Any, embedded: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import nn
 
 from selfvil.data.index import open_shards
 from selfvil.errors import UserError
-from selfvil.evaluate import evaluation
+from selfvil.evaluate import evaluation, want
 from selfvil.evaluate.entries import labels, metric_prefixes
 from selfvil.evaluate.processes import Processes
 from selfvil.evaluate.task import Task
@@ -52,8 +52,8 @@ def run_evaluations(
 ) -> dict[str, float]:
     """Scores in percent of `backbone` by the entries `due`, such as {"knn_20": 41.2}; {} on all but the main process.
 
-    Every process of the run calls this with the same `due` and weights; they share the images. Entries with the same
-    shards and readout share features.
+    Every process of the run calls this with the same `due` and weights; they share the images. The features of entries
+    with the same shards are computed in one pass over the images.
 
     Args:
         backbone: complete on each process, in evaluation mode.
@@ -62,14 +62,15 @@ def run_evaluations(
     """
     processes = Processes.current(interrupts)
     prefixes, tasks, scores = metric_prefixes(recipe.eval), dict[str, Task](), dict[str, float]()
+    shards = [str((entry.train, entry.test, entry.allow_shared)) for entry in recipe.eval]
     for index in due:
         entry = recipe.eval[index]
         with guard(f"the evaluation {prefixes[index]}{entry.name}"):
-            shards = str((entry.train, entry.test))
-            if shards not in tasks:
-                make = partial(_task, recipe, entry, backbone, device, processes)
-                tasks[shards] = processes.together(make)
-            for score in evaluation(entry.name).evaluate(tasks[shards], entry):
+            if shards[index] not in tasks:
+                task = processes.together(partial(_task, recipe, entry, backbone, device, processes))
+                tasks[shards[index]] = task
+                want(task, [(recipe.eval[i].name, recipe.eval[i]) for i in due if shards[i] == shards[index]])
+            for score in evaluation(entry.name).evaluate(tasks[shards[index]], entry):
                 scores[prefixes[index] + score.metric] = score.value
     return scores
 
@@ -106,4 +107,5 @@ def _task(recipe: Recipe, entry: Any, backbone: nn.Module | None, device: torch.
         "pretrained", None if backbone is None else Network(backbone, normalisation, 0), normalisation,
         open_shards(entry.train, image=data.image), open_shards(entry.test, image=data.image), create,
         device=device, workers=data.workers, source=recipe.run.out, processes=processes,
+        allow_shared=entry.allow_shared,
     )  # fmt: skip
