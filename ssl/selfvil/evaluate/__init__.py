@@ -29,12 +29,18 @@ from selfvil.settings import Section
 EVALUATIONS = {
     "knn": "selfvil.evaluate.knn",
     "linear": "selfvil.evaluate.linear",
+    "linear_grid": "selfvil.evaluate.linear_grid",
+    "mae_probe": "selfvil.evaluate.mae_probe",
+    "attentive": "selfvil.evaluate.attentive",
     "few_label": "selfvil.evaluate.few_label",
     "finetune": "selfvil.evaluate.finetune",
 }
 
-ALL = ("knn", "linear")
-"""What `selfvil eval all` runs: the evaluations that need no choice of settings and train no network."""
+ALL = ("knn", "linear", "linear_grid", "mae_probe")
+"""What `selfvil eval all` runs: the protocols that need one vector for each image and no choice of settings.
+
+Left out: `few_label`, which needs enough images of each class; `attentive`, which stores all tokens on disk;
+`finetune`, which trains the network."""
 
 
 def evaluation(name: object) -> Any:

@@ -172,9 +172,9 @@ def as_table(rows: Sequence[Row]) -> Table:
     table = Table(title=title if len(pairs) > 1 else f"{title}, {_images(first)}")
     if len(pairs) > 1:
         table.add_column("images")
-    for column in ("protocol", "network"):
-        table.add_column(column)
-    table.add_column("value", justify="right")
+    table.add_column("protocol", min_width=13)
+    table.add_column("network")
+    table.add_column("value", justify="right", no_wrap=len(measures) == 1)
     table.add_column("95 %", no_wrap=True)
     table.add_column("features")
     table.add_column("seconds", justify="right")
