@@ -43,10 +43,13 @@ Left out: `few_label`, which needs enough images of each class; `attentive`, whi
 `finetune`, which trains the network."""
 
 
+_OTHER_NAMES = {"logistic": "linear", "log_regression": "linear", "few_shot": "few_label", "attention": "attentive"}
+
+
 def evaluation(name: object) -> Any:
     """The module of evaluation `name`: `Settings`, `check`, `evaluate`. Raises UserError for an unknown name."""
     if not isinstance(name, str) or name not in EVALUATIONS:
-        found = near(str(name), EVALUATIONS)
+        found = near(str(name), EVALUATIONS) or [_OTHER_NAMES[key] for key in _OTHER_NAMES if key == name]
         meant = f"did you mean {found[0]}? " if found else ""
         raise UserError(f"there is no evaluation {str(name)[:60]!r} ({meant}choose one of: {', '.join(EVALUATIONS)})")
     return importlib.import_module(EVALUATIONS[name])

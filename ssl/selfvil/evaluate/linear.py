@@ -43,7 +43,7 @@ class Settings(FeatureSettings):
     """Accuracy of a logistic regression on frozen features, its penalty chosen on held-out training images."""
 
     probe_seeds: int = Field(1, ge=1)
-    """Number of probes, whose mean and deviation are reported: seeds seed, seed + 1, ... of the held-out images."""
+    """Number of probes, whose mean and deviation are reported; each holds out other images."""
     strengths: list[Annotated[float, Field(gt=0)]] = Field(list(STRENGTHS), min_length=1)
     """Strengths of the L2 penalty to choose from."""
     c: Annotated[

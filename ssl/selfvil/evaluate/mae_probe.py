@@ -45,7 +45,7 @@ class Settings(FeatureSettings):
     batch_size: int | None = Field(None, ge=2)
     """Images in a step; null: as many as give 78 steps an epoch, at least 32: 16,384 for ImageNet."""
     probe_seeds: int = Field(1, ge=1)
-    """Number of heads, whose mean and deviation are reported: seeds seed, seed + 1, ..."""
+    """Number of probes, whose mean and deviation are reported; each has other batches and initial weights."""
 
 
 def check(task: Task, settings: Settings) -> list[str]:
