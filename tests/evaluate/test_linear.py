@@ -104,7 +104,7 @@ def test_dinov3s_protocol_is_that_of_scikit_learn():
 
 def test_the_grid_is_given_once():
     assert settings("linear", {"c": "dinov3"}).c == "dinov3"
-    assert settings("linear", {"c": 3}).c == [3]
+    assert settings("linear", {"c": 3}).c == settings("linear", {"c": "3e0"}).c == [3]
     for values, message in [
         ({"c": 1, "strengths": [1]}, "give strengths or c, not both"),
         ({"c": "dinov2"}, r"linear\.c"),

@@ -174,4 +174,5 @@ def test_by_the_command_with_other_evaluations_in_the_same_pass(digit_shards, mo
 def test_wrong_settings(values, message):
     with pytest.raises(UserError, match=message):
         settings("linear_grid", values)
-    assert settings("linear_grid", {"learning_rates": 0.1}).learning_rates == [0.1]
+    for value in (0.1, "1e-1", ["1e-1"]):  # YAML takes 1e-1 for text
+        assert settings("linear_grid", {"learning_rates": value}).learning_rates == [0.1]

@@ -44,7 +44,7 @@ class Settings(Section):
 
     learning_rates: Annotated[
         list[Annotated[float, Field(gt=0, le=1e6)]],
-        BeforeValidator(lambda value: [value] if isinstance(value, int | float) else value),
+        BeforeValidator(lambda value: value if isinstance(value, list | tuple) else [value]),
         Field(min_length=1),
     ] = list(LEARNING_RATES)  # noqa: RUF012
     """Learning rates to choose from on held-out images, around the published 0.001."""

@@ -48,7 +48,7 @@ class Settings(FeatureSettings):
     """Strengths of the L2 penalty to choose from."""
     c: Annotated[
         Literal["dinov3"] | Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1)] | None,
-        BeforeValidator(lambda value: [value] if isinstance(value, int | float) else value),
+        BeforeValidator(lambda value: value if value in (None, "dinov3") or isinstance(value, list) else [value]),
     ] = None
     """Instead of strengths: values of scikit-learn's C = 1 / (strength · images); dinov3: its 45, 1e-6 to 1e5."""
     standardise: bool = True
