@@ -145,6 +145,7 @@ def score_pairs(
     pretrained, opened = processes.together(checked)
     for pair, (train, test) in zip(pairs, opened):
         train_name, test_name = pair.names()
+        shared = shared_images(train, test)
         for name in (PRETRAINED, UNTRAINED, RAW) if baselines else (PRETRAINED,):
             loaded = processes.together(partial(load, untrained=True)) if name == UNTRAINED else pretrained
             task = make(name, loaded, train, test)
@@ -153,7 +154,7 @@ def score_pairs(
                     values = vars(found) | {"seconds": round(found.seconds, 1)}
                     rows.append(
                         Row(
-                            network=name, train=train_name, test=test_name, shared_images=shared_images(train, test),
+                            network=name, train=train_name, test=test_name, shared_images=shared,
                             seed=seed, source=str(source),
                             samples_seen=0 if task.network is None else task.network.samples_seen,
                             device=device_name(device), versions={"selfvil": __version__, "torch": torch.__version__},
