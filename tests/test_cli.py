@@ -160,7 +160,7 @@ def test_rows_can_be_written_to_a_device(digit_shards, run):
 EVAL = {
     "knn RUN --labels-per-class 5": "--labels-per-class is a setting of few_label and finetune now: write "
     "labels_per_class=VALUE after the source",
-    "linear RUN --probe-seeds=3": "--probe-seeds is a setting of linear now: write probe_seeds=3",
+    "linear RUN --probe-seeds=3": "--probe-seeds is a setting of linear and mae_probe now: write probe_seeds=3",
     "finetune RUN --img-size 12": "--img-size is a setting of finetune now: write img_size=VALUE",
     "knn RUN --temprature 1": "there is no option --temprature (did you mean the setting temperature=VALUE?)",
     "knnn RUN": "there is no evaluation 'knnn' (did you mean knn? choose one of: knn, linear",
@@ -187,7 +187,7 @@ def test_settings_of_several_evaluations():
     assert list(chosen) == ["knn", "linear"]
     assert (chosen["knn"].readout, chosen["linear"].readout) == ("mean", "mean")
     assert (chosen["knn"].k, chosen["linear"].probe_seeds) == ([3, 5], 2)
-    assert list(arguments.parse(["all", "knn", "x"])[0]) == ["knn", "linear"]
+    assert list(arguments.parse(["all", "knn", "x"])[0]) == ["knn", "linear", "linear_grid", "mae_probe"]
     assert arguments.parse(["finetune", "x", "out=2026"])[0]["finetune"].out == "2026"
 
 
@@ -199,4 +199,9 @@ def test_help_lists_settings(capsys):
     assert "epochs=100" not in text
     command("eval", "--help")
     text = capsys.readouterr().out
-    assert all(f"{name}: Accuracy" in text for name in EVALUATIONS)
+    assert all(f"\n  {name:12} Accuracy" in text for name in EVALUATIONS)
+    assert "k=[10, 20, 100, 200]" not in text
+    command("eval", "linear", "linear_grid", "--help")
+    text = capsys.readouterr().out
+    assert "probe_seeds=1" in text
+    assert "batch_size=128" in text

@@ -319,8 +319,9 @@ def evaluate(
     context: typer.Context,
     words: Annotated[
         list[str] | None,
-        typer.Argument(metavar="NAME... SOURCE [key=value ...]", help="Evaluations (all: knn and linear); an export, "
-                       "run or checkpoint folder; settings: key=value, or NAME.key=value for one of several."),
+        typer.Argument(metavar="NAME... SOURCE [key=value ...]", help="Evaluations (all: knn, linear, linear_grid, "
+                       "mae_probe); an export, run or checkpoint folder, or a timm model; settings: key=value, or "
+                       "NAME.key=value for one of several."),
     ] = None,
     train: Annotated[list[str] | None, typer.Option(help="Labelled shards to fit on; repeat for more data.")] = None,
     test: Annotated[list[str] | None, typer.Option(help="Labelled shards to score, one for each --train.")] = None,
@@ -337,7 +338,9 @@ def evaluate(
     chart: Annotated[Path | None, typer.Option(help="Of a comparison: draw it to this PNG or SVG file.")] = None,
     show_help: Annotated[bool, typer.Option("--help", help="Show this message, and the settings of NAME.")] = False,
 ) -> None:  # fmt: skip
-    """Score a pretrained backbone on labelled shards; features are computed once for all evaluations.
+    """Score a pretrained backbone on labelled shards, by all named evaluations in one pass over the images.
+
+    selfvil eval knn linear EXPORT --train 'a/train-*.tar' --test 'a/test-*.tar' k=20 --json scores.json
 
     selfvil eval compare [NAME...] SOURCE SOURCE ... scores several networks and measures their speed in one table.
 
@@ -351,8 +354,10 @@ def evaluate(
         from selfvil.explain import settings_help
 
         print(context.get_help())
-        for name in arguments.names(words) or EVALUATIONS:
-            print(settings_help(name, settings_model(name)))
+        named = arguments.names(words)
+        print("\nEvaluations (selfvil eval NAME --help has the settings of NAME):" if not named else "")
+        for name in named or EVALUATIONS:
+            print(settings_help(name, settings_model(name), keys=bool(named)))
         return
     comparing = words[0] == arguments.COMPARE
     evaluations, *sources = arguments.parse_comparison(words[1:]) if comparing else arguments.parse(words)

@@ -1,6 +1,8 @@
 """`selfvil explain optim.base_lr`: a recipe key's documentation, type, limits and default."""
 
 import json
+import re
+import textwrap
 from typing import Any
 
 from pydantic import BaseModel
@@ -63,12 +65,23 @@ def _of(titles: list[str], models: dict[str, type[BaseModel]]) -> str:
     return f" ({', '.join(titles)})" if len(models) > 1 else ""
 
 
-def settings_help(name: str, model: type[BaseModel]) -> str:
-    """The settings of an evaluation, one line each, with their defaults."""
+def settings_help(name: str, model: type[BaseModel], keys: bool = True) -> str:
+    """What an evaluation measures and, if `keys`, its settings with their defaults, in lines of 100 characters."""
+    if not keys:
+        return textwrap.fill(f"  {name:12} {_sentence(model.__doc__)}", 100, subsequent_indent=" " * 15)
     lines = [f"{name}: {_sentence(model.__doc__)}"]
     for key, field in model.model_fields.items():
-        default = _value(field.get_default(call_default_factory=True))
-        lines.append(f"  {f'{key}={default}':26} {_sentence(field.description)}")
+        default = re.sub(
+            r"\d\.\d{8,}",
+            lambda number: f"{float(number[0]):.4g}",
+            _value(field.get_default(call_default_factory=True)),
+        )
+        left, text = f"{key}={default}", _sentence(field.description)
+        if len(left) > 26:
+            lines += [textwrap.fill(f"  {left}", 100, subsequent_indent=" " * 6), textwrap.indent(
+                textwrap.fill(text, 71), " " * 29)]  # fmt: skip
+        else:
+            lines.append(textwrap.fill(f"  {left:26} {text}", 100, subsequent_indent=" " * 29))
     return "\n".join(lines)
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from selfvil.data.index import open_shards
 from selfvil.errors import UserError
-from selfvil.evaluate.features import choose_readout, extract, raw_pixels
+from selfvil.evaluate.features import LAST_BLOCKS, TOKENS, choose_readout, extract, extract_all, raw_pixels
 from selfvil.models.adapter import adapt
 
 LOOK = {"img_size": 16, "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4]}
@@ -120,6 +120,29 @@ def test_other_architectures():
 
     with pytest.raises(UserError, match=r"features of shape \[2, 3\]; expected tokens"):
         adapt(Pooled()).read_out(images, "mean")
+
+
+@pytest.mark.parametrize("name", ["vil_nano_patch4_32", "vit_tiny_patch16_224"])
+def test_several_readouts_in_one_pass_are_those_of_a_pass_each(shards, name):
+    """Bit for bit, the last blocks' intermediate tokens included; tokens are float16 in a file."""
+    backbone, usual = tiny(name), choose_readout(tiny(name))
+    names = [usual, "mean", LAST_BLOCKS, TOKENS]
+    together = extract_all(backbone, shards, names, **LOOK, workers=0, device="cpu")
+    for readout in names:
+        alone = extract(backbone, shards, readout=readout, **LOOK, workers=0, device="cpu")
+        assert torch.equal(together[readout].x, alone.x)
+        assert torch.equal(together[readout].y, alone.y)
+    tokens = together[TOKENS].x
+    assert tokens.dtype == torch.float16
+    assert tokens.ndim == 3
+    assert torch.allclose(tokens.float().mean(dim=1), together["mean"].x, atol=1e-3)
+
+
+def test_a_network_without_patches_has_one_block(shards):
+    backbone = timm.create_model("resnet18", num_classes=0)
+    found = extract_all(backbone, shards, [LAST_BLOCKS, TOKENS, "mean"], **LOOK, workers=0, device="cpu")
+    assert torch.equal(found[LAST_BLOCKS].x, found["mean"].x.repeat(1, 2))
+    assert found[TOKENS].x.shape[2] == 512
 
 
 def test_raw_pixels(shards):

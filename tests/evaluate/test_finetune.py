@@ -300,7 +300,7 @@ def test_the_network_is_written_before_it_is_scored(run, parts, tmp_path, monkey
 
 
 def test_a_folder_that_cannot_be_written_is_refused_before_training(run, parts, tmp_path, monkeypatch):
-    monkeypatch.setattr("selfvil.evaluate.task.extract", None)  # calling it would be a TypeError
+    monkeypatch.setattr("selfvil.evaluate.task.extract_all", None)  # calling it would be a TypeError
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("mine")
     for out, message in ((tmp_path / "mine", "not an empty folder"),
@@ -402,7 +402,7 @@ def test_the_frozen_rows_are_the_linear_probe(run, parts):
 
 
 def test_mistakes_are_refused_before_training(run, parts, tmp_path, monkeypatch):
-    monkeypatch.setattr("selfvil.evaluate.task.extract", None)  # calling it would be a TypeError
+    monkeypatch.setattr("selfvil.evaluate.task.extract_all", None)  # calling it would be a TypeError
     train, test = parts
     image = io.BytesIO()
     Image.new("L", (8, 8)).save(image, "PNG")

@@ -3,13 +3,15 @@
 import logging
 import math
 
+import numpy as np
 import pytest
 import torch
+from sklearn.neighbors import KNeighborsClassifier
 
 from selfvil.errors import UserError
 from selfvil.evaluate import knn as module
 from selfvil.evaluate.features import Features, shared_classes
-from selfvil.evaluate.knn import knn
+from selfvil.evaluate.knn import classify, knn
 
 
 def clusters(n: int, classes: int = 4, dim: int = 6, noise: float = 1.0, seed: int = 0) -> Features:
@@ -42,6 +44,29 @@ def test_equals_the_slow_reference(monkeypatch, temperature):
     assert knn(train, test, ks, temperature) == expected
     monkeypatch.setattr(module, "_CHUNK_ELEMENTS", 7 * 150)  # seven test images at a time
     assert knn(train, test, ks, temperature) == expected
+
+
+@pytest.mark.parametrize("k", [1, 5, 20, 150])
+@pytest.mark.parametrize("temperature", [0.07, 0.5])
+def test_each_prediction_is_that_of_scikit_learn(k, temperature):
+    """The same features in float64, cosine distance, the weight exp(similarity / temperature)."""
+    train, test = clusters(300, dim=12, noise=2.0, seed=1), clusters(400, dim=12, noise=2.0, seed=2)
+    theirs = KNeighborsClassifier(
+        k, metric="cosine", algorithm="brute", weights=lambda distance: np.exp((1 - distance) / temperature)
+    ).fit(train.x.double().numpy(), train.y.numpy())
+    expected = torch.from_numpy(theirs.predict(test.x.double().numpy())) == test.y
+    assert 0.3 < expected.double().mean() < 0.95
+    assert torch.equal(classify(train, test, [k], temperature)[k], expected)
+
+
+def test_of_equal_votes_the_smallest_label_wins():
+    """As in scikit-learn: two neighbours at the same distance, one of each class, in either order."""
+    x, query = torch.tensor([[1.0, 1.0], [1.0, -1.0]]), torch.tensor([[1.0, 0.0]])
+    for labels in ([3, 5], [5, 3]):
+        train = Features(x, torch.tensor(labels))
+        theirs = KNeighborsClassifier(2, metric="cosine", algorithm="brute").fit(x.numpy(), labels)
+        assert theirs.predict(query.numpy()).tolist() == [3]
+        assert classify(train, Features(query, torch.tensor([3])), [2])[2].tolist() == [True]
 
 
 def test_the_order_of_rows_their_lengths_and_the_names_of_classes_do_not_matter():

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 
 from selfvil.errors import UserError
-from selfvil.evaluate import linear
+from selfvil.evaluate import few_label, linear, settings
 from selfvil.evaluate.features import Features
 from selfvil.evaluate.few_label import few_label_probe
 from selfvil.evaluate.linear import linear_probe
@@ -80,6 +80,64 @@ def test_accuracy_and_choice_are_those_of_scikit_learn():
     model = sklearn_model(x, train.y, result.strength)
     assert result.accuracy == pytest.approx(100 * model.score(queries, test.y.numpy()), abs=0.3)
     assert 50 < result.accuracy < 98  # the task is neither trivial nor impossible
+
+
+def test_dinov3s_protocol_is_that_of_scikit_learn():
+    """Values of C, features as they are, chosen on held-out images, the final fit with the same C on all images."""
+    train, test = mixture(600, seed=1), mixture(1000, seed=2)
+    cs = linear.DINOV3_CS[12:33:4]
+    result = linear_probe(train, test, cs=cs, standardise=False, seed=3)
+    fitted, held = linear.stratified_split(train.y, 0.1, seed=3)
+    x, queries = train.x.double().numpy(), test.x.double().numpy()
+    held_out = {}
+    for c in cs:
+        model = LogisticRegression(C=c, tol=1e-10, max_iter=20000).fit(x[fitted], train.y[fitted].numpy())
+        held_out[c] = 100 * model.score(x[held], train.y[held].numpy())
+    assert list(result.held_out.values()) == pytest.approx(list(held_out.values()))
+    best = max(held_out, key=lambda c: (round(held_out[c], 6), -c))
+    assert result.strength == pytest.approx(1 / (best * 600))
+    model = LogisticRegression(C=best, tol=1e-10, max_iter=20000).fit(x, train.y.numpy())
+    assert result.accuracy == pytest.approx(100 * model.score(queries, test.y.numpy()), abs=0.1)
+    assert len(linear.DINOV3_CS) == 45
+    assert (linear.DINOV3_CS[0], linear.DINOV3_CS[-1]) == pytest.approx((1e-6, 1e5))
+
+
+def test_the_grid_is_given_once():
+    assert settings("linear", {"c": "dinov3"}).c == "dinov3"
+    assert settings("linear", {"c": 3}).c == settings("linear", {"c": "3e0"}).c == [3]
+    for values, message in [
+        ({"c": 1, "strengths": [1]}, "give strengths or c, not both"),
+        ({"c": "dinov2"}, r"linear\.c"),
+        ({"c": [0]}, r"linear\.c"),
+        ({"c": []}, r"linear\.c"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            settings("linear", values)
+
+
+def test_shares_of_the_labels():
+    """1 % of each class, rounded, but at least one image; all labels are the whole fit."""
+    train, test = mixture(400, seed=1), mixture(300, seed=2)
+    counts = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(few_label, "solve", lambda x, y, *rest: counts.append(y.bincount().tolist()) or linear.solve(
+            x, y, *rest))  # fmt: skip
+        for share in ("1%", "2.6%", "10%", "0.01%"):
+            assert few_label.few_label_draws(train, test, share, draws=2).shape == (2, 300)
+    assert counts == [[1] * 4] * 2 + [[3] * 4] * 2 + [[10] * 4] * 2 + [[1] * 4] * 2
+    draws = few_label.few_label_draws(train, test, "100%", draws=2, strength=1e-2)
+    assert torch.equal(draws[0], draws[1])
+    assert torch.equal(
+        few_label.few_label_draws(train, test, "5%", draws=3), few_label.few_label_draws(train, test, 5, draws=3)
+    )
+
+
+@pytest.mark.parametrize("value", [0, -1, "0%", "101%", "1", "x%", "%", True, 1.5, [], ["1%", 0]])
+def test_wrong_numbers_of_labels(value):
+    with pytest.raises(UserError, match="labels_per_class"):
+        settings("few_label", {"labels_per_class": value})
+    assert settings("few_label", {"labels_per_class": "1%"}).labels_per_class == ["1%"]
+    assert settings("few_label", {"labels_per_class": ["1%", 5]}).labels_per_class == ["1%", 5]
 
 
 def test_the_held_out_part():
@@ -163,6 +221,7 @@ def test_few_labels_with_all_of_them_is_the_whole_fit():
         (lambda train, test: linear_probe(train, test, holdout=1.0), "holdout < 1"),
         (lambda train, test: few_label_probe(train, test, 14), "12 training images, fewer than the 14"),
         (lambda train, test: few_label_probe(train, test, draws=0), "must be above 0"),
+        (lambda train, test: few_label_probe(train, test, "0%"), "neither a number of labels"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_probed(change, message):

@@ -28,11 +28,12 @@ def test_two_processes_give_the_scores_of_one(digit_shards, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("k-NN, k = 10 ") == 3  # one table, of three networks
 
-    chosen = {"knn": settings("knn"), "few_label": settings("few_label", {"draws": 2})}
+    two = {name: settings(name, {"epochs": 2}) for name in ("linear_grid", "mae_probe", "attentive")}
+    chosen = {"knn": settings("knn"), "few_label": settings("few_label", {"draws": 2})} | two
     rows = score(run, *parts, chosen, baselines=True, workers=0, device="cpu")
     found = json.loads((tmp_path / "command.json").read_text())
-    assert [(row["network"], row["protocol"], row["value"]) for row in found] == [
-        (row.network, row.protocol, row.value) for row in rows
+    assert [(row["network"], row["protocol"], row["value"], tuple(row["interval"])) for row in found] == [
+        (row.network, row.protocol, row.value, row.interval) for row in rows
     ]
     logged = json.loads((tmp_path / "loop.json").read_text())
     assert logged["1/knn_10"] == rows[0].value

@@ -201,8 +201,9 @@ def test_several_pairs_of_shards(run, parts, tmp_path):
     assert [row.train_images for row in rows] == [120, 80]
     out = io.StringIO()
     Console(file=out, width=400).print(as_table(rows))
-    assert f"{parts[0]}, {parts[1]}: 120 train / 80 test images" in out.getvalue()
-    assert f"{parts[1]}, {parts[0]}: 80 train / 120 test images" in out.getvalue()
+    titles = " ".join(out.getvalue().split())
+    assert f"train {parts[0]}, test {parts[1]}: top-1 in percent, 120 train / 80 test images" in titles
+    assert f"train {parts[1]}, test {parts[0]}: top-1 in percent, 80 train / 120 test images" in titles
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("selfvil.evaluate.task.extract_all", None)  # calling it would be a TypeError
         with pytest.raises(UserError, match="are also training images"):

@@ -103,4 +103,7 @@ if __name__ == "__main__":
         if processes.is_main:
             Path(out, "loop.json").write_text(json.dumps(scores))
         words = ["--train", train, "--test", test, "--workers", "0", "--baselines", "--json", f"{out}/command.json"]
-        main(["eval", "knn", "few_label", run, *words, "draws=2"])  # exits with its status
+        words += ["draws=2", "epochs=2"]
+        main(
+            ["eval", "knn", "few_label", "linear_grid", "mae_probe", "attentive", run, *words]
+        )  # exits with its status

@@ -29,19 +29,28 @@ from selfvil.settings import Section
 EVALUATIONS = {
     "knn": "selfvil.evaluate.knn",
     "linear": "selfvil.evaluate.linear",
+    "linear_grid": "selfvil.evaluate.linear_grid",
+    "mae_probe": "selfvil.evaluate.mae_probe",
+    "attentive": "selfvil.evaluate.attentive",
     "few_label": "selfvil.evaluate.few_label",
     "finetune": "selfvil.evaluate.finetune",
     "robustness": "selfvil.evaluate.robustness",
 }
 
-ALL = ("knn", "linear")
-"""What `selfvil eval all` runs: the evaluations that need no choice of settings and train no network."""
+ALL = ("knn", "linear", "linear_grid", "mae_probe")
+"""What `selfvil eval all` runs: the protocols that need one vector for each image and no choice of settings.
+
+Left out: `few_label`, which needs enough images of each class; `attentive`, which stores all tokens on disk;
+`finetune`, which trains the network."""
+
+
+_OTHER_NAMES = {"logistic": "linear", "log_regression": "linear", "few_shot": "few_label", "attention": "attentive"}
 
 
 def evaluation(name: object) -> Any:
     """The module of evaluation `name`: `Settings`, `check`, `evaluate`. Raises UserError for an unknown name."""
     if not isinstance(name, str) or name not in EVALUATIONS:
-        found = near(str(name), EVALUATIONS)
+        found = near(str(name), EVALUATIONS) or [_OTHER_NAMES[key] for key in _OTHER_NAMES if key == name]
         meant = f"did you mean {found[0]}? " if found else ""
         raise UserError(f"there is no evaluation {str(name)[:60]!r} ({meant}choose one of: {', '.join(EVALUATIONS)})")
     return importlib.import_module(EVALUATIONS[name])

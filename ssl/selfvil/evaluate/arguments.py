@@ -45,7 +45,7 @@ def parse(words: Sequence[str]) -> tuple[dict[str, Section], str]:
         evaluation(words[0] if words else "")
     rest = list(words[_count(words) :])
     if not rest or _is_setting(rest[0]):
-        raise UserError(f"SOURCE is missing, an export, run or checkpoint folder: {FORM}")
+        raise UserError(f"SOURCE is missing, an export, run or checkpoint folder or a timm model: {FORM}")
     values: dict[str, dict[str, Any]] = {name: {} for name in chosen}
     for word in rest[1:]:
         key, equals, text = word.partition("=")

@@ -6,6 +6,7 @@ are computed in one pass over the images. Shapes: B images, N images of a data s
 
 import logging
 import math
+import os
 import shutil
 import sys
 import tempfile
@@ -282,16 +283,24 @@ def on_disk(shape: Sequence[int]) -> Tensor:
     The file is in the folder for temporary files, which the environment variable TMPDIR sets. Raises UserError if there
     is too little space.
     """
+    require_disk(shape)
+    if math.prod(shape) == 0:
+        return torch.zeros(*shape, dtype=torch.float16)
+    with tempfile.TemporaryFile() as file:
+        os.posix_fallocate(
+            file.fileno(), 0, 2 * math.prod(shape)
+        )  # a file with holes would end in SIGBUS on a full disk
+        return torch.from_numpy(np.memmap(file, np.float16, mode="w+", shape=tuple(shape)))
+
+
+def require_disk(shape: Sequence[int]) -> None:
+    """Raises UserError if the folder for temporary files has too little space for a float16 tensor."""
     size, folder = 2 * math.prod(shape), tempfile.gettempdir()
     if size > (free := shutil.disk_usage(folder).free):
         raise UserError(
             f"the tokens of {shape[0]:,} images take {size / 2**30:,.1f} GiB on disk, and {folder} has "
             f"{free / 2**30:,.1f} GiB free: set TMPDIR to a folder with more space, or use fewer images"
         )
-    if size == 0:
-        return torch.zeros(*shape, dtype=torch.float16)
-    with tempfile.TemporaryFile() as file:
-        return torch.from_numpy(np.memmap(file, np.float16, mode="w+", shape=tuple(shape)))
 
 
 def require_labels(shards: Shards) -> None:

@@ -43,12 +43,12 @@ class Settings(FeatureSettings):
     """Accuracy of a logistic regression on frozen features, its penalty chosen on held-out training images."""
 
     probe_seeds: int = Field(1, ge=1)
-    """Number of probes, whose mean and deviation are reported: seeds seed, seed + 1, ... of the held-out images."""
+    """Number of probes, whose mean and deviation are reported; each holds out other images."""
     strengths: list[Annotated[float, Field(gt=0)]] = Field(list(STRENGTHS), min_length=1)
     """Strengths of the L2 penalty to choose from."""
     c: Annotated[
         Literal["dinov3"] | Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1)] | None,
-        BeforeValidator(lambda value: [value] if isinstance(value, int | float) else value),
+        BeforeValidator(lambda value: value if value in (None, "dinov3") or isinstance(value, list) else [value]),
     ] = None
     """Instead of strengths: values of scikit-learn's C = 1 / (strength · images); dinov3: its 45, 1e-6 to 1e5."""
     standardise: bool = True

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from rich.console import Group
 from rich.table import Table
 
 from selfvil.data.index import Pattern, Shards, open_shards
@@ -144,6 +145,7 @@ def score_pairs(
     pretrained, opened = processes.together(checked)
     for pair, (train, test) in zip(pairs, opened):
         train_name, test_name = pair.names()
+        shared = shared_images(train, test)
         for name in (PRETRAINED, UNTRAINED, RAW) if baselines else (PRETRAINED,):
             loaded = processes.together(partial(load, untrained=True)) if name == UNTRAINED else pretrained
             task = make(name, loaded, train, test)
@@ -152,7 +154,7 @@ def score_pairs(
                     values = vars(found) | {"seconds": round(found.seconds, 1)}
                     rows.append(
                         Row(
-                            network=name, train=train_name, test=test_name, shared_images=shared_images(train, test),
+                            network=name, train=train_name, test=test_name, shared_images=shared,
                             seed=seed, source=str(source),
                             samples_seen=0 if task.network is None else task.network.samples_seen,
                             device=device_name(device), versions={"selfvil": __version__, "torch": torch.__version__},
@@ -164,33 +166,33 @@ def score_pairs(
     return rows
 
 
-def as_table(rows: Sequence[Row]) -> Table:
-    """One line for each pair of shards, protocol and network, to be printed by rich."""
-    first, pairs = rows[0], dict.fromkeys((row.train, row.test) for row in rows)
+def as_table(rows: Sequence[Row]) -> Group:
+    """A table for each pair of shards, with a line for each protocol and network, to be printed by rich."""
+    pairs = list(dict.fromkeys((row.train, row.test) for row in rows))
+    parts = [[row for row in rows if (row.train, row.test) == pair] for pair in pairs]
+    titles = [f"train {train}, test {test}: " if len(pairs) > 1 else "" for train, test in pairs]
+    return Group(*(_table(part, title) for part, title in zip(parts, titles)))
+
+
+def _table(rows: Sequence[Row], title: str) -> Table:
     measures = dict.fromkeys(row.measure for row in rows)
-    title = f"{' and '.join(measures)} in percent"
-    table = Table(title=title if len(pairs) > 1 else f"{title}, {_images(first)}")
-    if len(pairs) > 1:
-        table.add_column("images")
-    for column in ("protocol", "network"):
-        table.add_column(column)
-    table.add_column("value", justify="right")
+    table = Table(title=f"{title}{' and '.join(measures)} in percent, {_images(rows[0])}")
+    table.add_column("protocol", min_width=13)
+    table.add_column("network")
+    table.add_column("value", justify="right", no_wrap=len(measures) == 1)
     table.add_column("95 %", no_wrap=True)
     table.add_column("features")
     table.add_column("seconds", justify="right")
     protocols = list(dict.fromkeys(row.protocol for row in rows))
-    for pair in pairs:
-        own = [row for row in rows if (row.train, row.test) == pair]
-        for row in sorted(own, key=lambda row: protocols.index(row.protocol)):
-            data = [f"{row.train}, {row.test}: {_images(row)}" if row is own[0] else ""] if len(pairs) > 1 else []
-            value = f"{row.value:.2f}" if row.deviation is None else f"{row.value:.2f} ± {row.deviation:.2f}"
-            value = f"{value} {row.measure}" if len(measures) > 1 else value
-            interval = "" if row.interval is None else f"{row.interval[0]:.1f} … {row.interval[1]:.1f}"
-            table.add_row(*data, row.protocol, row.network, value, interval, row.readout, f"{row.seconds:.1f}")
-        table.add_section()
-    table.caption = "95 %: bootstrap interval over test images"
-    if any(row.deviation is not None for row in rows):
-        table.caption += "; ±: deviation over draws or seeds"
+    for row in sorted(rows, key=lambda row: protocols.index(row.protocol)):
+        value = f"{row.value:.2f}" if row.deviation is None else f"{row.value:.2f} ± {row.deviation:.2f}"
+        value = f"{value} {row.measure}" if len(measures) > 1 else value
+        interval = "" if row.interval is None else f"{row.interval[0]:.1f} … {row.interval[1]:.1f}"
+        table.add_row(row.protocol, row.network, value, interval, row.readout, f"{row.seconds:.1f}")
+    if any(row.interval is not None for row in rows):
+        table.caption = "95 %: bootstrap interval over test images"
+        if any(row.deviation is not None for row in rows):
+            table.caption += "; ±: deviation over draws or seeds"
     return table
 
 
