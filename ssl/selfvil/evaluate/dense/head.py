@@ -11,6 +11,8 @@ Shapes: T tokens, D features, K classes, h and w the grid of an image of H × W 
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -140,7 +142,7 @@ def train_head(
     for start in show(iter(starts), len(starts)):
         group = crops[start : start + batch]
         own = len(group[rank::world])
-        tokens, labels = processes.together(lambda own=own: _tokens(features, [next(loaded) for _ in range(own)]))
+        tokens, labels = processes.together(partial(_tokens, features, loaded, own))
         if world > 1:
             gathered = processes.gather_rows(tokens.cpu()), processes.gather_rows(labels)
         else:
@@ -232,8 +234,9 @@ def _load(
     return ahead(decode, files())
 
 
-def _tokens(features: PatchFeatures, loaded: list[tuple[Tensor, np.ndarray]]) -> tuple[Tensor, Tensor]:
-    """Tokens (T, D) of all crops, and the ids of their pixels (sum H W, 1); crops of equal size in one pass."""
+def _tokens(features: PatchFeatures, crops: Iterator[tuple[Tensor, np.ndarray]], count: int) -> tuple[Tensor, Tensor]:
+    """Tokens (T, D) of the next crops, and the ids of their pixels (sum H W, 1); crops of equal size in one pass."""
+    loaded = list(islice(crops, count))
     if not loaded:
         return torch.zeros(0, 0), torch.zeros(0, 0, dtype=torch.uint8)
     found: dict[int, Tensor] = {}

@@ -68,10 +68,12 @@ class PatchFeatures:
             scale *= self.short_side / min(height, width)
         return tuple(max(1, round(side * scale / cell)) * cell for side, cell in zip((height, width), self.cell))  # type: ignore[return-value]
 
-    def prepare(self, image: Image.Image, size: tuple[int, int], box: Sequence[float] | None = None) -> Tensor:
+    def prepare(
+        self, image: Image.Image, size: tuple[int, int], box: tuple[float, float, float, float] | None = None
+    ) -> Tensor:
         """An image, or the `box` (left, top, right, bottom) of it, as a normalised tensor (C, *size), bicubic."""
         if box is not None or image.size != size[::-1]:
-            image = image.resize(size[::-1], Image.Resampling.BICUBIC, box=None if box is None else tuple(box))
+            image = image.resize(size[::-1], Image.Resampling.BICUBIC, box=box)
         pixels = np.asarray(image, np.float32)
         x = torch.from_numpy(pixels[:, :, None] if pixels.ndim == 2 else pixels).permute(2, 0, 1) / 255
         if self.backbone is None:
@@ -127,8 +129,8 @@ class PatchFeatures:
         return out
 
     def _raw(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
-        side = [min(_RAW_SIDE, cell) for cell in self.cell]
-        small = F.adaptive_avg_pool2d(images, [count * each for count, each in zip(grid, side)])
+        side = min(_RAW_SIDE, self.cell[0]), min(_RAW_SIDE, self.cell[1])
+        small = F.adaptive_avg_pool2d(images, (grid[0] * side[0], grid[1] * side[1]))
         # (B, C, h, i, w, j) -> (B, C i j, h, w)
         cells = small.unflatten(3, (grid[1], side[1])).unflatten(2, (grid[0], side[0]))
         return cells.permute(0, 1, 3, 5, 2, 4).flatten(1, 3)
