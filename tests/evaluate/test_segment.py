@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import zlib
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,8 @@ from selfvil.evaluate import segment, settings
 from selfvil.evaluate.dense.masks import open_masked
 from selfvil.evaluate.score import score
 from selfvil.evaluate.task import Task
+from selfvil.monitor.evaluations import check_evaluations, run_evaluations
+from selfvil.recipe import load
 from selfvil.weights import Network, Normalisation
 
 SHORT = {"iterations": 30, "batch_size": 4, "max_patches": 600, "crop_size": 16, "lr": 0.05, "bootstrap": 100}
@@ -171,6 +174,19 @@ def test_baselines_and_a_run_are_scored_by_the_command(parts, tmp_path):
         for network in ("pretrained", "untrained", "raw pixels")
         for name in ("knn", "logistic", "linear")
     ]
+
+
+def test_it_is_an_entry_of_a_recipe(parts, tmp_path):
+    """During a run the same network has the same scores, under the names of metrics."""
+    values = {"train": parts[0], "test": parts[1]} | SHORT
+    words = [f"eval.segment.{key}={value}" for key, value in values.items()]
+    model = [f"model.{key}={value}" for key, value in MODEL.items() if key != "num_classes"]
+    recipe = load("photos_laptop", [*words, *model, "model.name=vil_nano_patch4_32", "data.workers=0"])
+    assert check_evaluations(recipe) == []
+    backbone = timm.create_model(recipe.model.name, **recipe.model.create_kwargs()).eval()
+    found = run_evaluations(recipe, [0], backbone, torch.device("cpu"), guard=lambda what: nullcontext())
+    assert list(found) == ["segment_knn", "segment_logistic", "segment_linear"]
+    assert all(0 <= value <= 100 for value in found.values())
 
 
 @pytest.mark.timeout(200)
