@@ -1,0 +1,1 @@
+"""Semantic segmentation by frozen patch features: the parts of the evaluation `segment`."""
