@@ -38,7 +38,7 @@ EVALUATIONS = {
     "robustness": "selfvil.evaluate.robustness",
 }
 
-ALL = ("knn", "linear", "linear_grid", "mae_probe")
+ALL = ("knn", "linear")
 """What `selfvil eval all` runs: the protocols that need one vector for each image and no choice of settings.
 
 Left out: `few_label`, which needs enough images of each class; `attentive`, which stores all tokens on disk;

@@ -232,7 +232,7 @@ def _name(size: tuple[int, int]) -> str:
 
 
 def draw(scores: dict[str, Score], task: Task, settings: Settings, out: Path) -> None:
-    """Write a chart: accuracy against the occluded fraction, the number of shuffled cells, and the size of the images."""
+    """Write a chart: accuracy against the occluded fraction, the shuffled cells, and the size of the images."""
     from matplotlib.figure import Figure
 
     own = task.normalisation.img_size
