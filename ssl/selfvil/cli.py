@@ -319,8 +319,7 @@ def evaluate(
     context: typer.Context,
     words: Annotated[
         list[str] | None,
-        typer.Argument(metavar="NAME... SOURCE [key=value ...]", help="Evaluations (all: knn, linear, linear_grid, "
-                       "mae_probe); an export, run or checkpoint folder, or a timm model; settings: key=value, or "
+        typer.Argument(metavar="NAME... SOURCE [key=value ...]", help="Evaluations (all: knn and linear); an export, run or checkpoint folder, or a timm model; settings: key=value, or "
                        "NAME.key=value for one of several."),
     ] = None,
     train: Annotated[list[str] | None, typer.Option(help="Labelled shards to fit on; repeat for more data.")] = None,

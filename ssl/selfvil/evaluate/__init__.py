@@ -39,11 +39,8 @@ EVALUATIONS = {
 }
 
 ALL = ("knn", "linear")
-"""What `selfvil eval all` runs: the protocols that need one vector for each image and no choice of settings.
-
-Left out: `few_label`, which needs enough images of each class; `attentive`, which stores all tokens on disk;
-`finetune`, which trains the network."""
-
+"""What `selfvil eval all` runs: the protocols that need one vector for each image, no choice of settings, and little
+time."""
 
 _OTHER_NAMES = {"logistic": "linear", "log_regression": "linear", "few_shot": "few_label", "attention": "attentive"}
 
