@@ -319,8 +319,8 @@ def evaluate(
     context: typer.Context,
     words: Annotated[
         list[str] | None,
-        typer.Argument(metavar="NAME... SOURCE [key=value ...]", help="Evaluations (all: knn and linear); an export, run or checkpoint folder, or a timm model; settings: key=value, or "
-                       "NAME.key=value for one of several."),
+        typer.Argument(metavar="NAME... SOURCE [key=value ...]", help="Evaluations (all: knn and linear); an export, run or checkpoint folder, or a timm model; "
+                       "settings: key=value, or NAME.key=value for one of several."),
     ] = None,
     train: Annotated[list[str] | None, typer.Option(help="Labelled shards to fit on; repeat for more data.")] = None,
     test: Annotated[list[str] | None, typer.Option(help="Labelled shards to score, one for each --train.")] = None,
