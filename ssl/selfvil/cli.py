@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         app(args=None if argv is None else list(argv), prog_name="selfvil")
     except UserError as error:
         print(f"selfvil: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(error.exit_status)
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -299,9 +299,15 @@ def evaluate(
     with launched() as processes, _results(json_file if processes.is_main else None) as keep:
         from selfvil.evaluate.score import score
 
+        trainer = None
+        if "finetune" in evaluations:
+            from selfvil.trainer import Trainer
+
+            trainer = Trainer()
         score(
             source, str(train), str(test), evaluations, baselines=baselines, network=network, image=image,
             workers=workers, precision=precision, seed=seed, keep=keep, processes=processes,
+            trainer=trainer,
         )  # fmt: skip
     out = getattr(evaluations.get("finetune"), "out", None)
     if out is not None and processes.is_main:

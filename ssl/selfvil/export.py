@@ -37,8 +37,11 @@ def export(run: str | Path, out: str | Path, *, network: str | None = None, head
     saved = open_checkpoint(run)
     backbone, normalisation, samples_seen = load_network(saved, network)
     network, prefix = choose_network(saved, network)
-    arguments = saved.meta["model"]["kwargs"]
+    arguments, head = dict(saved.meta["model"]["kwargs"]), saved.meta.get("classifier")
     origin: dict[str, Any] = {"network": network, "prefix": prefix, "samples_seen": samples_seen}
+    if head is not None:
+        arguments["global_pool"] = head["global_pool"]
+        origin["labels"] = head["labels"]
     with atomic_folder(out) as partial:
         if heads:
             rest = {name: t for name, t in saved.tensors("objective").items() if not name.startswith(prefix)}
@@ -50,7 +53,8 @@ def export(run: str | Path, out: str | Path, *, network: str | None = None, head
         if recipe is not None:
             (partial / RECIPE).write_text(recipe, encoding="utf-8")
         text = model_card(backbone, saved, network, normalisation, with_recipe=recipe is not None)
-        write_network(partial, backbone, arguments, normalisation, origin, text)
+        names = () if head is None else head["names"]
+        write_network(partial, backbone, arguments, normalisation, origin, text, names)
     return out
 
 

@@ -26,6 +26,7 @@ EVALUATIONS = {
     "linear": "selfvil.evaluate.linear",
     "few_label": "selfvil.evaluate.few_label",
     "finetune": "selfvil.evaluate.finetune",
+    "accuracy": "selfvil.evaluate.accuracy",
 }
 
 ALL = ("knn", "linear")

@@ -21,7 +21,7 @@ from selfvil.errors import UserError
 from selfvil.evaluate import ALL, evaluation, settings
 from selfvil.evaluate.features import ALONE, Precision
 from selfvil.evaluate.processes import Processes
-from selfvil.evaluate.task import Score, Task
+from selfvil.evaluate.task import Score, Task, Trainer
 from selfvil.runtime import commit, device_name
 from selfvil.settings import Section
 from selfvil.version import __version__
@@ -59,6 +59,7 @@ def score(
     seed: int = 0,
     keep: Callable[[list[Row]], None] | None = None,
     processes: Processes = ALONE,
+    trainer: Trainer | None = None,
 ) -> list[Row]:
     """Scores of the backbone in `source` on labelled shards, and of the baselines if `baselines` is set.
 
@@ -73,6 +74,7 @@ def score(
         seed: of the untrained network, of held-out images, of draws and of fine-tuning.
         keep: called with all rows so far after each new one, so that a later failure loses none.
         processes: which share the images; every one calls this, and the main process alone has rows.
+        trainer: a `selfvil.trainer.Trainer`, for finetune.
 
     Raises UserError for anything wrong with source, shards, labels or settings, before features are computed.
     """
@@ -89,7 +91,7 @@ def score(
             name, None if name == "raw pixels" else loaded, loaded.normalisation,
             open_shards(train, image=image), open_shards(test, image=image), create, device=device,
             precision=precision, batch_size=batch_size, workers=workers, seed=seed, source=str(source),
-            processes=processes,
+            processes=processes, trainer=trainer,
         )  # fmt: skip
 
     def checked() -> Task:

@@ -4,16 +4,18 @@ Shapes: N images of a data set, D features.
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
+from torch import nn
 
 from selfvil import footprint
 from selfvil.data.index import Shards
 from selfvil.evaluate.features import Features, Precision, choose_readout, extract, raw_pixels
 from selfvil.evaluate.processes import Processes
+from selfvil.records import Summary
 from selfvil.weights import Network, Normalisation
 
 _RAW_SIDE = 32  # pixels; the longer side of the images whose raw pixels are scored
@@ -63,6 +65,14 @@ class Parts(NamedTuple):
     seconds: float
 
 
+class Trainer(Protocol):
+    """The training loop: `selfvil.trainer.Trainer`. recipe: sections of plain values."""
+
+    def begin(self, recipe: Mapping[str, Any], device: torch.device, processes: int = 1) -> nn.Module: ...
+
+    def run(self, recipe: Mapping[str, Any], device: torch.device, processes: int = 1) -> Summary: ...
+
+
 @dataclass
 class Task:
     """A network, labelled images, and where to compute; features are computed once for each readout.
@@ -77,6 +87,8 @@ class Task:
         workers: processes that decode images, for each process.
         seed: of held-out parts, draws and fine-tuning.
         source: where the network comes from, for model cards.
+        labels: the label of each output of the network's classifier, where `source` does not tell.
+        trainer: for evaluations that train the network; None inside a training run.
     """
 
     name: str
@@ -91,6 +103,8 @@ class Task:
     workers: int = 2
     seed: int = 0
     source: str = ""
+    labels: tuple[int, ...] = ()
+    trainer: Trainer | None = None
     processes: Processes = field(default_factory=Processes)
     _parts: dict[str, Parts | None] = field(default_factory=dict)
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from selfvil.build import classifier
 from selfvil.data.index import open_shards
 from selfvil.errors import UserError
 from selfvil.evaluate import evaluation
@@ -85,6 +86,7 @@ def _network(recipe: Recipe, backbone: nn.Module, **overrides: Any) -> Network:
     meta = {
         "model": {"name": model.name, "kwargs": model.create_kwargs() | overrides},
         "data": {"mean": data.mean, "std": data.std, "img_size": model.img_size},
+        "classifier": classifier(recipe, backbone),
     }
     with torch.random.fork_rng(devices=[]):
         network = create_backbone(meta)
@@ -106,4 +108,5 @@ def _task(recipe: Recipe, entry: Any, backbone: nn.Module | None, device: torch.
         "pretrained", None if backbone is None else Network(backbone, normalisation, 0), normalisation,
         open_shards(entry.train, image=data.image), open_shards(entry.test, image=data.image), create,
         device=device, workers=data.workers, source=recipe.run.out, processes=processes,
+        labels=tuple(recipe.objective.labels()) if hasattr(recipe.objective, "labels") else (),
     )  # fmt: skip
