@@ -240,6 +240,7 @@ class ClassifierCrop(RandomCropFlip):
             "translate_const": int(0.45 * min(self.height, self.width)),
             "img_mean": grey[0] if len(grey) == 1 else grey,
             "interpolation": Image.Resampling.BICUBIC,
+            "magnitude_max": 9.99,  # at 10, timm asks Pillow for an image of 0 bits, which Pillow refuses
         }
         name = f"rand-m{randaugment}-mstd0.5-inc1"
         self.randaugment = None if randaugment is None else rand_augment_transform(name, fill)
