@@ -73,11 +73,18 @@ class ModelSection(Section):
     """ViL: convolution before q and k; null keeps the model's default (2d; version 1: causal1d)."""
     global_pool: (
         Literal[
-            "bilateral_concat", "bilateral_avg", "bilateral_patch", "avg", "middle_patch", "middle_cls", "registers"
+            "bilateral_concat",
+            "bilateral_avg",
+            "bilateral_patch",
+            "avg",
+            "middle_patch",
+            "middle_cls",
+            "registers",
+            "token",
         ]
         | None
     ) = None
-    """ViL: readout of the image; middle_cls adds a class token, registers needs num_registers."""
+    """ViL: readout of the image; middle_cls, or token, adds a class token, registers needs num_registers."""
     fc_norm: bool | None = None
     """Norm after the pooling, before a classifier; null keeps the model's default."""
     num_registers: int | None = Field(None, ge=1)
@@ -109,8 +116,12 @@ class ModelSection(Section):
     def _extra_tokens_fit_the_pooling(self) -> "ModelSection":
         if self.global_pool == "registers" and self.num_registers is None:
             raise ValueError("global_pool 'registers' needs num_registers, such as 4")
-        if self.global_pool == "middle_cls" and self.num_registers is not None:
-            raise ValueError("global_pool 'middle_cls' leaves no room for num_registers")
+        if (
+            self.global_pool in ("middle_cls", "token")
+            and self.num_registers is not None
+            and self.name.startswith("vil_")
+        ):
+            raise ValueError(f"global_pool {self.global_pool!r} leaves no room for num_registers")
         return self
 
     @model_validator(mode="after")
