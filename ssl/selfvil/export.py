@@ -1,4 +1,6 @@
-"""Write the pretrained backbone of a run, without a classifier, as a folder that timm loads (`selfvil.timm_folder`).
+"""Write the trained backbone of a run as a folder that timm loads (`selfvil.timm_folder`).
+
+It has a classifier, with the names of its classes, if the objective of the run is supervised.
 
 Besides the files of every such folder, it has:
 
@@ -7,6 +9,7 @@ Besides the files of every such folder, it has:
 """
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 def export(run: str | Path, out: str | Path, *, network: str | None = None, heads: bool = False) -> Path:
-    """Write the pretrained backbone of `run` to the new folder `out`, and return it.
+    """Write the trained backbone of `run` to the new folder `out`, and return it.
 
     run: the folder of a run, whose newest valid checkpoint is taken, or of one checkpoint. network: "student",
     "teacher" ... of an objective that has several; None takes its default. heads: also write all other tensors of the
@@ -86,7 +89,7 @@ def model_card(
         "Architecture": f"{name}, {size / 1e6:.2f} M parameters, {inline(meta['model']['kwargs'])}",
         "Network": f"{network}, one of {', '.join(sorted(meta['networks']))}",
         "Objective": f"{method}, {inline(objective)}",
-        "Images": f"{data['num_samples']:,} without labels, `{data['pattern']}` (fingerprint {data['fingerprint']})",
+        "Images": f"{data['num_samples']:,} {_labels(meta)}, `{data['pattern']}` (fingerprint {data['fingerprint']})",
         "Normalisation": describe(normalisation),
         "Budget": f"{saved.step:,} steps, {meta['samples']:,} images seen, {meta['seconds'] / 3600:.2f} hours",
         "Device": f"{launch.get('processes', '?')} x {launch['device']}" if "device" in launch else None,
@@ -101,11 +104,22 @@ def model_card(
     ]
     more = ["recipe.yaml holds the whole recipe.", ""] if with_recipe else []
     more += _score_lines(read_scores(folder) if folder else [])
+    if meta.get("classifier") is not None:
+        load[2:] = ["name = backbone.pretrained_cfg['label_names'][backbone(view(image)[None]).argmax()]"]
+        return card(
+            f"{name}, trained with labels", ["image-classification", "vision-lstm"], load, facts,
+            "A classifier: a backbone with a linear layer, trained on images with labels.", more,
+        )  # fmt: skip
     intro = "A backbone pretrained on images without labels. It has no classifier: use its features, or fine-tune it."
     return card(
         f"{name}, pretrained by {method}", ["image-feature-extraction", "self-supervised-learning", "vision-lstm"],
         load, facts, intro, more,
     )  # fmt: skip
+
+
+def _labels(meta: Mapping[str, Any]) -> str:
+    head = meta.get("classifier")
+    return "without labels" if head is None else f"with labels of {len(head['labels'])} classes"
 
 
 def _score_lines(rows: list[dict[str, Any]]) -> list[str]:

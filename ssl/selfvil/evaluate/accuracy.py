@@ -45,7 +45,8 @@ def evaluate(task: Task, settings: Settings) -> Iterator[Score]:
         return
     for best in (1, 5) if len(labels) > 5 else (1,):
         yield Score(
-            metric="accuracy" if best == 1 else "accuracy_top5", protocol="its own classifier",
+            metric="accuracy" if best == 1 else "accuracy_top5",
+            protocol=f"its own classifier{'' if best == 1 else ', top-5'}",
             value=percent(ranks < best), measure=f"top-{best}", readout="classifier", train_images=len(task.train),
             test_images=len(ranks), seconds=time.monotonic() - began, settings={},
         )  # fmt: skip
@@ -60,7 +61,7 @@ def rank_of_truth(task: Task, network: Network, labels: Sequence[int], title: st
     """How many classes the classifier prefers to the true one: int64 (N,) for the readable images of task.test.
 
     0 is a correct answer. Each image is cropped at its centre. All processes share the images; None but on the main
-    process. Collective.
+    process. Collective. Raises UserError for scores that are not finite.
     """
     model: Any = network.backbone.to(task.device).eval()
     shown = network.normalisation
@@ -76,6 +77,8 @@ def rank_of_truth(task: Task, network: Network, labels: Sequence[int], title: st
         rows = labelled_rows(scores, task.test, view, shown.channels, batch_size, task.workers, title, task.processes)
     if rows is None:
         return None
+    if not torch.isfinite(rows.x).all():
+        raise UserError(f"{task.source}: the classifier gives NaN or infinity for some test images: it is broken")
     classes = torch.as_tensor(labels)
     truth = (rows.y[:, None] == classes).long().argmax(dim=1, keepdim=True)
     known = torch.isin(rows.y, classes)
