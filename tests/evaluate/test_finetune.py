@@ -467,16 +467,6 @@ def test_inside_a_run_it_is_refused_with_the_command(run, parts, tmp_path, digit
         UserError, match=r"eval.finetune: fine-tuning is a training run of its own.*selfvil eval finetune"
     ):
         pretrain(runs.small("mae", digit_shards, tmp_path / "run", *entry))
-    entry = [f"eval.accuracy.train={parts[0]}", f"eval.accuracy.test={parts[1]}", "eval.accuracy.every=6"]
-    with pytest.raises(UserError, match=r"eval.accuracy: the objective of this run trains no classifier"):
-        pretrain(runs.small("mae", digit_shards, tmp_path / "run", *entry))
-    pretrain(runs.small("supervised", digit_shards, tmp_path / "run", *entry))
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    scores = {line["step"]: line["accuracy"] for line in lines if line["kind"] == "eval"}
-    own = score(tmp_path / "run", *parts, {"accuracy": parse_settings("accuracy")}, **FAST)
-    assert scores == {6: scores[6], 12: pytest.approx(own[0].value)}
-    with pytest.raises(UserError, match="has no classifier: fine-tune it"):
-        score(run, *parts, {"accuracy": parse_settings("accuracy")}, **FAST)
 
 
 def test_command(run, parts, tmp_path, capsys, monkeypatch):
