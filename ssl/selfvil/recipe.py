@@ -102,8 +102,11 @@ class ModelSection(Section):
         patch = self.patch_size or 1
         if any(side < patch or side % patch for side in self.img_size):
             raise ValueError(f"img_size {list(self.img_size)} is not divisible by patch_size {self.patch_size}")
-        if self.stride is not None and (
-            self.stride > patch or any((side - patch) % self.stride for side in self.img_size)
+        vil = self.name.startswith("vil_")  # other networks have no stride: `_designs_are_of_vil`
+        if (
+            vil
+            and self.stride is not None
+            and (self.stride > patch or any((side - patch) % self.stride for side in self.img_size))
         ):
             raise ValueError(
                 f"stride {self.stride} does not fit patches of {patch} pixels in images of {list(self.img_size)}: it "

@@ -347,6 +347,8 @@ def test_a_folder_that_cannot_be_written_is_refused_before_training(run, parts, 
     monkeypatch.setattr("selfvil.evaluate.task.extract", None)  # calling it would be a TypeError
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="exists and holds no fine-tuning: choose a new folder"):
+        finetune(run, *parts, more={"run": str(tmp_path / "mine")})
     for out, message in ((tmp_path / "mine", "not an empty folder"),
                          (tmp_path / "mine" / "thesis.txt", "not an empty folder"),
                          (tmp_path / "mine" / "thesis.txt" / "out", "Could not write")):  # fmt: skip

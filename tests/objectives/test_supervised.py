@@ -127,6 +127,7 @@ def test_trivial_loss_is_that_of_the_best_constant():
             return value
 
         optimizer.step(loss)
+        assert made.trivial_loss(batch(4)) is None
         assert float(made.trivial_loss(each)) == pytest.approx(loss().item(), rel=1e-5)
 
 
@@ -352,6 +353,7 @@ def test_what_cannot_be_trained_is_refused_in_a_sentence(digit_shards, tmp_path)
         (["objective.randaugment=9", "objective.color_jitter=0.3"], "takes the place of three_augment"),
         (["objective.ema_decay=1"], "ema_decay"), (["objective.randaugment=11"], "randaugment"),
         (["model.stride=5"], "stride 5 does not fit patches of 4 pixels .* must divide 12, and be at most 4"),
+        (["model.name=resnet18", "model.patch_size=null", "model.stride=2"], r"stride: only vil_\* models have that"),
         (["model.name=vit_tiny_patch16_224", "model.stride=2"], r"stride: only vil_\* models have that"),
     ]:  # fmt: skip
         with pytest.raises(UserError, match=message):

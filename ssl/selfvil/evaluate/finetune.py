@@ -114,6 +114,8 @@ def check(task: Task, settings: Settings) -> list[str]:
         )
     if settings.out is not None:
         require_new_folder(settings.out)
+    if settings.run is not None:
+        _require_runs(Path(settings.run))
     warnings = check_classes(task.train, task.test)
     require_probe_labels(torch.as_tensor(task.train.labels), settings.labels_per_class)
     batch_size, steps = length(task, settings)
@@ -295,6 +297,16 @@ def split(
         head: (Features(train_x, train.y).to(device), Features(test_x, test.y).to(device))
         for head, (train_x, test_x) in zip(heads, columns)
     }
+
+
+def _require_runs(folder: Path) -> None:
+    """Raise UserError unless `folder` is new or empty, or holds runs of fine-tuning."""
+    if folder.exists() and not (
+        folder.is_dir() and (any(folder.glob("*start/config.json")) or not any(folder.iterdir()))
+    ):
+        raise UserError(
+            f"run = {folder} exists and holds no fine-tuning: choose a new folder, or that of an interrupted one"
+        )
 
 
 @contextmanager

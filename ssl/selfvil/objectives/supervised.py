@@ -186,8 +186,13 @@ class Supervised(Objective):
         return {"head": self.settings.head_lr}
 
     @torch.no_grad()
-    def trivial_loss(self, batch: Batch) -> Tensor:
-        """Entropy of the mean target: predicting it for every image is the best constant. Mixing does not change it."""
+    def trivial_loss(self, batch: Batch) -> Tensor | None:
+        """Entropy of the mean target: predicting it for every image is the best constant. Mixing does not change it.
+
+        None for fewer images than classes, of whose frequencies they say nothing.
+        """
+        if len(batch.labels) < len(self.classes):
+            return None
         labels = torch.searchsorted(self.classes, batch.labels).clamp(max=len(self.classes) - 1)
         count, smoothing = len(self.classes), self.settings.label_smoothing
         mean = (1 - smoothing) * F.one_hot(labels, count).double().mean(dim=0) + smoothing / count
