@@ -402,6 +402,22 @@ def test_the_export_is_a_timm_model_with_classes(digit_shards, tmp_path):
     assert isinstance(load_pretrained(tmp_path / "run", num_classes=0).backbone.head, nn.Identity)
 
 
+def test_a_classifier_continues_at_another_size(digit_shards, tmp_path):
+    """As published: at 192 pixels and then, with the same classifier, at 224; or with a new one."""
+    pretrain(recipe(digit_shards, tmp_path / "run", "budget.steps=1"))
+    before = load_pretrained(tmp_path / "run").backbone
+    larger = [f"model.start_from={tmp_path / 'run'}", "model.img_size=24"]
+    kept = build_objective(recipe(digit_shards, tmp_path / "next", *larger, "model.start_heads=load")).backbone
+    new = build_objective(recipe(digit_shards, tmp_path / "next", *larger, "model.start_heads=new")).backbone
+    assert torch.equal(kept.head.weight, before.head.weight)
+    assert not torch.equal(new.head.weight, before.head.weight)
+    before.set_input_size(24)
+    for name, value in before.state_dict().items():
+        if not name.startswith("head."):
+            assert torch.equal(kept.state_dict()[name], value)
+            assert torch.equal(new.state_dict()[name], value)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_two_processes_equal_one(digit_shards, tmp_path, strategy):
