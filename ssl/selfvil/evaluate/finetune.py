@@ -107,17 +107,17 @@ class Settings(Section):
 def check(task: Task, settings: Settings) -> list[str]:
     """Raises UserError inside a run, for too few labels, a readout, size or stride the network does not allow, too
     little memory, or a folder that cannot be written; warns of few steps."""
-    if task.trainer is None:
-        raise UserError(
-            "fine-tuning is a training run of its own, which cannot take place inside another one: run selfvil eval "
-            "finetune SOURCE --train SHARDS --test SHARDS afterwards (in Python: score(..., trainer=Trainer()))"
-        )
     if settings.out is not None:
         require_new_folder(settings.out)
     if settings.run is not None:
         _require_runs(Path(settings.run))
     warnings = check_classes(task.train, task.test)
     require_probe_labels(torch.as_tensor(task.train.labels), settings.labels_per_class)
+    if task.trainer is None:
+        raise UserError(
+            "fine-tuning is a training run of its own, which cannot take place inside another one: run selfvil eval "
+            "finetune SOURCE --train SHARDS --test SHARDS afterwards (in Python: score(..., trainer=Trainer()))"
+        )
     batch_size, steps = length(task, settings)
     if task.network is not None:
         for head in choose_heads(task.network.backbone, settings.readout):
