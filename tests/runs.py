@@ -25,6 +25,7 @@ PACKAGED = {
     "dinov2": "dinov2_vil_b",
     "lejepa": "cifar10_lejepa",
     "distill": "cifar10_distill",
+    "supervised": "cifar10_finetune",
 }
 """Objective -> the packaged recipe that is made small."""
 
@@ -46,6 +47,10 @@ _SMALL = {
     "lejepa": [
         *_GREY, "objective.local_crop_size=8", "objective.local_crops=2", "objective.out_dim=16",
         "objective.hidden_dim=64", "objective.sigreg_directions=64",
+    ],
+    "supervised": [
+        *_GREY, "model.start_from=null", "objective.mixup=0.8", "objective.cutmix=1", "objective.randaugment=5",
+        "objective.flip=false",
     ],
     "distill": [*_GREY, "objective.teacher=test_vit", "objective.teacher_img_size=48"],
 }  # fmt: skip

@@ -28,7 +28,7 @@ def test_keys_of_objectives_name_the_objectives():
 
 def test_evaluations_have_their_own_keys():
     assert "eval.k (knn)" in explain("eval.k")
-    assert "eval.every (knn, linear, linear_grid, mae_probe, attentive, few_label, finetune)" in explain("eval.every")
+    assert "eval.every (knn, linear, linear_grid, mae_probe, attentive, few_label, finetune, " in explain("eval.every")
     assert "default: [10, 20, 100, 200]" in explain("eval.knn.k")
     assert explain("eval.knn").startswith("eval.knn: Accuracy of weighted k-nearest-neighbour")
 

@@ -1,16 +1,75 @@
-"""Build the objective of a recipe, and the parameter groups of its optimizer."""
+"""Build the objective of a recipe, the data set it is trained on, and the parameter groups of its optimizer."""
 
 import difflib
+from typing import Any
 
+import numpy as np
 import timm
 import torch
+from torch import nn
 
 from selfvil import optim
+from selfvil.data.classes import class_names
+from selfvil.data.index import Shards, open_shards
+from selfvil.data.subset import FewLabels
 from selfvil.errors import UserError
+from selfvil.models.adapter import CLASSIFIERS, adapt
 from selfvil.objectives import objective_class
 from selfvil.objectives.base import ImageSpec, Objective
 from selfvil.recipe import Recipe
 from selfvil.start_from import start_backbone, start_objective
+
+
+def open_training(recipe: Recipe) -> tuple[Recipe, Shards]:
+    """The images of data.train, and the recipe with the classes that they have where it leaves them open.
+
+    Raises UserError if there are none, or their labels are missing or not those of the recipe.
+    """
+    shards = open_shards(recipe.data.train, image=recipe.data.image)
+    if recipe.data.labels_per_class is not None:
+        try:
+            shards = FewLabels(shards, recipe.data.labels_per_class, recipe.run.seed)
+        except UserError as error:
+            raise UserError(f"data.labels_per_class: {error}") from None
+    if not hasattr(recipe.objective, "classes"):
+        return recipe, shards
+    unlabelled = len(shards) if shards.labels is None else int((shards.labels < 0).sum())
+    if shards.labels is None or unlabelled:
+        raise UserError(
+            f"data.train: {unlabelled:,} of the {len(shards):,} images have no label, and the objective "
+            f"{recipe.objective.name} needs one (.cls) for each: pack a folder with one subfolder for each class "
+            "(selfvil pack SOURCE OUT)"
+        )
+    found = np.unique(shards.labels).tolist()
+    if len(found) < 2:
+        raise UserError(f"data.train: all {len(shards):,} images have the label {found[0]}: give at least two classes")
+    if recipe.objective.classes is None:
+        classes = len(found) if found == list(range(len(found))) else found
+        return recipe.model_copy(update={"objective": recipe.objective.model_copy(update={"classes": classes})}), shards
+    if unknown := sorted(set(found) - set(recipe.objective.labels())):
+        raise UserError(
+            f"data.train: images have the label {unknown[0]}, which is not among the "
+            f"{len(recipe.objective.labels()):,} classes of objective.classes: correct it, or set it to null to "
+            "take those of the images"
+        )
+    return recipe, shards
+
+
+def classifier(recipe: Recipe, backbone: nn.Module, shards: Shards | None = None) -> dict[str, Any] | None:
+    """What a checkpoint holds of the classifier on `backbone`: its pooling, the label and the name of each class.
+
+    Without `shards`, there are no names. None for an objective without classes.
+    """
+    if not hasattr(recipe.objective, "classes"):
+        return None
+    labels, named = recipe.objective.labels(), class_names(shards) if shards is not None else None
+    names = named.names if named else []
+    pool = CLASSIFIERS[recipe.objective.readout or adapt(backbone).default_readout]
+    return {
+        "global_pool": pool,
+        "labels": labels,
+        "names": [names[label] if label < len(names) else str(label) for label in labels],
+    }
 
 
 def build_objective(recipe: Recipe, start: bool = True) -> Objective:

@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         app(args=None if argv is None else list(argv), prog_name="selfvil")
     except UserError as error:
         print(f"selfvil: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(error.exit_status)
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -382,10 +382,15 @@ def evaluate(
     with launched() as processes, _results(json_file if processes.is_main else None) as keep:
         from selfvil.evaluate.score import Pair, score_pairs
 
+        trainer = None
+        if "finetune" in evaluations:
+            from selfvil.trainer import Trainer
+
+            trainer = Trainer()
         score_pairs(
             source, [Pair(*pair) for pair in zip(trains, tests)], evaluations, baselines=baselines, network=network,
             image=image, workers=workers, precision=precision, seed=seed, allow_shared=allow_shared, keep=keep,
-            processes=processes,
+            processes=processes, trainer=trainer,
         )  # fmt: skip
     out = getattr(evaluations.get("finetune"), "out", None)
     if out is not None and processes.is_main:

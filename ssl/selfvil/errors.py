@@ -12,6 +12,8 @@ class UserError(Exception):
     The middle of a message longer than MAX_MESSAGE is left out.
     """
 
+    exit_status = 2
+
     def __init__(self, message: str) -> None:
         super().__init__(shorten(message))
 

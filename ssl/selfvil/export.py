@@ -1,4 +1,6 @@
-"""`selfvil export`: write the pretrained backbone of a run as a folder that timm loads, and in further formats.
+"""`selfvil export`: write the trained backbone of a run as a folder that timm loads, and in further formats.
+
+It has a classifier, with the names of its classes, if the objective of the run is supervised.
 
 Besides the files of `selfvil.timm_folder`, the folder has:
 
@@ -56,7 +58,7 @@ def export(
     workers: int = 2,
     licence: str | None = None,
 ) -> Path:
-    """Write the pretrained backbone of `run` to the new folder `out`, and return it.
+    """Write the trained backbone of `run` to the new folder `out`, and return it.
 
     Args:
         run: the folder of a run, whose newest valid checkpoint is taken, or of one checkpoint. Of an existing export,
@@ -86,7 +88,11 @@ def export(
     backbone.eval().requires_grad_(False)
     require_possible(backbone, formats)
     labelled = open_images(images, train, test, saved.meta["data"]["pattern"]) if INT8 in formats else None
+    arguments, head = dict(saved.meta["model"]["kwargs"]), saved.meta.get("classifier")
     origin: dict[str, Any] = {"network": network, "prefix": prefix, "samples_seen": samples_seen}
+    if head is not None:
+        arguments["global_pool"] = head["global_pool"]
+        origin["labels"] = head["labels"]
     with atomic_folder(out) as partial:
         if heads:
             rest = {name: t for name, t in saved.tensors("objective").items() if not name.startswith(prefix)}
@@ -103,7 +109,8 @@ def export(
             run=run_folder, with_recipe=recipe is not None, with_heads=heads, licence=licence,
         )  # fmt: skip
         extra = {"formats": files} if files else {}
-        write_network(partial, backbone, saved.meta["model"]["kwargs"], normalisation, origin | extra, text)
+        names = () if head is None else head["names"]
+        write_network(partial, backbone, arguments, normalisation, origin | extra, text, names)
     return out
 
 

@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 from selfvil import optim, runtime
-from selfvil.build import build_objective, parameter_groups
-from selfvil.data.index import Shards, open_shards
+from selfvil.build import build_objective, open_training, parameter_groups
+from selfvil.data.index import Shards
 from selfvil.data.loader import train_batches
 from selfvil.footprint import free_bytes, multiply_adds
 from selfvil.memory import StepMemory, blank_batch, step_memory
@@ -158,7 +158,7 @@ def report(recipe: Recipe, name: str, processes: int = 1, trial: bool = True, pi
     device = torch.device("cuda" if on_gpu else "cpu")
     check_division(recipe.optim, processes)
     check_wandb(recipe)
-    shards = open_shards(recipe.data.train, image=recipe.data.image)
+    recipe, shards = open_training(recipe)
     plan = Plan.of(recipe, len(shards), processes)
     warnings = [*check_evaluations(recipe), *filter(None, [workers_warning(recipe.data.workers, processes)])]
     objective = build_objective(recipe)

@@ -33,6 +33,7 @@ def check_objective(objective: Objective, recipe: Recipe, plan: Plan, device: to
         UserError: with the keys to change.
     """
     objective.check_batch(plan.micro_batch * plan.processes)
+    objective.check_micro_batch(plan.micro_batch)
     if recipe.data.augment == "device":
         require_renderable(objective.views())
     context = autocast(device, recipe.run.precision)

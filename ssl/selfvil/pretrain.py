@@ -12,8 +12,8 @@ from pathlib import Path
 from torch import Tensor
 
 from selfvil import checkpoint, optim, runtime
-from selfvil.build import build_objective, parameter_groups
-from selfvil.data.index import Shards, open_shards
+from selfvil.build import build_objective, classifier, open_training, parameter_groups
+from selfvil.data.index import Shards
 from selfvil.data.ledger import Ledger
 from selfvil.data.loader import train_batches
 from selfvil.divergence import BuffersBefore, NonFinite, non_finite
@@ -38,11 +38,12 @@ log = logging.getLogger("selfvil")
 
 
 @runtime.undisturbed()
-def pretrain(recipe: Recipe) -> Summary:
+def pretrain(recipe: Recipe, *, summarise: bool = True) -> Summary:
     """Run a recipe to its end, or until it is asked to stop; in both cases the state is saved.
 
     Every process of a launch calls this. `run.resume=auto` continues from the newest valid checkpoint in `run.out`.
     It may be called again in the same process, with any recipe, and in a thread, where signals cannot stop it.
+    summarise: print a table at the end.
 
     Raises:
         UserError: nothing has been overwritten; the message says what to change.
@@ -52,11 +53,11 @@ def pretrain(recipe: Recipe) -> Summary:
         check_division(recipe.optim, engine.world_size)
         engine.on_main(folder.take)
         with engine.main_first():
-            shards = open_data(recipe, engine)
+            recipe, shards = open_data(recipe, engine)
         start = engine.on_main(partial(folder.start, recipe, shards))
         summary = start.finished or train(recipe, engine, folder, shards, start)
         engine.close()
-        if engine.is_main:
+        if engine.is_main and summarise:
             print_summary(folder.path)
         return summary
 
@@ -84,6 +85,7 @@ def train(recipe: Recipe, engine: Engine, folder: RunFolder, shards: Shards, sta
         workers=recipe.data.workers, channels=recipe.model.in_chans, augment=recipe.data.augment,
     )  # fmt: skip
     greet(journal, recipe, engine, objective, shards, first_step, plan.total_steps)
+    head = classifier(recipe, objective.backbone, shards)
     step, saved_at, stopping, problem = first_step, first_step if saved else None, False, None
 
     def state() -> tuple[dict[str, dict[str, Tensor]], dict]:
@@ -92,6 +94,7 @@ def train(recipe: Recipe, engine: Engine, folder: RunFolder, shards: Shards, sta
         tensors["objective"] = {name: buffers.values.get(name, x) for name, x in tensors["objective"].items()}
         seconds = seconds_before + journal.clock.wall()
         meta = checkpoint_meta(recipe, shards, objective.networks, objective.export, step, seconds, plan, run_id)
+        meta |= {} if head is None else {"classifier": head}
         return tensors, meta
 
     def save() -> None:
@@ -191,15 +194,18 @@ def train(recipe: Recipe, engine: Engine, folder: RunFolder, shards: Shards, sta
 # --- before the first step -------------------------------------------------------------------------------------------
 
 
-def open_data(recipe: Recipe, engine: Engine) -> Shards:
-    """The training images, and everything else that the run will need, checked. Raises UserError."""
+def open_data(recipe: Recipe, engine: Engine) -> tuple[Recipe, Shards]:
+    """The recipe with the classes of its images, the images, and all else that the run needs, checked.
+
+    Raises UserError.
+    """
     if engine.is_main:
         check_wandb(recipe)
-    shards = open_shards(recipe.data.train, image=recipe.data.image)
+    recipe, shards = open_training(recipe)
     check_batch(recipe.optim.batch_size, len(shards))
     for warning in check_evaluations(recipe):
         log.log(logging.WARNING if engine.is_main else logging.DEBUG, warning)
-    return shards
+    return recipe, shards
 
 
 def prepare(recipe: Recipe, engine: Engine, plan: Plan, fresh: bool) -> Objective:

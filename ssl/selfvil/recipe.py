@@ -39,6 +39,9 @@ class ModelSection(Section):
     """Height and width of a training image, in pixels; both divisible by patch_size."""
     patch_size: int | None = Field(16, ge=1)
     """Side of a square patch, in pixels; null for networks without patches, such as convnext_tiny."""
+    stride: int | None = Field(None, ge=1)
+    """ViL: distance between patches, in pixels; below patch_size they overlap and there are more: 8 with patches of 16
+    gives 27 x 27 = 729 tokens at 224 pixels (long-sequence fine-tuning). null: patch_size."""
     in_chans: Literal[1, 3, 4] = 3
     """Channels of an image: 1 (grey), 3 (RGB) or 4 (RGBA)."""
     embed_dim: int | None = Field(None, ge=16)
@@ -70,11 +73,20 @@ class ModelSection(Section):
     """ViL: convolution before q and k; null keeps the model's default (2d; version 1: causal1d)."""
     global_pool: (
         Literal[
-            "bilateral_concat", "bilateral_avg", "bilateral_patch", "avg", "middle_patch", "middle_cls", "registers"
+            "bilateral_concat",
+            "bilateral_avg",
+            "bilateral_patch",
+            "avg",
+            "middle_patch",
+            "middle_cls",
+            "registers",
+            "token",
         ]
         | None
     ) = None
-    """ViL: readout of the image; middle_cls adds a class token, registers needs num_registers."""
+    """ViL: readout of the image; middle_cls, or token, adds a class token, registers needs num_registers."""
+    fc_norm: bool | None = None
+    """Norm after the pooling, before a classifier; null keeps the model's default."""
     num_registers: int | None = Field(None, ge=1)
     """ViL: learnable tokens spread evenly through the sequence; null has none."""
     pos_embed: Literal["learn", "sincos"] | None = None
@@ -90,19 +102,34 @@ class ModelSection(Section):
         patch = self.patch_size or 1
         if any(side < patch or side % patch for side in self.img_size):
             raise ValueError(f"img_size {list(self.img_size)} is not divisible by patch_size {self.patch_size}")
+        vil = self.name.startswith("vil_")  # other networks have no stride: `_designs_are_of_vil`
+        if (
+            vil
+            and self.stride is not None
+            and (self.stride > patch or any((side - patch) % self.stride for side in self.img_size))
+        ):
+            raise ValueError(
+                f"stride {self.stride} does not fit patches of {patch} pixels in images of {list(self.img_size)}: it "
+                f"must divide {' and '.join(str(side - patch) for side in dict.fromkeys(self.img_size))}, and be at "
+                f"most {patch}"
+            )
         return self
 
     @model_validator(mode="after")
     def _extra_tokens_fit_the_pooling(self) -> "ModelSection":
         if self.global_pool == "registers" and self.num_registers is None:
             raise ValueError("global_pool 'registers' needs num_registers, such as 4")
-        if self.global_pool == "middle_cls" and self.num_registers is not None:
-            raise ValueError("global_pool 'middle_cls' leaves no room for num_registers")
+        if (
+            self.global_pool in ("middle_cls", "token")
+            and self.num_registers is not None
+            and self.name.startswith("vil_")
+        ):
+            raise ValueError(f"global_pool {self.global_pool!r} leaves no room for num_registers")
         return self
 
     @model_validator(mode="after")
     def _designs_are_of_vil(self) -> "ModelSection":
-        vil = ("drop_path_uniform", "traversal", "conv", "num_registers", "pos_embed")
+        vil = ("stride", "drop_path_uniform", "traversal", "conv", "num_registers", "pos_embed")
         given = [key for key in vil if getattr(self, key) is not None]
         if given and not self.name.startswith("vil_"):
             raise ValueError(f"{', '.join(given)}: only vil_* models have that, and name is {self.name!r}")
@@ -119,7 +146,7 @@ class ModelSection(Section):
             kwargs = {"img_size": list(self.img_size), "patch_size": self.patch_size} | kwargs
         optional = (
             "embed_dim", "depth", "num_heads", "drop_path_uniform", "init_values", "traversal", "conv", "global_pool",
-            "num_registers", "pos_embed",
+            "num_registers", "pos_embed", "stride", "fc_norm",
         )  # fmt: skip
         return kwargs | {key: value for key in optional if (value := getattr(self, key)) is not None}
 
@@ -132,6 +159,8 @@ class DataSection(Section):
     image: str | None = None
     """Extension of the image if samples have several, such as KEY.jpg with a mask KEY.png; null takes the first of jpg,
     png, webp, tif ... and warns."""
+    labels_per_class: int | None = Field(None, ge=1)
+    """Train on this many images of each class only, drawn by run.seed; needs labels. null trains on all images."""
     mean: list[Annotated[float, Field(ge=0, le=1)]] = list(IMAGENET_MEAN)  # noqa: RUF012 - pydantic copies it
     """Mean of each channel, on a scale of 0 to 1."""
     std: list[Annotated[float, Field(gt=0, le=1)]] = list(IMAGENET_STD)  # noqa: RUF012

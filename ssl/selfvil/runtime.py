@@ -176,6 +176,20 @@ def requests_strategy(environ: Mapping[str, str], strategy: str) -> bool:
 
 
 @contextmanager
+def on_device(device: torch.device) -> Iterator[None]:
+    """In this context, a launch is on the CPU if `device` is; DeepSpeed chooses its device itself."""
+    name, before = "ACCELERATE_USE_CPU", os.environ.get("ACCELERATE_USE_CPU")
+    if device.type == "cpu" and not requests_strategy(os.environ, "DEEPSPEED"):
+        os.environ[name] = "true"
+    try:
+        yield
+    finally:
+        os.environ.pop(name, None)
+        if before is not None:
+            os.environ[name] = before
+
+
+@contextmanager
 def unset_variable(name: str) -> Iterator[None]:
     """In this context, the environment variable `name` is not set."""
     value = os.environ.pop(name, None)

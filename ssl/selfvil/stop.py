@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import distributed
 
+from selfvil.errors import UserError
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 """Sent by Ctrl-C, schedulers and launchers, a closed terminal, and before a time limit (SLURM's --signal)."""
 
@@ -27,6 +29,12 @@ PAUSE, COLLAPSE, ORPHANED = "pause_minutes", "monitor.on_collapse = stop", "the 
 """Reasons for a stop other than signals."""
 
 log = logging.getLogger("selfvil")
+
+
+class Stopped(UserError):
+    """A run that is part of a longer command was stopped, with its state saved; the same command continues it."""
+
+    exit_status = STOPPED
 
 
 class Interrupted(BaseException):

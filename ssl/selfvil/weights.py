@@ -22,7 +22,10 @@ from selfvil.advice import near
 from selfvil.checkpoint import Checkpoint
 from selfvil.errors import UserError
 from selfvil.manifest import MANIFEST, check_files, read_manifest, sha256
-from selfvil.models.adapter import adapt  # importing selfvil.models registers the vil_* models with timm
+from selfvil.models.adapter import (
+    BackboneAdapter,
+    adapt,
+)  # importing selfvil.models registers the vil_* models with timm
 from selfvil.records import CHECKPOINTS
 
 CONFIG = "config.json"
@@ -112,6 +115,8 @@ def load_pretrained(
                 raise UserError(f"{source} is an export and holds one network: leave out network = {network!r}.")
             return load_export(source, pretrained=not untrained, **overrides)
         saved = open_checkpoint(source)
+        if "num_classes" in overrides:
+            saved.meta.pop("classifier", None)
         saved.meta["model"]["kwargs"].update(overrides)
         return create_backbone(saved.meta) if untrained else load_network(saved, network)
 
@@ -124,6 +129,19 @@ def model_arguments(source: str | Path) -> dict[str, Any]:
     if (source / CONFIG).is_file():
         return dict(_read_config(source)["model_args"])
     return dict(open_checkpoint(source).meta["model"]["kwargs"])
+
+
+def class_labels(source: str | Path) -> list[int]:
+    """The label of each output of the classifier in a source of `load_pretrained`; empty where none are stored.
+
+    Raises UserError as `load_pretrained`.
+    """
+    if is_timm_model(source):
+        return []
+    if is_export(Path(source)):
+        origin = _read_config(Path(source)).get("selfvil", {})
+        return list(origin.get("labels") or origin.get("fine_tuning", {}).get("labels", []))
+    return list((open_checkpoint(source).meta.get("classifier") or {}).get("labels", []))
 
 
 def read_objective(source: str | Path) -> dict[str, Tensor] | None:
@@ -204,6 +222,8 @@ def load_network(saved: Checkpoint, network: str | None = None) -> Network:
         for name, tensor in saved.tensors("objective").items()
         if name.startswith(prefix)
     }
+    if "classifier" not in saved.meta:
+        weights = BackboneAdapter(untrained.backbone).backbone_weights(weights)
     where = f"{saved.folder}: the weights of {network!r} do not fit {saved.meta['model']['name']}"
     require_fit(untrained.backbone, weights, where)
     for name, tensor in weights.items():
@@ -234,7 +254,10 @@ def create_backbone(meta: Mapping[str, Any]) -> Network:
         raise UserError(f"The checkpoint is of a model {name!r}, which this timm {timm.__version__} does not know.")
     try:
         backbone: Any = timm.create_model(name, **kwargs)
-    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+        head = meta.get("classifier") or {"labels": ()}
+        if head["labels"]:
+            backbone.reset_classifier(len(head["labels"]), head["global_pool"])
+    except (TypeError, ValueError, RuntimeError, AssertionError, KeyError) as error:
         raise UserError(f"timm {timm.__version__} cannot build {name} with {kwargs}: {error}") from error
     # Checkpoints from before 2026-11-26 have the image size only among the model's arguments.
     size = meta["data"].get("img_size") or kwargs.get("img_size") or backbone.pretrained_cfg["input_size"][1:]

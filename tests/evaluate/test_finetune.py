@@ -1,42 +1,46 @@
-"""Fine-tuning: which weights change at which rate, that it learns, that it is repeatable, and what is refused."""
+"""Fine-tuning: that it learns, is repeatable, resumes, uses several processes; what it writes, and what it refuses."""
 
 import io
 import json
+import os
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import timm
 import torch
 from PIL import Image
 from rich.console import Console
-from torch import nn
 
+import runs
 import selfvil
-from selfvil import checkpoint, cli, footprint, optim
+from selfvil import checkpoint, cli, footprint, optim, trainer
 from selfvil.data.index import open_shards
 from selfvil.errors import UserError
-from selfvil.evaluate import classifier as classifiers
 from selfvil.evaluate import finetune as module
 from selfvil.evaluate import settings as parse_settings
-from selfvil.evaluate.classifier import plan_micro_batch, train_classifier
 from selfvil.evaluate.features import extract
-from selfvil.evaluate.finetune import Settings, choose_heads, resize
+from selfvil.evaluate.finetune import Settings, choose_heads, length, recipe
 from selfvil.evaluate.linear import linear_probe
 from selfvil.evaluate.score import Row, as_json, as_table, score
+from selfvil.evaluate.task import Task
 from selfvil.export import export
-from selfvil.models.adapter import adapt
+from selfvil.objectives.supervised import Supervised
+from selfvil.recipe import parse
 from selfvil.start_from import start_backbone
+from selfvil.stop import Stopped
 from selfvil.timm_folder import atomic_folder, write_network
+from selfvil.trainer import Trainer
 from selfvil.verification import verify
-from selfvil.weights import Network, Normalisation, load_pretrained, model_arguments
+from selfvil.weights import Normalisation, load_pretrained, model_arguments
 from tars import write_tar
 
 KWARGS = {"img_size": [8, 8], "patch_size": 2, "in_chans": 1, "num_classes": 0, "embed_dim": 32, "depth": 2}
 SHORT = Settings(epochs=1, batch_size=30, base_lr=4e-3, layer_decay=0.9, drop_path=0.0, min_crop=0.8)
-FAST = {"workers": 0, "device": "cpu"}
+FAST = {"workers": 0, "device": "cpu", "trainer": Trainer()}
+ONE = {"readout": "mean"}
 
 
 @pytest.fixture(scope="module")
@@ -66,170 +70,13 @@ def parts(digit_shards):
     return str(digit_shards / "digits-000000.tar"), str(digit_shards / "digits-000001.tar")
 
 
-def a_vit(drop_path: float = 0.0) -> nn.Module:
-    return timm.create_model(
-        "vit_tiny_patch16_224", img_size=8, patch_size=2, in_chans=1, embed_dim=32, depth=2, num_heads=2,
-        num_classes=10, drop_path_rate=drop_path,
-    )  # fmt: skip
-
-
-def a_vit_network(drop_path: float = 0.0) -> Network:
-    torch.manual_seed(0)
-    return Network(a_vit(drop_path), Normalisation((0.3,), (0.4,), (8, 8)), 0)
-
-
-@pytest.mark.parametrize("name", ["vil", "vit"])
-def test_each_layer_has_its_rate(name):
-    model = timm.create_model("vil_nano_patch4_32", **KWARGS | {"num_classes": 10}) if name == "vil" else a_vit()
-    scales = optim.layer_lr_scales(model, 0.5)
-    assert scales.keys() == {name for name, _ in model.named_parameters()}
-    # Stem, two layers (each a pair of blocks in a Vision-LSTM), head; the last norm goes with the last layer.
-    expected = {"patch_embed": 0.125, "pos_embed": 0.125, "cls_token": 0.125,
-                "blocks.0": 0.25, "blocks.1": 0.5, "norm": 0.5, "head": 1.0}  # fmt: skip
-    for parameter, scale in scales.items():
-        assert scale == next(value for prefix, value in expected.items() if parameter.startswith(prefix)), parameter
-
-
-def test_the_optimizer_steps_at_these_rates(run, parts, monkeypatch):
-    """By hand: after warm-up the head's rate is the cosine's, that of layers below it is decayed."""
-    made, adamw = [], optim.adamw
-    monkeypatch.setattr(optim, "adamw", lambda *arguments: made.append(adamw(*arguments)) or made[-1])
-    settings = Settings(epochs=2, batch_size=30, base_lr=1e-3, layer_decay=0.5, warmup=0.25)
-    train_classifier(load_pretrained(run), "bilateral_concat", open_shards(parts[0]), settings)
-    last = optim.cosine(7, 8, 1e-3 * 30 / 256, settings.min_lr, 2)
-    assert {round(group["lr"] / last, 6) for group in made[0].param_groups} == {0.125, 0.25, 0.5, 1.0}
-    assert {group["weight_decay"] for group in made[0].param_groups} == {0.05, 0.0}
-
-
-def test_all_parameters_move_and_frozen_ones_do_not(run, parts):
-    network = load_pretrained(run)
-    before = {name: value.clone() for name, value in network.backbone.state_dict().items()}
+def a_task(source, parts, **more) -> Task:
+    network = load_pretrained(source)
     train, test = (open_shards(part) for part in parts)
-    both = [
-        extract(
-            network.backbone, part, img_size=8, mean=[0.3], std=[0.4], readout="first_last_mean", **FAST,
-        )
-        for part in (train, test)
-    ]  # fmt: skip
-    features = module._split(network, ["bilateral_concat", "mean"], *both, torch.device("cpu"))
-    assert all(torch.equal(value, before[name]) for name, value in network.backbone.state_dict().items())
-    assert {head: (len(a), len(b), a.x.shape[1]) for head, (a, b) in features.items()} == {
-        "bilateral_concat": (120, 80, 64), "mean": (120, 80, 32)
-    }  # fmt: skip
-    for head, (found, _) in features.items():
-        expected = extract(
-            network.backbone, train, img_size=8, mean=[0.3], std=[0.4], readout=head, workers=0, device="cpu"
-        )
-        assert torch.equal(found.x, expected.x)
-
-    still = Settings(epochs=1, batch_size=30, weight_decay=0.0, drop_path=0.0)
-    after = train_classifier(network, "bilateral_concat", train, still).model.state_dict()
-    unmoved = [name for name, value in before.items() if torch.equal(value, after[name])]
-    assert not unmoved
-    assert set(after) - set(before) == {"head.weight", "head.bias"}
-
-
-def test_it_learns(run, parts):
-    """Ten classes, 120 images, a random network to start from: far above the 10 % of chance."""
-    settings = Settings(epochs=30, batch_size=20, base_lr=4e-2, layer_decay=1.0, drop_path=0.0, min_crop=0.8)
-    classifier = train_classifier(load_pretrained(run), "bilateral_concat", open_shards(parts[0]), settings)
-    accuracy = classifier.accuracy(open_shards(parts[1]), workers=0)
-    assert accuracy > 50
-    assert accuracy == classifier.accuracy(open_shards(parts[1]), batch_size=7, workers=0)
-
-
-def test_the_same_seed_gives_the_same_weights(run, parts):
-    train = open_shards(parts[0])
-    settings = Settings(epochs=1, batch_size=30, drop_path=0.2)
-
-    def weights(seed: int, workers: int = 0) -> dict[str, torch.Tensor]:
-        torch.rand(seed + workers)  # what was drawn before does not matter
-        network = load_pretrained(run, drop_path_rate=settings.drop_path)
-        state = torch.get_rng_state()
-        model = train_classifier(network, "mean", train, settings, seed=seed, workers=workers).model
-        assert torch.equal(torch.get_rng_state(), state)
-        return model.state_dict()
-
-    first, again, other = weights(1), weights(1, workers=1), weights(2)
-    assert all(torch.equal(value, again[name]) for name, value in first.items())
-    assert not any(torch.equal(value, other[name]) for name, value in first.items() if value.ndim > 1)
-
-
-@pytest.mark.parametrize("make", [lambda run: load_pretrained(run, drop_path_rate=0.3), lambda run: a_vit_network(0.3)])
-def test_micro_batches_make_the_step_of_the_whole_batch(run, parts, make):
-    """Gradients to rounding, with stochastic depth, and with a last micro-batch that is smaller."""
-    settings = Settings(epochs=1, batch_size=60, drop_path=0.3, base_lr=1e-2, warmup=0, clip_norm=None)
-    train = open_shards(parts[0])
-    grads = []
-    for micro_batch in (60, 16, 7):
-        made = []
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(
-                optim, "clip_gradients", lambda params, _, made=made: made.append([p.grad.clone() for p in params])
-            )
-            train_classifier(make(run), "mean", train, settings, micro_batch=micro_batch)
-        grads.append(made)
-    for other in grads[1:]:
-        for one, parts_of_it in zip(grads[0][0], other[0], strict=True):  # of the first step
-            torch.testing.assert_close(parts_of_it, one, rtol=1e-4, atol=1e-6)
-    assert any((first - second).abs().max() > 1e-3 for first, second in zip(grads[0][0], grads[0][1]))
-
-
-def test_micro_batches_fit_into_free_memory(run, monkeypatch):
-    """The default step of 1,024 images in as many parts as memory asks for."""
-    backbone, normalisation, _ = load_pretrained(run)
-
-    def planned(free: int, batch_size: int = 1024) -> int:
-        monkeypatch.setattr(footprint, "free_bytes", lambda device: free)
-        return plan_micro_batch(backbone, normalisation, batch_size, torch.device("cpu"), "fp32")
-
-    one, two, nine = (
-        footprint.saved_bytes(backbone, lambda count=count: backbone(torch.zeros(count, 1, 8, 8)))
-        for count in (1, 2, 9)
-    )
-    assert nine == pytest.approx(one + 8 * (two - one), rel=0.01)
-    fixed = one - (two - one) + footprint.update_bytes(backbone)
-    assert planned(2**40) == 64
-    assert planned(2**40, 1000) == 63  # 15 of 63 and one of 55, not one of 40
-    assert planned(2**40, 40) == 40
-    assert planned(2 * (fixed + 10 * (two - one)) + 2) == 10
-    with pytest.raises(UserError, match=r"images of 8 x 8 pixels needs at least 0\.00 GiB, and 0\.00 GiB are free"):
-        planned(fixed)
-
-
-def test_the_default_batch_needs_little_memory(run, parts, monkeypatch):
-    """120 images a step; what autograd keeps at once is that of the planned micro-batch."""
-    sizes = []
-    monkeypatch.setattr(classifiers, "_CPU_MICRO_BATCH", 32)
-    network = load_pretrained(run)
-    network.backbone.register_forward_pre_hook(lambda _, images: sizes.append(len(images[0])))
-    train_classifier(network, "mean", open_shards(parts[0]), Settings(epochs=2, warmup=0))
-    assert sizes[:2] == [1, 2]  # measured
-    assert sizes[2:] == [30, 30, 30, 30] * 2
-
-
-@pytest.mark.parametrize("size", [16, (8, 12)])
-def test_images_of_another_size(run, parts, size):
-    """Positions of both architectures are resampled; what is scored and trained has that size."""
-    shape = (size, size) if isinstance(size, int) else size
-    for make in (lambda: load_pretrained(run), a_vit_network):
-        network = resize(make(), size)
-        assert network.normalisation.img_size == shape
-        seen = []
-        network.backbone.register_forward_pre_hook(lambda _, images, seen=seen: seen.append(images[0].shape[-2:]))
-        classifier = train_classifier(network, "mean", open_shards(parts[0]), SHORT)
-        classifier.accuracy(open_shards(parts[1]))
-        assert set(seen) == {shape}
-    with pytest.raises(UserError, match=r"cannot take images of 9 x 9 pixels \(img_size\)"):
-        resize(load_pretrained(run), 9)
-
-
-def test_rows_so_far_are_kept_when_a_later_one_fails(run, parts, monkeypatch):
-    kept = []
-    monkeypatch.setattr(classifiers.Classifier, "accuracy", lambda *_, **__: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        finetune(run, *parts, keep=lambda rows: kept.append(len(rows)))
-    assert kept == [1, 2]
+    return Task(
+        "pretrained", network, network.normalisation, train, test, lambda: load_pretrained(source), workers=0,
+        source=str(source), trainer=Trainer(), **more,
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -243,18 +90,210 @@ def vit_export(tmp_path_factory) -> Path:
     return folder
 
 
+# --- the run ---------------------------------------------------------------------------------------------------------
+
+
+def test_it_learns(run, parts):
+    """Ten classes, 120 images, a random network to start from: far above the 10 % of chance."""
+    more = {"epochs": 30, "batch_size": 20, "base_lr": 4e-2, "layer_decay": 1.0, "readout": "bilateral_concat"}
+    assert finetune(run, *parts, more=more)[-1].value > 50
+
+
+def test_the_recipe_is_that_of_the_settings(run, parts, tmp_path):
+    task = a_task(run, parts, seed=5)
+    settings = Settings(
+        epochs=3, batch_size=40, base_lr=1e-3, warmup=0.25, layer_decay=0.5, weight_decay=0.1, drop_path=0.3, mixup=0.2,
+        cutmix=0.4, randaugment=4, erasing=0.1, ema_decay=0.9, clip_norm=2.0, head_lr=2.0, min_crop=0.3, stride=1,
+        img_size=(8, 12), label_smoothing=0.2, flip=False,
+    )  # fmt: skip
+    made = parse(recipe(task, settings, "mean", tmp_path, tmp_path / "start"), "here")
+    assert made.model.create_kwargs() == KWARGS | {"img_size": [8, 12], "drop_path_rate": 0.3, "stride": 1}
+    assert (made.model.start_from, made.model.start_heads) == (str(tmp_path / "start"), "new")
+    assert (made.data.mean, made.data.std, made.run.seed, made.budget.steps) == ([0.3], [0.4], 5, 9)
+    wanted = {"readout": "mean", "mixup": 0.2, "cutmix": 0.4, "randaugment": 4, "erasing": 0.1, "ema_decay": 0.9,
+              "head_lr": 2.0, "crop_scale": [0.3, 1.0], "label_smoothing": 0.2, "flip": False,
+              "three_augment": False, "color_jitter": 0.0}  # fmt: skip
+    assert made.objective.model_dump(mode="json").items() >= wanted.items()
+    wanted = {"batch_size": 40, "base_lr": 1e-3, "warmup": 0.25, "layer_decay": 0.5, "weight_decay": 0.1,
+              "clip_norm": 2.0, "betas": [0.9, 0.999], "min_lr": 1e-6}  # fmt: skip
+    assert made.optim.model_dump(mode="json").items() >= wanted.items()
+
+
+def test_the_weights_follow_from_what_was_pretrained(run, parts, tmp_path):
+    """After a step with a rate of nearly 0, they are those of the source; positions are resampled to other sizes."""
+    more = {"run": str(tmp_path / "kept"), "epochs": 0.25, "base_lr": 1e-12, "min_lr": 0.0, "weight_decay": 0.0} | ONE
+    finetune(run, *parts, more=more)
+    tuned, before = load_pretrained(tmp_path / "kept" / "mean").backbone, load_pretrained(run).backbone
+    for name, value in before.state_dict().items():
+        torch.testing.assert_close(tuned.state_dict()[name], value, rtol=0, atol=1e-9)
+    finetune(run, *parts, more=more | {"run": str(tmp_path / "large"), "img_size": (16, 12)})
+    before.set_input_size((16, 12))
+    torch.testing.assert_close(load_pretrained(tmp_path / "large" / "mean").backbone.pos_embed, before.pos_embed)
+
+
+def test_two_calls_give_the_same_rows(run, parts):
+    calls = [finetune(run, *parts, seed=3, more=ONE) for _ in range(2)]
+    assert [row.value for row in calls[0]] == [row.value for row in calls[1]]
+
+
+def test_an_interrupted_fine_tuning_continues_by_the_same_command(run, parts, tmp_path):
+    """Stopped after 6 of 8 steps: the weights are those of a straight fine-tuning, bit for bit."""
+    more = {"epochs": 2, "mixup": 0.8, "drop_path": 0.2, "ema_decay": 0.8} | ONE
+    straight = finetune(run, *parts, more=more | {"run": str(tmp_path / "straight")})
+    forward, calls = Supervised.forward, []
+
+    def dies(self, *arguments):
+        if self.training and arguments[1].total_steps == 8:  # not a forward pass that measures memory
+            calls.append(1)
+            if len(calls) == 7:
+                raise KeyboardInterrupt
+        return forward(self, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Supervised, "forward", dies)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(run, *parts, more=more | {"run": str(tmp_path / "run")})
+    assert checkpoint.newest(tmp_path / "run" / "mean" / "checkpoints").step in (5, 6)  # the last one may be unfinished
+    again = finetune(run, *parts, more=more | {"run": str(tmp_path / "run")})
+    assert [row.value for row in again] == [row.value for row in straight]
+    runs.assert_same_state(tmp_path / "straight" / "mean", tmp_path / "run" / "mean")
+
+
+def test_a_stopped_fine_tuning_has_the_status_of_a_run(run, parts, tmp_path, monkeypatch):
+    """pause_minutes stops the run in the same way as a signal."""
+    whole = module.recipe
+    monkeypatch.setattr(
+        module, "recipe", lambda *a: (made := whole(*a)) | {"budget": made["budget"] | {"pause_minutes": 1e-9}}
+    )
+    for more, message in (
+        ({"run": str(tmp_path / "run")}, "the same command continues it"),
+        ({}, "without run=FOLDER"),
+    ):
+        with pytest.raises(Stopped, match=message) as stopped:
+            finetune(run, *parts, more=more | ONE)
+        assert stopped.value.exit_status == 75
+
+
+def test_a_kept_run_is_not_continued_from_another_network(run, vit_export, parts, tmp_path):
+    finetune(run, *parts, more=ONE | {"run": str(tmp_path / "run")})
+    with pytest.raises(UserError, match="holds the fine-tuning of another network than"):
+        finetune(vit_export, *parts, more=ONE | {"run": str(tmp_path / "run")})
+    with pytest.raises(UserError, match=r"another recipe \(optim.base_lr: 0.004 -> 0.001"):
+        finetune(run, *parts, more=ONE | {"run": str(tmp_path / "run"), "base_lr": 1e-3})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "zero1"])
+def test_two_processes_give_the_rows_of_one(run, parts, tmp_path, strategy):
+    """Started by torchrun, with a folder or without; weights to the rounding of sums."""
+    words = [str(run), "--train", parts[0], "--test", parts[1], "--workers", "0", "epochs=2", "batch_size=40",
+             "base_lr=4e-3", "mixup=0.8", "drop_path=0.1", "readout=mean"]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    if strategy == "zero1":
+        pytest.importorskip("deepspeed")
+        environment |= {
+            "ACCELERATE_USE_DEEPSPEED": "true",
+            "ACCELERATE_DEEPSPEED_ZERO_STAGE": "1",
+            "DS_ACCELERATOR": "cpu",
+        }
+    rows = []
+    for processes in (1, 2):
+        file = tmp_path / f"rows-{processes}.json"
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if processes == 2 else []
+        command = [sys.executable, *torchrun, "eval/finetune.py", *words, f"run={tmp_path / str(processes)}"]
+        done = subprocess.run(
+            [*command, "--json", str(file)], cwd=runs.REPOSITORY, capture_output=True, text=True, timeout=400,
+            env=environment if processes == 2 else os.environ | {"OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        rows.append(json.loads(file.read_text()))
+    assert [row["metric"] for row in rows[0]] == [row["metric"] for row in rows[1]] == ["frozen_mean", "finetune_mean"]
+    assert rows[0][0]["value"] == rows[1][0]["value"]
+    assert rows[1][1]["settings"]["processes"] == 2
+    one, two = (load_pretrained(tmp_path / str(processes) / "mean").backbone.state_dict() for processes in (1, 2))
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("readout", ["bilateral_concat", "mean"])
+def test_long_sequences_of_both_blocks(parts, tmp_path, readout):
+    """7 x 7 tokens for 4 x 4."""
+    for name in ("vil_nano_patch4_32", "vil_mlp_nano_patch4_32"):
+        with atomic_folder(tmp_path / name) as partial:
+            kwargs = {key: value for key, value in KWARGS.items() if key != "num_classes"}
+            backbone = timm.create_model(name, num_classes=0, **kwargs)
+            write_network(partial, backbone, kwargs, Normalisation((0.3,), (0.4,), (8, 8)), {"samples_seen": 7}, "")
+        more = {"readout": readout, "stride": 1, "out": str(tmp_path / f"{name}-out"), "batch_size": 120}
+        assert [row.readout for row in finetune(tmp_path / name, *parts, more=more)] == [readout] * 2
+        tuned = timm.create_model(f"local-dir:{tmp_path / name}-out", pretrained=True).eval()
+        grid = tuned.forward_features(torch.zeros(1, 1, 8, 8)).shape[1:3]
+        assert grid == (7, 7)
+
+
+def test_few_steps_and_sizes_of_steps(run, parts, caplog):
+    task = a_task(run, parts)
+    assert length(task, Settings(epochs=3, batch_size=1024)) == (112, 3)  # of 120: it divides into 16 parts
+    assert length(task, Settings(epochs=3, batch_size=50)) == (50, 7)
+    assert length(task, Settings(epochs=1, batch_size=33, mixup=0.8)) == (32, 4)
+    assert length(task, Settings(epochs=1, batch_size=33, labels_per_class=2)) == (20, 1)
+    task.processes = type(task.processes)(0, 3)
+    assert length(task, Settings(epochs=1, batch_size=100)) == (99, 1)
+    finetune(run, *parts, more=ONE)
+    assert "only 4 steps of 30 images" in caplog.text
+
+
+def test_micro_batches_fit_into_free_memory(run, parts, tmp_path, monkeypatch):
+    """In equal parts, that are even where images are mixed."""
+    task, made = a_task(run, parts), []
+    monkeypatch.setattr(trainer, "pretrain", lambda recipe, summarise: made.append(recipe.optim.accumulate))
+
+    def parts_of(free: int, **settings) -> int:
+        monkeypatch.setattr(footprint, "free_bytes", lambda device: free)
+        task.trainer.run(recipe(task, Settings(**settings), "mean", tmp_path, None), torch.device("cpu"))
+        return made[-1]
+
+    network = load_pretrained(run).backbone
+    network.reset_classifier(10, "avg")
+    one, two = (
+        footprint.saved_bytes(network, lambda count=count: network(torch.zeros(count, 1, 8, 8))) for count in (1, 2)
+    )
+    fixed = footprint.update_bytes(network)
+    assert parts_of(2**40) == 2  # 112 images on a CPU: at most 64
+    assert parts_of(2**40, batch_size=60) == 1
+    assert parts_of(2 * (fixed + 21 * (two - one)), batch_size=60, drop_path=0.0) == 3
+    assert parts_of(2 * (fixed + 21 * (two - one)), batch_size=60, mixup=0.8, drop_path=0.0) == 3
+    assert parts_of(2 * (fixed + 16 * (two - one)), batch_size=60, mixup=0.8, drop_path=0.0) == 5
+    with pytest.raises(UserError, match=r"images of 8 x 8 pixels needs at least 0\.00 GiB, and 0\.00 GiB are free"):
+        parts_of(fixed)
+
+
+@pytest.mark.parametrize("name", ["vil", "vit"])
+def test_each_layer_has_its_rate(vit_export, name):
+    source = timm.create_model("vil_nano_patch4_32", **KWARGS | {"num_classes": 10})
+    model = source if name == "vil" else selfvil.load_backbone(vit_export, num_classes=10)
+    scales = optim.layer_lr_scales(model, 0.5)
+    assert scales.keys() == {name for name, _ in model.named_parameters()}
+    # Stem, two layers (each a pair of blocks in a Vision-LSTM), head; the last norm goes with the last layer.
+    expected = {"patch_embed": 0.125, "pos_embed": 0.125, "cls_token": 0.125,
+                "blocks.0": 0.25, "blocks.1": 0.5, "norm": 0.5, "head": 1.0}  # fmt: skip
+    for parameter, scale in scales.items():
+        assert scale == next(value for prefix, value in expected.items() if parameter.startswith(prefix)), parameter
+
+
+# --- rows and folders ------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(("kind", "readout"), [("run", None), ("run", "mean"), ("vit", None), ("vit", "mean")])
-def test_the_fine_tuned_network_is_loaded_by_timm(run, vit_export, parts, tmp_path, monkeypatch, kind, readout):
+def test_the_fine_tuned_network_is_loaded_by_timm(run, vit_export, parts, tmp_path, kind, readout):
     """With its head, its classes by name, its image size and its outputs; and it can be fine-tuned and scored again."""
-    source = run if kind == "run" else vit_export
-    made, train = [], module.train_classifier
-    monkeypatch.setattr(module, "train_classifier", lambda *a, **o: made.append(train(*a, **o)) or made[-1])
+    source, kept = run if kind == "run" else vit_export, tmp_path / "runs"
     more = {"readout": readout, "img_size": (8, 12), "out": str(tmp_path / "out"), "labels_per_class": 3}
-    rows = finetune(source, *parts, more=more)
+    rows = finetune(source, *parts, more=more | {"run": str(kept)})
+    head = readout or ("cls" if kind == "vit" else "bilateral_concat")
     tuned = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
     images = torch.randn(3, 1, 8, 12)
     with torch.no_grad():
-        assert torch.equal(tuned(images), made[0].model.eval()(images))
+        assert torch.equal(tuned(images), load_pretrained(kept / head).backbone.eval()(images))
     cfg = tuned.pretrained_cfg
     assert cfg["label_names"] == [str(label) for label in range(10)]
     assert (cfg["num_classes"], tuple(cfg["input_size"])) == (10, (1, 8, 12))
@@ -262,6 +301,8 @@ def test_the_fine_tuned_network_is_loaded_by_timm(run, vit_export, parts, tmp_pa
     assert view(Image.new("L", (40, 40))).shape == (1, 8, 12)
     value = next(row.value for row in rows if row.protocol.startswith("fine-tuning"))
     assert f"- Accuracy: {value:.2f} % top-1 on 80 test images" in (tmp_path / "out" / "README.md").read_text()
+    own = score(tmp_path / "out", *parts, {"accuracy": parse_settings("accuracy")}, **FAST)
+    assert next((row.measure, row.value) for row in own) == ("top-1", value)
 
     with torch.no_grad():
         assert torch.equal(selfvil.load_backbone(tmp_path / "out")(images), tuned(images))
@@ -269,8 +310,9 @@ def test_the_fine_tuned_network_is_loaded_by_timm(run, vit_export, parts, tmp_pa
     assert "README.md" not in verified
     again = load_pretrained(tmp_path / "out")
     assert again.normalisation.img_size == (8, 12)
-    for row in finetune(tmp_path / "out", *parts):
-        assert row.value >= 0
+    assert [row.metric for row in finetune(tmp_path / "out", *parts, more={"readout": head})] == [
+        f"frozen_{head}", f"finetune_{head}"
+    ]  # fmt: skip
     start = timm.create_model(cfg["architecture"], **model_arguments(tmp_path / "out") | {"num_classes": 0})
     start_backbone(start, tmp_path / "out")
     tuned.reset_classifier(0)
@@ -292,9 +334,11 @@ def test_classes_have_the_names_of_classes_txt(run, parts, tmp_path):
 
 
 def test_the_network_is_written_before_it_is_scored(run, parts, tmp_path, monkeypatch):
-    monkeypatch.setattr(classifiers.Classifier, "accuracy", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(module, "rank_of_truth", lambda *_, **__: 1 / 0)
+    kept = []
     with pytest.raises(ZeroDivisionError):
-        finetune(run, *parts, more={"out": str(tmp_path / "out")})
+        finetune(run, *parts, more={"out": str(tmp_path / "out")}, keep=lambda rows: kept.append(len(rows)))
+    assert kept == [1, 2]  # rows so far are kept when a later one fails
     assert timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).num_classes == 10
     assert "- Accuracy: not scored yet" in (tmp_path / "out" / "README.md").read_text()
 
@@ -303,6 +347,8 @@ def test_a_folder_that_cannot_be_written_is_refused_before_training(run, parts, 
     monkeypatch.setattr("selfvil.evaluate.task.extract_all", None)  # calling it would be a TypeError
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="exists and holds no fine-tuning: choose a new folder"):
+        finetune(run, *parts, more={"run": str(tmp_path / "mine")})
     for out, message in ((tmp_path / "mine", "not an empty folder"),
                          (tmp_path / "mine" / "thesis.txt", "not an empty folder"),
                          (tmp_path / "mine" / "thesis.txt" / "out", "Could not write")):  # fmt: skip
@@ -310,28 +356,12 @@ def test_a_folder_that_cannot_be_written_is_refused_before_training(run, parts, 
             finetune(run, *parts, more={"out": str(out)})
 
 
-def test_two_calls_give_the_same_rows(run, parts):
-    calls = [finetune(run, *parts, seed=3) for _ in range(2)]
-    assert [row.value for row in calls[0]] == [row.value for row in calls[1]]
-
-
-def test_heads_of_each_architecture(run, parts):
-    train = open_shards(parts[0])
-    for made, head, width in (
-        (lambda: load_pretrained(run), "bilateral_concat", 64), (lambda: load_pretrained(run), "mean", 32),
-        (a_vit_network, "cls", 32), (a_vit_network, "mean", 32),
-    ):  # fmt: skip
-        network = made()
-        model = train_classifier(network, head, train, SHORT).model.eval()
-        assert model.head.weight.shape == (10, width)
-        images = torch.randn(2, 1, 8, 8)
-        with torch.no_grad():
-            seen = adapt(model).read_out(images, head)
-            torch.testing.assert_close(model(images), model.head(seen))
-    assert choose_heads(load_pretrained(run).backbone) == ["bilateral_concat", "mean"]
-    assert choose_heads(a_vit()) == ["cls", "mean"]
+def test_heads_of_each_architecture(run, vit_export):
+    vil, vit = (load_pretrained(source).backbone for source in (run, vit_export))
+    assert choose_heads(vil) == ["bilateral_concat", "mean"]
+    assert choose_heads(vit) == ["cls", "mean"]
     assert choose_heads(timm.create_model("resnet18", num_classes=0)) == ["mean"]
-    assert choose_heads(a_vit(), "mean") == ["mean"]
+    assert choose_heads(vit, "mean") == ["mean"]
 
 
 def test_stochastic_depth_is_that_of_the_settings(run, tmp_path):
@@ -351,22 +381,11 @@ def test_labels_need_not_count_from_zero(run, tmp_path):
             Image.new("L", (8, 8), 200 * (label == 7) + shift + index).save(content, "PNG")
             files += [(f"{index:02d}.cls", b"%d" % label), (f"{index:02d}.png", content.getvalue())]
         write_tar(tmp_path / f"{part}.tar", files)
-    settings = Settings(epochs=20, batch_size=20, base_lr=2e-2, layer_decay=1.0, drop_path=0.0)
-    classifier = train_classifier(load_pretrained(run), "mean", open_shards(str(tmp_path / "train.tar")), settings)
-    assert classifier.classes.tolist() == [3, 7]
-    assert classifier.accuracy(open_shards(str(tmp_path / "test.tar")), workers=0) == 100
-
-
-def test_few_labels(parts):
-    shards = open_shards(parts[0])
-    few, again, other = (module._FewLabels(shards, 3, seed) for seed in (0, 0, 1))
-    assert len(few) == 30
-    assert np.bincount(few.labels).tolist() == [3] * 10
-    assert few.ids.tolist() == again.ids.tolist() != other.ids.tolist()
-    for index, of_all in enumerate(few.ids.tolist()):
-        assert few.read(index) == shards.read(of_all)
-        assert (few.key(index), few.shard_of(index)) == (shards.key(of_all), shards.shard_of(of_all))
-        assert few.labels[index] == shards.labels[of_all]
+    two = str(tmp_path / "train.tar"), str(tmp_path / "test.tar")
+    more = {"epochs": 20, "batch_size": 20, "base_lr": 2e-2, "layer_decay": 1.0, "out": str(tmp_path / "out")} | ONE
+    assert finetune(run, *two, more=more)[-1].value == 100
+    assert selfvil.load_backbone(tmp_path / "out").num_classes == 2
+    assert score(tmp_path / "out", *two, {"accuracy": parse_settings("accuracy")}, **FAST)[0].value == 100
 
 
 def test_table_of_all_rows(run, parts):
@@ -393,7 +412,7 @@ def test_the_frozen_rows_are_the_linear_probe(run, parts):
     features = [
         extract(
             backbone, open_shards(part), img_size=8, mean=[0.3], std=[0.4], precision="bf16",
-            readout="bilateral_concat", **FAST,
+            readout="bilateral_concat", workers=0, device="cpu",
         )
         for part in parts
     ]  # fmt: skip
@@ -437,18 +456,19 @@ def test_settings_out_of_range(wrong):
         parse_settings("finetune", wrong)
 
 
-def test_few_steps_are_a_warning(run, parts, caplog):
-    assert Settings(epochs=3, batch_size=1024).length(120) == (120, 3)
-    assert Settings(epochs=1, batch_size=1000).length(10_400) == (1000, 10)
-    finetune(run, *parts, more={"readout": "mean"})
-    assert "only 4 steps of 30 images" in caplog.text
-
-
 def test_divergence_is_an_error(run, parts):
-    with pytest.raises(UserError, match=r"diverged: the loss of step \d+ is nan; lower base_lr"):
-        train_classifier(
-            load_pretrained(run), "mean", open_shards(parts[0]), Settings(epochs=6, batch_size=30, base_lr=1e38)
-        )
+    with pytest.raises(UserError, match=r"(loss|grad_norm).* became NaN or infinite by step \d+ .*Lower optim.base_lr"):
+        finetune(run, *parts, more={"epochs": 6, "base_lr": 1e38} | ONE)
+
+
+def test_inside_a_run_it_is_refused_with_the_command(run, parts, tmp_path, digit_shards):
+    from selfvil.pretrain import pretrain
+
+    entry = [f"eval.finetune.train={parts[0]}", f"eval.finetune.test={parts[1]}"]
+    with pytest.raises(
+        UserError, match=r"eval.finetune: fine-tuning is a training run of its own.*selfvil eval finetune"
+    ):
+        pretrain(runs.small("mae", digit_shards, tmp_path / "run", *entry))
 
 
 def test_command(run, parts, tmp_path, capsys, monkeypatch):

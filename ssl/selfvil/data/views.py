@@ -199,6 +199,83 @@ class DINOCrop(RandomCropFlip):
         return image
 
 
+class ClassifierCrop(RandomCropFlip):
+    """A random crop for supervised training: after crop and flip, distortions of the image, each of them optional.
+
+    Args:
+        three_augment: grey, inverted from 128 or blurred by 0.1 to 2 pixels, one of the three at random (Touvron et
+            al., "DeiT III", 2022). Grey images (L) are not made grey, and stay as they are in that case.
+        jitter: largest change of brightness, contrast and saturation, in random order.
+        randaugment: magnitude, 0 to 10, of timm's RandAugment (Cubuk et al., 2020), whose operations increase with it
+            ("rand-m9-mstd0.5-inc1" for 9); None leaves it out. Not for images with an alpha channel.
+        erasing: probability that a rectangle is replaced by noise (Zhong et al., 2017; timm's, "pixel").
+    """
+
+    def __init__(
+        self,
+        size: Size,
+        scale: tuple[float, float],
+        mean: Sequence[float],
+        std: Sequence[float],
+        *,
+        three_augment: bool = False,
+        jitter: float = 0.0,
+        randaugment: int | None = None,
+        erasing: float = 0.0,
+        flip: bool = True,
+    ) -> None:
+        from timm.data.auto_augment import rand_augment_transform  # slow: it imports all of timm
+        from timm.data.random_erasing import RandomErasing
+
+        super().__init__(size, scale, mean, std, flip=flip)
+        if not (0 <= jitter <= 1 and 0 <= erasing <= 1 and 0 <= (randaugment or 0) <= 10):
+            raise ValueError(
+                f"jitter {jitter} and erasing {erasing} must lie within [0, 1], randaugment {randaugment} in [0, 10]"
+            )
+        if randaugment is not None and len(mean) == 4:
+            raise ValueError("RandAugment moves and rotates an image, and would leave its alpha channel in place")
+        self.three_augment, self.jitter = three_augment, jitter
+        grey = tuple(round(255 * value) for value in mean)
+        fill = {
+            "translate_const": int(0.45 * min(self.height, self.width)),
+            "img_mean": grey[0] if len(grey) == 1 else grey,
+            "interpolation": Image.Resampling.BICUBIC,
+            "magnitude_max": 9.99,  # at 10, timm asks Pillow for an image of 0 bits, which Pillow refuses
+        }
+        name = f"rand-m{randaugment}-mstd0.5-inc1"
+        self.randaugment = None if randaugment is None else rand_augment_transform(name, fill)
+        self.erase = RandomErasing(erasing, mode="pixel", device="cpu") if erasing else None
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        draw = self.draw(*image.size, image.mode)
+        image = self._crop(image, draw)
+        if draw.flip:
+            image = ImageOps.mirror(image)
+        if image.mode == "RGBA":
+            alpha, image = image.getchannel("A"), self._distort(image.convert("RGB"))
+            image.putalpha(alpha)
+        else:
+            image = self._distort(image)
+        view = self.normalise(image)
+        return view if self.erase is None else self.erase(view)
+
+    def _distort(self, image: Image.Image) -> Image.Image:
+        if self.three_augment:
+            choice = random.randrange(3)
+            if choice == 0:
+                image = image.convert("L").convert(image.mode)
+            elif choice == 1:
+                image = ImageOps.solarize(image)
+            else:
+                image = image.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2.0)))
+        if self.jitter:
+            changes = [0, 1] if image.mode == "L" else [0, 1, 2]
+            random.shuffle(changes)
+            for change in changes:
+                image = _change(image, change, random.uniform(-self.jitter, self.jitter))
+        return image if self.randaugment is None else self.randaugment(image)
+
+
 def _change(image: Image.Image, kind: int, amount: float) -> Image.Image:
     """One of `Draw.changes`, rounded to 8 bits, as in the published augmentation. An amount of 0 changes nothing."""
     if kind == 3:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from selfvil.data.index import open_shards
+from selfvil.build import open_training
 from selfvil.data.loader import Batch, View, train_batches
 from selfvil.data.views import CenterCrop, RandomCropFlip
 from selfvil.diagnostics.collapse import Doctor
@@ -109,8 +109,7 @@ def training_images(record: Record, count: int, views: Sequence[View] | None = N
 
     Raises UserError if the shards cannot be read.
     """
-    recipe = record.recipe
-    shards = open_shards(recipe.data.train, image=recipe.data.image)
+    recipe, shards = open_training(record.recipe)
     views = views or [CenterCrop(recipe.model.img_size, recipe.data.mean, recipe.data.std)]
     size = min(128, count, len(shards))
     return train_batches(

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from selfvil.diagnostics.rules import FEWEST_IMAGES, FEWEST_PROTOTYPES, RULES, VISIBLE, Rule
+from selfvil.diagnostics.rules import FEW_DIRECTIONS, FEWEST_IMAGES, FEWEST_PROTOTYPES, RULES, VISIBLE, Rule
 from selfvil.diagnostics.wording import Case
 from selfvil.recipe import Recipe
 
@@ -68,6 +68,8 @@ class Doctor:
         return new
 
     def _judges(self, rule: Rule, step: int) -> bool:
+        if rule.name in FEW_DIRECTIONS and "objective.classes" in self._settings:
+            return False
         return self.total_steps >= rule.fewest_steps and rule.after <= step / self.total_steps <= rule.until
 
     def _derived(self, values: Mapping[str, float]) -> dict[str, float]:

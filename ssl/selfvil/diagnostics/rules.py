@@ -68,6 +68,8 @@ class Rule:
 
 CAUSES = ("high_learning_rate", "low_learning_rate", "no_ema", "dead_teacher")
 COLLAPSES = (*CAUSES, "flat_teacher", "constant_teacher")
+FEW_DIRECTIONS = ("few_dimensions", "steep_spectrum", "views_not_images")
+"""Not judged under supervised training, which rightly leaves a direction for each class (Papyan et al., 2020)."""
 
 
 # --- advice that depends on the settings -----------------------------------------------------------------------------

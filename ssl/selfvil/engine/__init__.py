@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from accelerate.utils import DistributedType
+from torch import distributed
 
 from selfvil import runtime
 from selfvil.engine.base import Engine as Engine
@@ -38,6 +39,7 @@ def start_engine(recipe: "Recipe") -> Engine:
     Raises:
         UserError: as `runtime.start`; or the strategy cannot train this recipe.
     """
+    connected = distributed.is_available() and distributed.is_initialized()
     settings, timeout = recipe.run, longest_wait(recipe.run.stall_minutes)
     accelerator = runtime.start(settings.precision, recipe.optim.accumulate, settings.threads, timeout)
     name = "ddp"
@@ -45,4 +47,6 @@ def start_engine(recipe: "Recipe") -> Engine:
         name = "zero"
     elif runtime.requests_strategy(os.environ, "FSDP"):
         name = "fsdp"
-    return ENGINES[name](accelerator, recipe)
+    engine = ENGINES[name](accelerator, recipe)
+    engine.connected_before = connected
+    return engine

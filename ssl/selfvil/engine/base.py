@@ -52,6 +52,8 @@ class Engine(ABC):
     strategy: str
     divides_optimizer = False
     divides_weights = False
+    connected_before = False
+    """Whether the process group is that of the program that started this run, which leaves it."""
 
     def __init__(self, accelerator: Accelerator, recipe: "Recipe") -> None:
         self.accelerator = accelerator
@@ -190,8 +192,11 @@ class Engine(ABC):
         self.accelerator.wait_for_everyone()
 
     def close(self) -> None:
-        """Leave the process group. Collective."""
-        self.accelerator.end_training()
+        """Leave the process group, unless it was there before this engine. Collective."""
+        if self.connected_before:
+            self.wait()
+        else:
+            self.accelerator.end_training()
 
 
 def clip_parts(

@@ -135,7 +135,8 @@ class Zero(Engine):
             accelerator.deepspeed_plugin.deepspeed_config, batch_size=recipe.optim.batch_size,
             accumulate=recipe.optim.accumulate, world_size=self.world_size, clip_norm=recipe.optim.clip_norm,
             bf16=recipe.run.precision == "bf16",
-            has_teacher="teacher" in objective_class(recipe.objective.name).networks,
+            has_teacher="teacher" in objective_class(recipe.objective.name).networks
+            or getattr(recipe.objective, "ema_decay", None) is not None,
             compiled=recipe.run.compile != "none",
         )  # fmt: skip
         accelerator.gradient_accumulation_steps = recipe.optim.accumulate

@@ -34,6 +34,7 @@ EVALUATIONS = {
     "attentive": "selfvil.evaluate.attentive",
     "few_label": "selfvil.evaluate.few_label",
     "finetune": "selfvil.evaluate.finetune",
+    "accuracy": "selfvil.evaluate.accuracy",
     "segment": "selfvil.evaluate.segment",
     "robustness": "selfvil.evaluate.robustness",
 }

@@ -9,7 +9,7 @@ from selfvil.errors import UserError
 from selfvil.evaluate import ALL, EVALUATIONS, evaluation, settings, settings_model
 from selfvil.settings import Section
 
-_TEXTS = {"out"}  # settings whose value is text, even where it looks like a number
+_TEXTS = {"out", "run"}  # settings whose value is text, even where it looks like a number
 
 FORM = "selfvil eval NAME... SOURCE --train SHARDS --test SHARDS [key=value ...]"
 COMPARE = "compare"

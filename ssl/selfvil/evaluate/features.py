@@ -11,7 +11,6 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -21,7 +20,7 @@ from pydantic import AfterValidator
 from rich.progress import track
 from torch import Tensor, nn
 
-from selfvil import terminal
+from selfvil import runtime, terminal
 from selfvil.data.index import Shards
 from selfvil.data.ledger import BadSample
 from selfvil.data.loader import ordered_batches
@@ -145,7 +144,7 @@ def extract_all(
     backbone.to(device).eval()
 
     def rows(images: Tensor) -> dict[str, Tensor]:
-        with autocast(device, precision):
+        with runtime.autocast(device, precision):
             return _read_out(adapt(backbone), images.to(device), readouts)
 
     view = CenterCrop(img_size, mean, std)
@@ -154,11 +153,6 @@ def extract_all(
             return named_rows(rows, shards, view, len(mean), batch_size, workers, title, processes)
     finally:
         backbone.train(was_training)
-
-
-def autocast(device: torch.device, precision: Precision) -> Any:
-    """A context in which networks compute in `precision`."""
-    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
 def _read_out(adapter: BackboneAdapter, images: Tensor, readouts: Sequence[str]) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ images are resized, and the network's positions are resampled where it has any.
 import copy
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,12 +16,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from selfvil import runtime
 from selfvil.data.views import CenterCrop
 from selfvil.errors import UserError
 from selfvil.evaluate import knn, linear
 from selfvil.evaluate.checks import check_classes
-from selfvil.evaluate.features import Features, FeatureSettings, autocast, named_rows
-from selfvil.evaluate.finetune import resize
+from selfvil.evaluate.features import Features, FeatureSettings, named_rows
 from selfvil.evaluate.perturbations import Perturbed
 from selfvil.evaluate.speed import Cost, measure
 from selfvil.evaluate.task import Score, Task
@@ -133,7 +134,7 @@ def _row(task: Task, network: Network | None, settings: Settings) -> Any:
     backbone, readout = network.backbone, task.describe(settings.readout)
 
     def row(images: Tensor) -> Tensor:
-        with autocast(task.device, task.precision):
+        with runtime.autocast(task.device, task.precision):
             adapter = adapt(backbone)
             return READOUTS[readout](*adapter.split_tokens(adapter.forward_features(images.to(task.device)))).float()
 
@@ -186,6 +187,28 @@ def _sizes(network: Network, settings: Settings) -> list[tuple[int, int]]:
         tuple(max(1, round(scale * side / step)) * step for side, step in zip(own, steps)) for scale in settings.scales
     ]
     return [(height, width) for height, width in dict.fromkeys(sizes) if (height, width) != own]
+
+
+def resize(network: Network, size: tuple[int, int]) -> Network:
+    """`network` for images of another height and width in pixels.
+
+    Its backbone is changed in place: learned positions are resampled. Raises UserError if it cannot take such images.
+    """
+    backbone: Any = network.backbone
+    height, width = size
+    try:
+        if hasattr(backbone, "set_input_size"):
+            backbone.set_input_size(img_size=size)
+        with torch.no_grad():
+            device = next(backbone.parameters()).device
+            blank = torch.zeros(1, network.normalisation.channels, height, width, device=device)
+            backbone.eval().forward_features(blank)
+    except (AssertionError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{type(backbone).__name__} cannot take images of {height} x {width} pixels (scales): {reason}"
+        ) from None
+    return network._replace(normalisation=replace(network.normalisation, img_size=size))
 
 
 def _patch(network: Network) -> tuple[int, int]:

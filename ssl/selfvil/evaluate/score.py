@@ -25,7 +25,7 @@ from selfvil.evaluate import ALL, evaluation, needs, settings, want
 from selfvil.evaluate.checks import shared_images
 from selfvil.evaluate.features import ALONE, Precision
 from selfvil.evaluate.processes import Processes
-from selfvil.evaluate.task import Score, Task
+from selfvil.evaluate.task import Score, Task, Trainer
 from selfvil.runtime import commit, device_name
 from selfvil.settings import Section
 from selfvil.version import __version__
@@ -91,6 +91,7 @@ def score_pairs(
     allow_shared: bool = False,
     keep: Callable[[list[Row]], None] | None = None,
     processes: Processes = ALONE,
+    trainer: Trainer | None = None,
 ) -> list[Row]:
     """Scores of the backbone in `source` on pairs of labelled shards, and of the baselines if `baselines` is set.
 
@@ -106,6 +107,7 @@ def score_pairs(
         allow_shared: score although test images are also training images, if not all are.
         keep: called with all rows so far after each new one, so that a later failure loses none.
         processes: which share the images; every one calls this, and the main process alone has rows.
+        trainer: a `selfvil.trainer.Trainer`, for finetune.
 
     Raises UserError for anything wrong with source, shards, labels or settings, before features are computed.
     """
@@ -120,6 +122,7 @@ def score_pairs(
             name, None if name == RAW else loaded, loaded.normalisation, train, test,
             partial(load, untrained=name == UNTRAINED), device=device, precision=precision, batch_size=batch_size,
             workers=workers, seed=seed, source=str(source), processes=processes, allow_shared=allow_shared,
+            trainer=trainer,
         )  # fmt: skip
         want(task, chosen.items())
         return task

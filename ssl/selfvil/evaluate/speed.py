@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selfvil import footprint
-from selfvil.evaluate.features import Precision, autocast
+from selfvil import footprint, runtime
+from selfvil.evaluate.features import Precision
 from selfvil.weights import Network
 
 _ROUNDS = 7
@@ -98,7 +98,7 @@ def _forward_pass(network: Network, batch_size: int, device: torch.device, preci
     backbone: Any = network.backbone.to(device).eval()
 
     def run() -> Tensor:
-        with torch.no_grad(), autocast(device, precision):
+        with torch.no_grad(), runtime.autocast(device, precision):
             return backbone.forward_features(images)
 
     return run

@@ -4,12 +4,12 @@ Shapes: N images of a data set, D features.
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from selfvil import footprint
 from selfvil.data.classes import class_names
@@ -17,6 +17,7 @@ from selfvil.data.index import Shards
 from selfvil.evaluate import intervals
 from selfvil.evaluate.features import TOKENS, Features, Precision, choose_readout, extract_all, raw_pixels
 from selfvil.evaluate.processes import Processes
+from selfvil.records import Summary
 from selfvil.weights import Network, Normalisation
 
 _RAW_SIDE = 32  # pixels; the longer side of the images whose raw pixels are scored
@@ -68,6 +69,14 @@ class Parts(NamedTuple):
     seconds: float
 
 
+class Trainer(Protocol):
+    """The training loop: `selfvil.trainer.Trainer`. recipe: sections of plain values."""
+
+    def begin(self, recipe: Mapping[str, Any], device: torch.device, processes: int = 1) -> nn.Module: ...
+
+    def run(self, recipe: Mapping[str, Any], device: torch.device, processes: int = 1) -> Summary: ...
+
+
 @dataclass
 class Task:
     """A network, labelled images, and where to compute.
@@ -86,6 +95,8 @@ class Task:
         seed: of held-out parts, draws and fine-tuning.
         source: where the network comes from, for model cards.
         allow_shared: whether test images may be among the training images (`evaluate.checks`).
+        labels: the label of each output of the network's classifier, where `source` does not tell.
+        trainer: for evaluations that train the network; None inside a training run.
     """
 
     name: str
@@ -100,6 +111,8 @@ class Task:
     workers: int = 2
     seed: int = 0
     source: str = ""
+    labels: tuple[int, ...] = ()
+    trainer: Trainer | None = None
     processes: Processes = field(default_factory=Processes)
     allow_shared: bool = False
     _wanted: dict[str, None] = field(default_factory=dict)

@@ -39,11 +39,13 @@ def run_card(
     scores = read_scores(run) if run else []
     data, epochs = meta["data"], meta["samples"] / max(1, meta["data"]["num_samples"])
     launch = record.launches[-1] if record.launches else {}
+    head = meta.get("classifier")
+    labels = "without labels" if head is None else f"with labels of {len(head['labels'])} classes"
     facts = {
         "Architecture": f"{name}, {published.size(backbone) / 1e6:.2f} M parameters, {inline(meta['model']['kwargs'])}",
         "Network": f"{network}, one of {', '.join(sorted(meta['networks']))}",
         "Objective": f"{method}, {inline(settings)}",
-        "Images": f"{data['num_samples']:,} without labels, `{data['pattern']}` (fingerprint {data['fingerprint']})",
+        "Images": f"{data['num_samples']:,} {labels}, `{data['pattern']}` (fingerprint {data['fingerprint']})",
         "Normalisation": describe(normalisation),
         "Budget": f"{saved.step:,} steps, {meta['samples']:,} images seen ({epochs:.3g} epochs), "
         f"{meta['seconds'] / 3600:.2f} hours",
@@ -56,7 +58,9 @@ def run_card(
         f'backbone = selfvil.load_backbone("{FOLDER}")  # verifies weights and config.json first',
         "view = timm.data.create_transform(**timm.data.resolve_model_data_config(backbone))",
         *([] if normalisation.channels == 3 else [f'image = image.convert("{_mode(normalisation)}")']),
-        "features = backbone.forward_features(view(image)[None])",
+        "features = backbone.forward_features(view(image)[None])"
+        if head is None
+        else "name = backbone.pretrained_cfg['label_names'][backbone(view(image)[None]).argmax()]",
     ]
     own = {"recipe.yaml": "the whole recipe of the run"} if with_recipe else {}
     own |= {HEADS: "the rest of the objective, for `model.start_from`"} if with_heads else {}
@@ -68,6 +72,10 @@ def run_card(
         *format_lines(files, normalisation),
         *_limit_lines(backbone, normalisation, scores, data["num_samples"]),
     ]
+    if head is not None:
+        intro = "A classifier: a backbone with a linear layer, trained on images with labels."
+        tags = ["image-classification", "vision-lstm"]
+        return card(f"{name}, trained with labels", tags, load, facts, intro, more, licence)
     intro = "A backbone pretrained on images without labels. It has no classifier: use its features, or fine-tune it."
     return card(f"{name}, pretrained by {method}", TAGS, load, facts, intro, more, licence)
 

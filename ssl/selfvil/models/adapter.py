@@ -44,6 +44,9 @@ READOUTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 """From prefix tokens (B, R, C) and patches (B, N, C) to one vector for each image, (B, D): one token, a mean, or
 several of these concatenated."""
 
+CLASSIFIERS = {"bilateral_concat": "bilateral_concat", "cls": "token", "registers": "registers", "mean": "avg"}
+"""Readouts that a timm network's own classifier can have -> its argument `global_pool`."""
+
 
 class BackboneAdapter:
     """Any timm network: its features, its readouts, and what its files hold. It can neither drop nor mask patches."""
@@ -149,6 +152,10 @@ class BackboneAdapter:
         if readout not in usable:
             raise UserError(f"{key} = {readout!r} is not possible with {self.name}; choose one of: {', '.join(usable)}")
         return readout
+
+    def classifier_readouts(self) -> list[str]:
+        """Readouts that a classifier of this network can have: the default one first, and the mean of the patches."""
+        return list(dict.fromkeys([self.default_readout, "mean"]))
 
     def readout_dim(self, readout: str) -> int:
         """Width D of a readout."""

@@ -228,6 +228,7 @@ class MLPBlock(nn.Module):
         self.mlp = MLP(dim, mlp_ratio, mlp, bias)
         self.ls1, self.ls2 = (nn.Identity() if init_values is None else LayerScale(dim, init_values) for _ in "12")
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+        self.drop_path2 = DropPath(drop_path) if drop_path else nn.Identity()
         for projection in (self.layer.proj, self.mlp.fc2):
             _small_init(projection, 1 / (num_blocks or 1))
 
@@ -238,7 +239,7 @@ class MLPBlock(nn.Module):
             reverse = self.layer.reverse and isinstance(self.conv, nn.Conv1d)
             x = x + convolve(self.conv, x, layout, reverse=reverse)
         x = x + self.drop_path(self.ls1(self.layer(self.norm1(x), layout)))
-        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
 
 def _small_init(linear: nn.Linear, scale: float = 1.0) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from selfvil.build import classifier
 from selfvil.data.index import open_shards
 from selfvil.errors import UserError
 from selfvil.evaluate import evaluation, want
@@ -86,6 +87,7 @@ def _network(recipe: Recipe, backbone: nn.Module, **overrides: Any) -> Network:
     meta = {
         "model": {"name": model.name, "kwargs": model.create_kwargs() | overrides},
         "data": {"mean": data.mean, "std": data.std, "img_size": model.img_size},
+        "classifier": classifier(recipe, backbone),
     }
     with torch.random.fork_rng(devices=[]):
         network = create_backbone(meta)
@@ -108,4 +110,5 @@ def _task(recipe: Recipe, entry: Any, backbone: nn.Module | None, device: torch.
         open_shards(entry.train, image=data.image), open_shards(entry.test, image=data.image), create,
         device=device, workers=data.workers, source=recipe.run.out, processes=processes,
         allow_shared=entry.allow_shared,
+        labels=tuple(recipe.objective.labels()) if hasattr(recipe.objective, "labels") else (),
     )  # fmt: skip

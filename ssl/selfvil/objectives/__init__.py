@@ -13,6 +13,7 @@ OBJECTIVES = {
     "ibot": ("selfvil.objectives.ibot", "IBOT", "IBOTSettings"),
     "dinov2": ("selfvil.objectives.dinov2", "DINOv2", "DINOv2Settings"),
     "lejepa": ("selfvil.objectives.lejepa", "LeJEPA", "LeJEPASettings"),
+    "supervised": ("selfvil.objectives.supervised", "Supervised", "SupervisedSettings"),
     "distill": ("selfvil.objectives.distill", "Distill", "DistillSettings"),
 }
 

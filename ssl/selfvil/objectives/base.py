@@ -23,10 +23,12 @@ View = Callable[["Image"], Tensor]
 
 
 class Batch(Protocol):
-    """A batch of the loader: `views[i]` is (B, C, H_i, W_i); `positions` (B,) int64 are global sample positions."""
+    """A batch of the loader: `views[i]` is (B, C, H_i, W_i); `positions` (B,) int64 are global sample positions, and
+    `labels` (B,) int64 are -1 for images without one."""
 
     views: list[Tensor]
     positions: Tensor
+    labels: Tensor
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,9 @@ class Objective(nn.Module):
 
     def check_batch(self, images: int) -> None:
         """Raise UserError if a micro-batch of `images`, summed over all processes, is too small for this objective."""
+
+    def check_micro_batch(self, images: int) -> None:
+        """Raise UserError if a micro-batch of one process cannot have this number of images."""
 
     def forward(self, batch: Batch, progress: Progress) -> StepOutput:
         """Loss of one micro-batch. Random numbers must come from `keyed_noise` or torch's global generator, which the
