@@ -4,9 +4,23 @@ Text may contain a path, a key or a value of the user, such as runs/mae[v2], whi
 remove. Text is therefore printed literally, and style is given by arguments.
 """
 
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 from rich.console import Console
 
 
 def console(*, stderr: bool = False) -> Console:
     """A console that prints text literally, in tables and titles too, without markup, emoji codes and highlighting."""
     return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
+
+
+@contextmanager
+def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on a terminal, nothing elsewhere; called with (done, total)."""
+    from rich.progress import Progress
+
+    with Progress(console=console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

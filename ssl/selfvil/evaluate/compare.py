@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from rich.table import Table
+from rich.text import Text
 
 from selfvil.errors import UserError
 from selfvil.evaluate.features import ALONE, Precision
@@ -133,7 +134,7 @@ def as_table(found: Comparison) -> Table:
         best = max(row.value for row in rows.values() if row is not None)
         cells = {network: "" if row is None else _value(row) for network, row in rows.items()}
         bold = {network for network, row in rows.items() if row is not None and row.value == best}
-        table.add_row(protocol, *(f"[bold]{text}[/bold]" if n in bold else text for n, text in cells.items()))
+        table.add_row(protocol, *(Text(text, "bold" if n in bold else "") for n, text in cells.items()))
     table.add_section()
     batch = found.costs[name].batch_size
     for label, of_cost in {
