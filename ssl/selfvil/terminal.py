@@ -7,12 +7,16 @@ remove. Text is therefore printed literally, and style is given by arguments.
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-from rich.console import Console
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
-def console(*, stderr: bool = False) -> Console:
+def console(*, stderr: bool = False) -> "Console":
     """A console that prints text literally, in tables and titles too, without markup, emoji codes and highlighting."""
+    from rich.console import Console  # here, so that `selfvil --help` is fast
+
     return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
 
 
