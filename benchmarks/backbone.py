@@ -38,6 +38,7 @@ from selfvil.models.published import checkpoint_filter_fn
 from selfvil.models.vision_lstm import VisionLSTM
 from selfvil.ops import linear, triton_mlstm
 from selfvil.ops.chunkwise import chunk_size
+from selfvil.ops.cpu.mlstm import chunk_size as native_chunk_size
 from selfvil.ops.mlstm import choose
 
 OURS = "ours"
@@ -213,10 +214,14 @@ def floor(model: nn.Module, args: argparse.Namespace, dtype: str) -> float:
         heads, of_v, of_qk = 4, 2 * model.embed_dim, 2 * model.embed_dim
     # Multiply-adds of each token: with half of all tokens, or with half of a chunk's tokens and the state of each head.
     torch_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
-    chunk = {"chunkwise": chunk_size(of_v // heads), "triton_chunkwise": triton_mlstm.CHUNK}.get(
-        choose(tokens, of_v // heads, args.device, torch_dtype)
-    )
-    of_tokens = (of_qk + of_v) // 2 * (chunk or tokens) + (2 * of_qk * of_v // heads if chunk else 0)
+    backend, head = choose(tokens, of_v // heads, args.device, torch_dtype), of_v // heads
+    chunk = {
+        "chunkwise": chunk_size(head),
+        "triton_chunkwise": triton_mlstm.CHUNK,
+        "native": native_chunk_size(tokens, of_qk // heads, head),
+    }.get(backend, tokens)
+    state = 2 * of_qk * head if chunk < tokens else 0
+    of_tokens = (of_qk + of_v) // 2 * chunk + state
     products = tokens * (weights + layers * of_tokens)
     a, b = torch.randn(2, 2048, 2048, device=args.device, dtype=torch_dtype)
     times = []
