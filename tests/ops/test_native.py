@@ -124,7 +124,7 @@ def test_extreme_gates_are_finite(dtype, level, small_chunks):
 
 def test_what_is_not_a_number_is_not_hidden(level):
     for place in range(5):
-        inputs, dh = make_inputs(40)
+        inputs, _ = make_inputs(40)
         inputs[place][0, 0, 20] = math.nan
         assert mlstm(*inputs, backend="native")[0, 0, 20:].isnan().any()
         assert not mlstm(*inputs, backend="native")[0, 1].isnan().any()

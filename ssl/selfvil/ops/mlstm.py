@@ -84,7 +84,9 @@ def choose(num_tokens: int, head_dim: int, device: torch.device | str, dtype: to
     """The fastest backend for N tokens and head width D.
 
     On a CPU, the native kernels for float32 and bfloat16, if they can be built here. Otherwise parallel up to about
-    N = 4 D, and chunkwise above: a row multiplies N/2 columns in the parallel form; in the chunkwise form, the columns of a chunk and a D × D state.
+    N = 4 D, and chunkwise above.
+
+    A row multiplies N/2 columns in the parallel form; in the chunkwise form, the columns of a chunk and a D × D state.
     Below the limit, few large products are faster than many small ones. On a GPU, the Triton version of each is taken
     if Triton is installed and supports the head width; its parallel form stores no scores and remains faster for
     larger N. The limit is measured on a CPU, and estimated from operation counts for a GPU.

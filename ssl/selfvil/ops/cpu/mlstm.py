@@ -1,8 +1,8 @@
 """The mLSTM by native kernels for CPUs: float32 and bfloat16, forward and backward, without stored scores.
 
-One kernel for all lengths: a sequence is cut into chunks that pass on a state, or is one chunk if it is short. `mlstm.cpp`
-explains it; the symbols are those of `torch_mlstm`. Products and gates are float32, results are rounded once at the end.
-The kernels accept any strides with contiguous channels, so that no tensor is copied or flipped.
+One kernel for all lengths: a sequence is cut into chunks that pass on a state, or is one chunk if it is short.
+`mlstm.cpp` explains it; the symbols are those of `torch_mlstm`. Products and gates are float32, and results are rounded
+once, at the end. Inputs may have any strides with contiguous channels: no tensor is copied or flipped.
 
 For `torch.compile`, forward and backward are one opaque operator each, without a graph break.
 """
@@ -38,7 +38,7 @@ def chunk_size(num_tokens: int, score_width: int, value_width: int) -> int:
 
 
 def mlstm_native(q: Tensor, k: Tensor, v: Tensor, i: Tensor, log_f: Tensor, reverse: bool) -> Tensor:
-    """mLSTM output h, of the shape of v (B, H, N, D'), of q, k (B, H, N, D), i and the log of the forget gate (B, H, N).
+    """mLSTM output h, of the shape of v (B, H, N, D'), of q, k (B, H, N, D), i and log f (B, H, N), the forget gate.
 
     q, k and v are float32 or bfloat16 on the CPU. First derivatives only.
 
@@ -105,10 +105,12 @@ def _call(
 ) -> None:
     """Fill in the members of `Arguments` in mlstm.cpp; None for those that the function does not use."""
     q, _, v, *_ = strided
-    assert q is not None and v is not None
+    assert q is not None
+    assert v is not None
     if q.dtype not in DTYPES or q.device.type != "cpu":
         raise ValueError(
-            f'the mLSTM backend "native" supports float32 and bfloat16 on the CPU, got {q.dtype} on {q.device}; use "auto"'
+            'the mLSTM backend "native" supports float32 and bfloat16 on the CPU, '
+            f'got {q.dtype} on {q.device}; use "auto"'
         )
     loaded = kernels()
     if loaded is None:
