@@ -123,7 +123,7 @@ def test_the_switch_limits_the_instruction_set(level, compiler, monkeypatch, cac
 
 def test_an_unknown_value_of_the_switch_is_refused(monkeypatch):
     monkeypatch.setenv(build.SWITCH, "yes")
-    with pytest.raises(ValueError, match="SELFVIL_NATIVE='yes' is unknown; choose one of: 0, 1, avx512"):
+    with pytest.raises(ValueError, match="SELFVIL_NATIVE='yes' is unknown; choose one of: 0, 1, avx512_bf16"):
         build.available()
 
 
@@ -151,6 +151,16 @@ def test_a_compiler_that_fails(monkeypatch, caplog, tmp_path):
     write_compiler(tmp_path / "compiler", "echo 'vector.h:1: error: no such vector' >&2; exit 1", monkeypatch)
     assert_torch_is_used(caplog, "compiler failed: vector.h:1: error: no such vector")
     assert not list((tmp_path / "cache").glob("**/*.so"))
+
+
+@needs_compiler
+def test_a_compiler_without_the_best_instruction_set(monkeypatch, cache, tmp_path):
+    best, second, *_ = build._levels("")
+    unknown = next(flag for flag in build.LEVELS[best][1] if flag not in build.LEVELS[second][1])
+    refuse = f"case \"$*\" in *{unknown}*) echo 'error: unrecognized option' >&2; exit 1;; esac"
+    write_compiler(tmp_path / "compiler", f'{refuse}\nexec {REAL} "$@"', monkeypatch)
+    assert build.available()
+    assert [path.name.split("-")[0] for path in cache.glob("*.so")] == [second]
 
 
 def test_a_compiler_that_never_ends(monkeypatch, caplog, tmp_path):

@@ -31,6 +31,10 @@ SWITCH = "SELFVIL_NATIVE"
 """Environment variable: 0 uses torch instead of the CPU kernels; a name from `LEVELS` limits the instruction set."""
 
 LEVELS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "avx512_bf16": (
+        ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "fma"),
+        ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16", "-mfma"),
+    ),
     "avx512": (
         ("avx512f", "avx512bw", "avx512dq", "avx512vl", "fma"),
         ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"),
@@ -50,6 +54,10 @@ COMPILE_SECONDS = 300
 
 class BuildError(Exception):
     """Why the kernels cannot be used, as the end of a sentence."""
+
+
+class CompileError(BuildError):
+    """The compiler reports an error."""
 
 
 class Kernels:
@@ -77,14 +85,18 @@ def kernels() -> Kernels | None:
     Raises:
         ValueError: $SELFVIL_NATIVE has an unknown value.
     """
-    level = _level(os.environ.get(SWITCH, ""))
-    if level is None:
-        return None
-    try:
-        return Kernels(_load(level))
-    except (BuildError, OSError) as error:
-        log.warning("CPU kernels are not used, and torch computes instead, which is slower: %s", error)
-        return None
+    reason: Exception | None = None
+    for level in _levels(os.environ.get(SWITCH, "")):
+        try:
+            return Kernels(_load(level))
+        except CompileError as error:  # an old compiler may not know the best instruction set
+            reason = error
+        except (BuildError, OSError) as error:
+            reason = error
+            break
+    if reason:
+        log.warning("CPU kernels are not used, and torch computes instead, which is slower: %s", reason)
+    return None
 
 
 @torch.compiler.assume_constant_result
@@ -103,16 +115,16 @@ def cache_folder() -> Path:
     return Path(cache, "selfvil", "kernels")
 
 
-def _level(switch: str) -> str | None:
-    """The instruction set to compile for; None if the kernels are turned off."""
+def _levels(switch: str) -> list[str]:
+    """The instruction sets to compile for, the best first; none if the kernels are turned off."""
     if switch == "0":
-        return None
+        return []
     names = list(LEVELS)
     if switch not in ("", "1", *names):
         raise ValueError(f"{SWITCH}={switch!r} is unknown; choose one of: 0, 1, {', '.join(names)}")
     best = names.index(switch) if switch in names else 0
     supported = _processor_features()
-    return next(name for name in names[best:] if supported.issuperset(LEVELS[name][0]))
+    return [name for name in names[best:] if supported.issuperset(LEVELS[name][0])]
 
 
 def _processor_features() -> frozenset[str]:
@@ -188,7 +200,7 @@ def _compile(compiler: list[str], flags: tuple[str, ...], sources: Path, library
             raise BuildError(f"{compiler[0]} took more than {COMPILE_SECONDS} s") from None
         if done.returncode:
             first = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[:200])
-            raise BuildError(f"{compiler[0]} failed: {first or f'exit status {done.returncode}'}")
+            raise CompileError(f"{compiler[0]} failed: {first or f'exit status {done.returncode}'}")
         contents = Path(temporary).read_bytes()
         with open(temporary, "ab") as file:  # the loader ignores what follows a library
             file.write(hashlib.sha256(contents).digest())

@@ -8,6 +8,9 @@
 #include <cstdlib>
 #include <cstring>
 #include <utility>
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
 
 namespace {
 
@@ -42,6 +45,8 @@ inline Integers lanes() {
   return x;
 }
 inline int64_t padded(int64_t n) { return (n + ALIGNED - 1) / ALIGNED * ALIGNED; }
+// A stride for rows of n numbers with which a column of the matrix does not map to few sets of the cache.
+inline int64_t apart(int64_t n) { return n % 64 ? n : n + ALIGNED; }
 
 // exp with a relative error below 1e-7, limited to normal numbers: x below -87.3 gives 1e-38, x above 88.3 gives 2e38.
 // exp(x) = 2^n exp(r), |r| <= log(2) / 2; ln 2 is subtracted in two parts, and the polynomial is that of Cephes' expf.
@@ -76,10 +81,13 @@ inline Vector read(const BFloat16* p) {
   return (Vector)(__builtin_convertvector(x, Bits) << 16);
 }
 inline void write(float* p, Vector x) { store(p, x); }
-inline void write(BFloat16* p, Vector x) {  // rounds to the nearest, ties to even
-  Bits bits = (Bits)x, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  Bits nan = (Bits)(x != x);
-  Halves result = __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0), Halves);
+// The upper 16 bits are the nearest bfloat16, ties to even.
+inline Bits rounded(Vector x) {
+  Bits bits = (Bits)x, nan = (Bits)(x != x);
+  return ((bits + 0x7fff + ((bits >> 16) & 1)) & ~nan) | (nan & 0x7fc00000);
+}
+inline void write(BFloat16* p, Vector x) {
+  Halves result = __builtin_convertvector(rounded(x) >> 16, Halves);
   memcpy(p, &result, sizeof result);
 }
 
@@ -143,12 +151,68 @@ inline void transpose(const float* from, int64_t stride, int64_t rows, int64_t c
     }
 }
 
+// --- products --------------------------------------------------------------------------------------------------------
+
+// The factors of a product A B are matrices of words of 32 bits: float32, or pairs of bfloat16 that are neighbours along
+// the columns of A and the rows of B. Sums are float32. Sizes are in numbers, strides in words.
+struct Full {
+  static constexpr int PER_WORD = 1;
+  static Vector add(Vector sum, Vector a, Vector b) { return sum + a * b; }
+};
+#if defined(__AVX512BF16__)
+struct Pairs {
+  static constexpr int PER_WORD = 2;
+  static Vector add(Vector sum, Vector a, Vector b) {
+    return (Vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+  }
+};
+#else
+using Pairs = Full;
+#endif
+
+struct Factor {
+  const float* words;
+  int64_t stride;
+  Factor from(int64_t row) const { return {words + row * stride, stride}; }
+};
+
+// Matrix x as A of a product.
+template <class Words>
+Factor as_left(const float* x, int64_t stride, int64_t rows, int64_t columns, float* buffer) {
+  if (Words::PER_WORD == 1) return {x, stride};
+  const int64_t words = padded((columns + 1) / 2), to_stride = apart(words);
+  for (int64_t row = 0; row < rows; row++) {
+    BFloat16* to = reinterpret_cast<BFloat16*>(buffer + row * to_stride);
+    int64_t c = 0;
+    for (; c < columns; c += LANES) write(to + c, load(x + row * stride + c));
+    for (; c < 2 * words; c += LANES) write(to + c, Vector{});
+  }
+  return {buffer, to_stride};
+}
+// Matrix x as B of a product, or its transpose as A: then the words of A are apart by 1 along its rows.
+template <class Words>
+Factor as_right(const float* x, int64_t stride, int64_t rows, int64_t columns, float* buffer) {
+  if (Words::PER_WORD == 1) return {x, stride};
+  for (int64_t row = 0; row < rows; row += 2)
+    for (int64_t c = 0; c < columns; c += LANES) {
+      Bits first = rounded(load(x + row * stride + c)), second = rounded(load(x + (row + 1) * stride + c));
+      store(buffer + row / 2 * stride + c, (Vector)((first >> 16) | (second & 0xffff0000u)));
+    }
+  return {buffer, stride};
+}
+// The transpose of a left factor, which is a right factor.
+template <class Words>
+Factor transposed(Factor x, int64_t rows, int64_t columns, float* to, int64_t to_stride) {
+  transpose(x.words, x.stride, rows, padded((columns + Words::PER_WORD - 1) / Words::PER_WORD), to, to_stride);
+  return {to, to_stride};
+}
+
 struct Range {
   int64_t begin, end;
 };
 
-// C (ROWS, N vectors) = A B, or C + A B. A has a stride for rows and one for columns, so that it may be a transpose.
-template <int N>
+// C (ROWS, N vectors) = A B, or C + A B, of `inner` words. A has a stride for rows and one for columns.
+template <class Words, int N>
 __attribute__((noinline)) void multiply(int64_t inner, const float* A, int64_t row, int64_t column, const float* B, int64_t b_stride, float* C,
               int64_t c_stride, bool add) {
   Vector sums[ROWS][N];
@@ -162,9 +226,11 @@ __attribute__((noinline)) void multiply(int64_t inner, const float* A, int64_t r
     for (int n = 0; n < N; n++) b[n] = load(B + n * LANES);
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; r++) {
-      Vector a = all(A[r * row]);
+      int32_t word;
+      memcpy(&word, A + r * row, sizeof word);
+      Vector a = (Vector)(word - Integers{});
 #pragma GCC unroll 3
-      for (int n = 0; n < N; n++) sums[r][n] += a * b[n];
+      for (int n = 0; n < N; n++) sums[r][n] = Words::add(sums[r][n], a, b[n]);
     }
   }
 #pragma GCC unroll 8
@@ -173,43 +239,49 @@ __attribute__((noinline)) void multiply(int64_t inner, const float* A, int64_t r
     for (int n = 0; n < N; n++) store(C + r * c_stride + n * LANES, sums[r][n]);
 }
 
+template <class Words>
 __attribute__((noinline)) void multiply(int64_t vectors, int64_t inner, const float* A, int64_t row, int64_t column, const float* B,
                      int64_t b_stride, float* C, int64_t c_stride, bool add) {
   static_assert(VECTORS == 3, "one case for each number of vectors");
-  if (vectors == 3) multiply<3>(inner, A, row, column, B, b_stride, C, c_stride, add);
-  if (vectors == 2) multiply<2>(inner, A, row, column, B, b_stride, C, c_stride, add);
-  if (vectors == 1) multiply<1>(inner, A, row, column, B, b_stride, C, c_stride, add);
+  if (vectors == 3) multiply<Words, 3>(inner, A, row, column, B, b_stride, C, c_stride, add);
+  if (vectors == 2) multiply<Words, 2>(inner, A, row, column, B, b_stride, C, c_stride, add);
+  if (vectors == 1) multiply<Words, 1>(inner, A, row, column, B, b_stride, C, c_stride, add);
 }
 
-// C (rows, columns) = A B or C + A B; `range(r)` are the columns of A that are not 0 for the rows r to r + ROWS.
-template <class F>
-void product(int64_t rows, int64_t columns, const float* A, int64_t row, int64_t column, const float* B,
-             int64_t b_stride, float* C, int64_t c_stride, bool add, F range) {
+enum Left { PLAIN, TRANSPOSED };
+
+// C (rows, columns) = A B or C + A B, where A may be given as its transpose, as a right factor. `range(r)` are the
+// columns of A that are not 0 for the rows r to r + ROWS.
+template <class Words, Left LEFT, class F>
+void product(int64_t rows, int64_t columns, Factor A, Factor B, float* C, int64_t c_stride, bool add, F range) {
+  const int64_t row = LEFT == PLAIN ? A.stride : 1, column = LEFT == PLAIN ? 1 : A.stride;
   int64_t vectors = columns / LANES, panels = (vectors + VECTORS - 1) / VECTORS;
   for (int64_t panel = 0; panel < panels; panel++) {  // of about equal width
     int64_t first = vectors * panel / panels, last = vectors * (panel + 1) / panels;
     for (int64_t r = 0; r < rows; r += ROWS) {
       Range inner = range(r);
-      multiply(last - first, inner.end - inner.begin, A + r * row + inner.begin * column, row, column,
-               B + inner.begin * b_stride + first * LANES, b_stride, C + r * c_stride + first * LANES, c_stride, add);
+      inner.begin /= Words::PER_WORD, inner.end = (inner.end + Words::PER_WORD - 1) / Words::PER_WORD;
+      multiply<Words>(last - first, inner.end - inner.begin, A.words + r * row + inner.begin * column, row, column,
+                      B.words + inner.begin * B.stride + first * LANES, B.stride, C + r * c_stride + first * LANES,
+                      c_stride, add);
     }
   }
 }
-inline void product(int64_t rows, int64_t columns, int64_t inner, const float* A, int64_t row, int64_t column,
-                    const float* B, int64_t b_stride, float* C, int64_t c_stride, bool add) {
-  product(rows, columns, A, row, column, B, b_stride, C, c_stride, add, [=](int64_t) { return Range{0, inner}; });
+template <class Words, Left LEFT>
+void product(int64_t rows, int64_t columns, int64_t inner, Factor A, Factor B, float* C, int64_t c_stride, bool add) {
+  product<Words, LEFT>(rows, columns, A, B, C, c_stride, add, [=](int64_t) { return Range{0, inner}; });
 }
 
-// The same, where row r of C has only the columns up to `first` + r; A is row-major. Others are not written, except in
+// The same, where row r of C has only the columns up to `first` + r. Others are not written, except in
 // the rest of a vector or of ROWS rows.
-inline void causal_product(int64_t rows, int64_t first, int64_t inner, const float* A, int64_t a_stride,
-                           const float* B, int64_t b_stride, float* C, int64_t c_stride) {
-  const int64_t panel = VECTORS * LANES;
+template <class Words>
+void causal_product(int64_t rows, int64_t first, int64_t inner, Factor A, Factor B, float* C, int64_t c_stride) {
+  const int64_t panel = VECTORS * LANES, words = (inner + Words::PER_WORD - 1) / Words::PER_WORD;
   for (int64_t column = 0; column < first + rows; column += panel)
     for (int64_t r = 0; r < rows; r += ROWS) {
       int64_t vectors = (first + r + ROWS - column + LANES - 1) / LANES;
-      multiply(vectors < VECTORS ? vectors : VECTORS, inner, A + r * a_stride, a_stride, 1, B + column, b_stride,
-               C + r * c_stride + column, c_stride, false);
+      multiply<Words>(vectors < VECTORS ? vectors : VECTORS, words, A.words + r * A.stride, A.stride, 1,
+                      B.words + column, B.stride, C + r * c_stride + column, c_stride, false);
     }
 }
 
