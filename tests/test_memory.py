@@ -10,7 +10,10 @@ import runs
 from selfvil import footprint, memory, ops
 from selfvil.build import build_objective
 from selfvil.errors import UserError
+from selfvil.models.layers import GatedScan
+from selfvil.models.layout import TokenLayout
 from selfvil.objectives.base import Progress
+from selfvil.ops.cpu import fused as cpu_fused
 from selfvil.pretrain import pretrain
 
 CPU = torch.device("cpu")
@@ -197,6 +200,24 @@ def test_multiply_adds_of_forward_and_backward_are_counted():
 def test_wide_linear_layers_of_float32_are_counted():
     x, weight = torch.randn(3, 1024), torch.randn(1024, 1024)
     assert footprint.multiply_adds(lambda: ops.linear(x, weight, None)) == 3 * 1024 * 1024
+
+
+def test_native_operators_around_the_mlstm_are_counted():
+    scan, layout = GatedScan(64), TokenLayout((2, 5))
+    x = torch.randn(3, 10, 64, requires_grad=True)
+    if not cpu_fused.applies(x, 4):
+        pytest.skip("the CPU kernels cannot be built here")
+    conv = lambda: cpu_fused.conv_silu(x, scan.conv.weight, scan.conv.bias, layout.grid, False)  # noqa: E731
+    assert footprint.multiply_adds(conv) == 30 * 64 * 9
+    assert footprint.multiply_adds(lambda: conv().sum().backward()) == 3 * 30 * 64 * 9
+    maps, gates = (scan.q_proj, scan.k_proj, scan.v_proj), [t.detach() for t in scan.gate_weights()]
+
+    def project():
+        return cpu_fused.project(x, x, [p.weight for p in maps], [p.bias for p in maps], *gates)
+
+    of_token = 64 * (3 * 4 + 2 * 8)
+    assert footprint.multiply_adds(project) == 30 * of_token
+    assert footprint.multiply_adds(lambda: sum(y.sum() for y in project()).backward()) == 3 * 30 * of_token
 
 
 @pytest.mark.parametrize("backend", ["parallel", "chunkwise", "native"])

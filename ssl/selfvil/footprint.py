@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.flop_counter import FlopCounterMode
 
+import selfvil.ops.cpu.fused  # noqa: F401 - registers operators that are counted below
 from selfvil.ops.chunkwise import chunk_size
 from selfvil.ops.cpu.mlstm import chunk_size as native_chunk_size
 
@@ -154,6 +155,24 @@ def _native_products(q: Shape, v: Shape, per_pair: int, per_state: int) -> int:
     return batch * heads * tokens * ((size + 1) * per_pair + 2 * of_state)
 
 
+def _native_conv_flops(x: Shape, *rest: Any, **_: Any) -> int:
+    return 2 * 9 * math.prod(x)
+
+
+def _native_conv_backward_flops(dy: Shape, *rest: Any, **_: Any) -> int:
+    return 2 * 2 * 9 * math.prod(dy)
+
+
+def _native_project_flops(c: Shape, *rest: Any, **_: Any) -> int:
+    """Blocks of 4 for q, k and v, and the gates from both branches; the gates' bias is the last shape."""
+    return 2 * math.prod(c) * (3 * 4 + 2 * rest[-1][0])
+
+
+def _native_project_backward_flops(*shapes: Any, **_: Any) -> int:
+    c, x_gates = shapes[5], shapes[-1]
+    return 2 * 2 * math.prod(c) * (3 * 4 + 2 * x_gates[0])
+
+
 def _linear_flops(x: Shape, weight: Shape, bias: Shape | None, **_: Any) -> int:
     return 2 * x[0] * weight[0] * weight[1]
 
@@ -173,5 +192,9 @@ _FORMULAS = {
     torch.ops.selfvil.mlstm_backward: _mlstm_backward_flops,
     torch.ops.selfvil.mlstm_native: _native_flops,
     torch.ops.selfvil.mlstm_native_backward: _native_backward_flops,
+    torch.ops.selfvil.native_conv_silu: _native_conv_flops,
+    torch.ops.selfvil.native_conv_silu_backward: _native_conv_backward_flops,
+    torch.ops.selfvil.native_project: _native_project_flops,
+    torch.ops.selfvil.native_project_backward: _native_project_backward_flops,
     torch.ops.selfvil.linear: _linear_flops,
 }
