@@ -174,6 +174,7 @@ void forward(const Arguments& args, int64_t item, float* memory) {
 
   for (int64_t first = 0; first < x.tokens; first += x.chunk) {
     const int64_t n = x.tokens - first < x.chunk ? x.tokens - first : x.chunk, rows = padded(n);
+    const int64_t used = (n + ROWS - 1) / ROWS * ROWS;  // rows that are computed
     const float *taken = x.a + first, *row_max = x.row_max + first;
     const float m_before = first ? row_max[-1] : 0;
     pack<T>(args, args.q, args.q_strides, item, first, n, x.width, x.q, x.stride);
@@ -186,8 +187,8 @@ void forward(const Arguments& args, int64_t item, float* memory) {
     Factor state{};
     if (first) state = as_right<Words>(x.state, x.v_stride, x.d, x.e, x.factors.state);
 
-    for (int64_t r0 = 0; r0 < rows; r0 += BLOCK) {
-      const int64_t block = rows - r0 < BLOCK ? rows - r0 : BLOCK;
+    for (int64_t r0 = 0; r0 < used; r0 += BLOCK) {
+      const int64_t block = used - r0 < BLOCK ? used - r0 : BLOCK;
       float sums[BLOCK] = {}, *h = x.h + r0 * x.v_stride;
       if (first) {
         product<Words, PLAIN>(block, x.e, x.width, q.from(r0), state, h, x.v_stride, false);
@@ -255,6 +256,7 @@ void states(const Arguments& args, const Head& x, int64_t item) {
 template <class T, class Words>
 void chunk_gradients(const Arguments& args, const Head& x, int64_t item, int64_t c) {
   const int64_t first = c * x.chunk, n = x.tokens - first < x.chunk ? x.tokens - first : x.chunk, rows = padded(n);
+  const int64_t used = (n + ROWS - 1) / ROWS * ROWS;
   const float *taken = x.a + first, *row_max = x.row_max + first, root = std::sqrt((float)x.width);
   const float *row_sum = args.row_sum + item * x.tokens + first, *limit = args.limit + item * x.tokens + first;
   const float m_before = c ? row_max[-1] : 0, m_after = row_max[n - 1], *norm = x.norm + (c - 1) * x.d;
@@ -274,7 +276,10 @@ void chunk_gradients(const Arguments& args, const Head& x, int64_t item, int64_t
   const Factor dh_right = as_right<Words>(x.dh, x.v_stride, rows, x.e, x.factors.dh_right);
   Factor state{};
   if (c) state = as_right<Words>(x.state + (c - 1) * x.e * x.stride, x.stride, x.e, x.d, x.factors.state);
-  for (int64_t t = 0; t < rows; t++) x.row_scale[t] = t < n ? 1 / (root * denominator(row_sum[t], limit[t])) : 0;
+  for (int64_t t = 0; t < rows; t++) {
+    x.row_scale[t] = t < n ? 1 / (root * denominator(row_sum[t], limit[t])) : 0;
+    x.dn[t] = 0;
+  }
 
   float* da = x.da + first;
   memset(da, 0, rows * sizeof(float));
@@ -294,8 +299,8 @@ void chunk_gradients(const Arguments& args, const Head& x, int64_t item, int64_t
     memset(x.dv, 0, rows * x.v_stride * sizeof(float));
   }
 
-  for (int64_t r0 = 0; r0 < rows; r0 += BLOCK) {
-    const int64_t block = rows - r0 < BLOCK ? rows - r0 : BLOCK;
+  for (int64_t r0 = 0; r0 < used; r0 += BLOCK) {
+    const int64_t block = used - r0 < BLOCK ? used - r0 : BLOCK;
     float carried[BLOCK] = {}, r_state[BLOCK] = {}, *dq = x.dq + r0 * x.stride;
     if (c) {
       product<Words, PLAIN>(block, x.d, x.value_width, dh.from(r0), state, dq, x.stride, false);
