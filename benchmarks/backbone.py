@@ -10,6 +10,8 @@ published network cannot do that.
 
     --compile           networks under torch.compile
     --depth 2           all networks have 2 pairs of blocks: the published one needs too much memory at 1024 px
+    --without-native    also our network without the native kernels for CPUs
+    --clock cpu         CPU time of the one thread, which other programs affect less than the time of day
     --memory            also the peak memory of a training step, each network in its own process
 
 The floor is the time that the matrix products alone would take at the speed of a large product, measured in the same
@@ -20,6 +22,7 @@ training. The rest of a step are products too small or narrow for that speed, an
 import argparse
 import json
 import multiprocessing
+import os
 import re
 import statistics
 import sys
@@ -33,14 +36,18 @@ from about import about
 from torch import Tensor, nn
 
 from selfvil.models.adapter import adapt
+from selfvil.models.layers import EXPANSION, NUM_HEADS
 from selfvil.models.masking import keep_from_noise
 from selfvil.models.published import checkpoint_filter_fn
 from selfvil.models.vision_lstm import VisionLSTM
 from selfvil.ops import linear, triton_mlstm
 from selfvil.ops.chunkwise import chunk_size
-from selfvil.ops.mlstm import choose
+from selfvil.ops.cpu.mlstm import chunk_size as native_chunk_size
+from selfvil.ops.fused import SWITCH
+from selfvil.ops.mlstm import OVERRIDE, choose
 
-OURS = "ours"
+OURS, WITHOUT_NATIVE = "ours", "ours without native kernels"
+CLOCKS = {"wall": time.perf_counter, "cpu": time.thread_time}
 
 
 def main() -> None:
@@ -59,9 +66,13 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=list(MODES))
     parser.add_argument("--depth", type=int, help="block pairs, or layers of a transformer; the model's own by default")
     parser.add_argument("--compile", action="store_true", help="run under torch.compile")
+    parser.add_argument("--without-native", action="store_true", help="also our network without the native CPU kernels")
+    parser.add_argument("--clock", default="wall", choices=CLOCKS, help="cpu: CPU time, with --threads 1")
     parser.add_argument("--memory", action="store_true", help="peak memory of a training step too")
     parser.add_argument("--json", type=Path, help="file to write the figures to")
     args = parser.parse_args()
+    if args.clock == "cpu" and (args.threads > 1 or args.device != "cpu"):
+        sys.exit("--clock cpu measures one thread: use it on a CPU with --threads 1")
 
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -81,6 +92,8 @@ def main() -> None:
                 for name, model in models.items()
                 if not (mode == "masked training" and name == "published")
             }
+            if args.without_native:
+                steps[WITHOUT_NATIVE] = without_native(steps[OURS], models[OURS], images)
             rows += measure(steps, args, dtype, mode)
     print_table(rows, args)
     for dtype, seconds in floors.items():
@@ -173,15 +186,38 @@ def make_step(function: Callable, model: nn.Module, images: Tensor, dtype: str) 
     return step
 
 
+def without_native(step: Callable[[], None], model: nn.Module, images: Tensor) -> Callable[[], None]:
+    """The same step with the operator in plain torch, and plain torch around it."""
+    rows, cols = adapt(model).token_grid(images.shape)
+    form = choose(rows * cols, head_widths(model)[1], "cpu", torch.float64)  # which has no native kernel
+
+    def plain_step() -> None:
+        os.environ.update({SWITCH: "0", OVERRIDE: form})
+        step()
+        del os.environ[SWITCH], os.environ[OVERRIDE]
+
+    return plain_step
+
+
+def head_widths(model: nn.Module) -> tuple[int, int]:
+    """Widths of the heads of q and k, and of v."""
+    layer = model.blocks[0].first.layer
+    if model.block == "mlp":
+        heads, of_qk, of_v = layer.readings[0].num_heads, layer.readings[0].qk_dim, model.embed_dim
+    else:
+        heads, of_qk, of_v = NUM_HEADS, EXPANSION * model.embed_dim, EXPANSION * model.embed_dim
+    return of_qk // heads, of_v // heads
+
+
 def measure(steps: dict[str, Callable[[], None]], args: argparse.Namespace, dtype: str, mode: str) -> list[dict]:
     for step in steps.values():
         step()  # the first step also allocates memory and chooses kernels
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(args.rounds):
         for name, step in steps.items():
-            start = time.perf_counter()
+            start = CLOCKS[args.clock]()
             step()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(CLOCKS[args.clock]() - start)
     rows = []
     for name, times in seconds.items():
         ratios = [other / ours for other, ours in zip(times, seconds[OURS], strict=True)]
@@ -206,26 +242,28 @@ def floor(model: nn.Module, args: argparse.Namespace, dtype: str) -> float:
     weights = sum(
         p.numel() for n, p in model.named_parameters() if p.ndim > 1 and "pos_embed" not in n and "head" not in n
     )
-    layers, layer = 2 * len(model.blocks), model.blocks[0].first.layer
-    if model.block == "mlp":
-        heads, of_v, of_qk = layer.readings[0].num_heads, model.embed_dim, layer.readings[0].qk_dim
-    else:
-        heads, of_v, of_qk = 4, 2 * model.embed_dim, 2 * model.embed_dim
+    layers, (score_width, head) = 2 * len(model.blocks), head_widths(model)
+    of_v = model.embed_dim * (1 if model.block == "mlp" else EXPANSION)
+    of_qk = of_v // head * score_width
     # Multiply-adds of each token: with half of all tokens, or with half of a chunk's tokens and the state of each head.
     torch_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
-    chunk = {"chunkwise": chunk_size(of_v // heads), "triton_chunkwise": triton_mlstm.CHUNK}.get(
-        choose(tokens, of_v // heads, args.device, torch_dtype)
-    )
-    of_tokens = (of_qk + of_v) // 2 * (chunk or tokens) + (2 * of_qk * of_v // heads if chunk else 0)
+    backend = choose(tokens, head, args.device, torch_dtype)
+    chunk = {
+        "chunkwise": chunk_size(head),
+        "triton_chunkwise": triton_mlstm.CHUNK,
+        "native": native_chunk_size(tokens, score_width, head),
+    }.get(backend, tokens)
+    state = 2 * of_qk * head if chunk < tokens else 0
+    of_tokens = (of_qk + of_v) // 2 * chunk + state
     products = tokens * (weights + layers * of_tokens)
     a, b = torch.randn(2, 2048, 2048, device=args.device, dtype=torch_dtype)
     times = []
     for _ in range(5):
-        start = time.perf_counter()
+        start = CLOCKS[args.clock]()
         linear(a, b, None)
         if a.is_cuda:
             torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
+        times.append(CLOCKS[args.clock]() - start)
     return args.batch * products / (2048**3 / min(times))
 
 
@@ -258,11 +296,11 @@ def _resident(field: str) -> int:
 
 def print_table(rows: list[dict], args: argparse.Namespace) -> None:
     print(f"{args.model}, {args.img_size} px, batch {args.batch}, {args.device}, {args.threads} threads")
-    print(f"{'':5} {'':16} {'network':22} {'images/s':>9}   time over ours: median [quartiles]")
+    print(f"{'':5} {'':16} {'network':28} {'images/s':>9}   time over ours: median [quartiles]")
     for row in rows:
         ratio, (low, high) = row["time_over_ours"]["median"], row["time_over_ours"]["quartiles"]
         print(
-            f"{row['dtype']:5} {row['mode']:16} {row['network']:22} {row['images_per_s']:9.2f}"
+            f"{row['dtype']:5} {row['mode']:16} {row['network']:28} {row['images_per_s']:9.2f}"
             f"   {ratio:.2f} [{low:.2f}, {high:.2f}]"
         )
 

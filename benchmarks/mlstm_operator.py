@@ -14,6 +14,8 @@ omit the gradient of the denominator and so compute less: their output is checke
 printed. If they refuse a head width, q, k and v are padded with zeros to a power of two; the padding is part of the
 time, and the row has a note.
 
+Torch's causal attention of q, k and v is timed as "attention". It is another function, so that it has no error here.
+
 The floor is the larger of two times. Operations: the multiply-adds of the two products of a forward pass and the five
 of a backward pass, over the causal half of the scores, or over chunks of 64 and a state if that is less, at the speed
 of a large matrix product. Bytes: every input read and every output written once, at the speed of a large copy. Both
@@ -26,17 +28,19 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from about import about
 from torch import Tensor
 
 from selfvil.ops import mlstm, triton_mlstm
 from selfvil.ops.mlstm import choose
 
-OURS, PUBLISHED = "auto", "published"
+OURS, PUBLISHED, ATTENTION = "auto", "published", "attention"
+CLOCKS = {"wall": time.perf_counter, "cpu": time.thread_time}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NAMES = ("h", "dq", "dk", "dv", "di", "df")
 Backend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -51,6 +55,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--repeats", type=int, help="calls timed together: 10 on a GPU, 1 on a CPU")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument(
+        "--clock", default="wall", choices=CLOCKS, help="cpu: of the one thread; other programs affect it less"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtypes", nargs="+", default=["fp32", "bf16"], choices=list(DTYPES))
     parser.add_argument("--backends", nargs="+", help="in addition to auto; by default all that the device supports")
@@ -65,6 +72,8 @@ def main() -> None:
     args.repeats = args.repeats or (10 if on_gpu else 1)
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
+    if args.clock == "cpu" and (on_gpu or args.threads > 1):
+        sys.exit("--clock cpu measures one thread: use it on a CPU with --threads 1")
     if args.published_kernels and not on_gpu:
         sys.exit("--published-kernels need a GPU: they are written in Triton")
     if not args.backends:
@@ -94,14 +103,17 @@ def measure(num_tokens: int, width: int, dtype: str, speeds: dict[str, float], a
         name: lambda *x, name=name: mlstm(*x, backend=name)  # type: ignore[misc]
         for name in (OURS, *args.backends)
     }
-    notes = {OURS: choose(num_tokens, width, args.device, DTYPES[dtype])}
+    backends[ATTENTION] = lambda q, k, v, i, f: F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    notes = {OURS: choose(num_tokens, width, args.device, DTYPES[dtype]), ATTENTION: "another function"}
     if args.published_kernels:
         backends[PUBLISHED], notes[PUBLISHED] = published(inputs, args)
 
     one = [x[:1] for x in inputs]
     # The reference's N × N tensors in float64 are too large for long sequences; the chunkwise form has none.
     exact = run("reference" if num_tokens <= 1024 else "chunkwise", [x.double() for x in one], dh[:1].double())
-    errors = {name: compare(run(function, one, dh[:1]), exact) for name, function in backends.items()}
+    errors = {
+        name: compare(run(function, one, dh[:1]), exact) for name, function in backends.items() if name != ATTENTION
+    }
 
     rows = []
     for mode in ("forward", "training"):
@@ -111,7 +123,7 @@ def measure(num_tokens: int, width: int, dtype: str, speeds: dict[str, float], a
         for name in backends:
             ratios = [other / ours for other, ours in zip(times[name], times[OURS], strict=True)]
             low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else 3 * ratios
-            judged = ["h"] if name == PUBLISHED else NAMES
+            judged: Sequence[str] = {PUBLISHED: ["h"], ATTENTION: []}.get(name, NAMES)
             rows.append(
                 {
                     "dtype": dtype, "batch": batch, "heads": args.heads, "num_tokens": num_tokens, "head_dim": width,
@@ -119,7 +131,7 @@ def measure(num_tokens: int, width: int, dtype: str, speeds: dict[str, float], a
                     "milliseconds": 1e3 * statistics.median(times[name]),
                     "time_over_ours": {"median": middle, "quartiles": [low, high]},
                     "floor_milliseconds": {key: 1e3 * value for key, value in least.items()},
-                    "errors": errors[name],
+                    "errors": errors.get(name),
                     "correct": all(errors[name][key] < args.tolerance for key in judged),
                     "seconds": times[name],
                 }
@@ -185,7 +197,7 @@ def make_call(function: Backend, inputs: list[Tensor], dh: Tensor, mode: str) ->
     def call() -> None:
         h = function(*leaves)
         if mode == "training":
-            torch.autograd.grad(h, leaves, dh)
+            torch.autograd.grad(h, leaves, dh, allow_unused=True)  # attention has no gates
 
     return call
 
@@ -202,12 +214,13 @@ def time_in_turn(calls: dict[str, Callable[[], None]], args: argparse.Namespace)
 
 
 def timed(call: Callable[[], object], args: argparse.Namespace) -> float:
+    clock = CLOCKS[args.clock]
     synchronize(args)
-    start = time.perf_counter()
+    start = clock()
     for _ in range(args.repeats):
         call()
     synchronize(args)
-    return (time.perf_counter() - start) / args.repeats
+    return (clock() - start) / args.repeats
 
 
 def synchronize(args: argparse.Namespace) -> None:
@@ -254,11 +267,14 @@ def print_rows(rows: list[dict], header: bool) -> None:
         )
     for row in rows:
         ratio, (low, high) = row["time_over_ours"]["median"], row["time_over_ours"]["quartiles"]
-        worst = max((row["errors"][name], name) for name in NAMES[1:])
+        errors = ""
+        if row["errors"]:
+            worst = max((row["errors"][name], name) for name in NAMES[1:])
+            errors = f"{row['errors']['h']:.1e}, {worst[0]:.1e} ({worst[1]})"
         print(
             f"{row['dtype']:5}{row['num_tokens']:6}{row['head_dim']:5}{row['batch']:6} {row['mode']:9}"
             f"{row['backend']:18}{row['milliseconds']:10.3f}{max(row['floor_milliseconds'].values()):9.3f}"
-            f"   {ratio:.2f} [{low:.2f}, {high:.2f}]   {row['errors']['h']:.1e}, {worst[0]:.1e} ({worst[1]})"
+            f"   {ratio:.2f} [{low:.2f}, {high:.2f}]   {errors:24}"
             f"{'' if row['correct'] else '   WRONG'}   {row['note']}",
             flush=True,
         )

@@ -13,6 +13,8 @@ import runs
 import selfvil  # noqa: F401 - registers the vil_* models with timm
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+# Tests change XDG_CACHE_HOME; the CPU kernels are built once, in the user's cache folder.
+os.environ.setdefault("SELFVIL_CACHE", os.path.expanduser("~/.cache/selfvil"))
 SHARED_DATA = Path(os.environ.get("SELFVIL_TEST_DATA", REPOSITORY.parent / "shared" / "data"))
 
 

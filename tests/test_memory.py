@@ -10,7 +10,10 @@ import runs
 from selfvil import footprint, memory, ops
 from selfvil.build import build_objective
 from selfvil.errors import UserError
+from selfvil.models.layers import GatedScan
+from selfvil.models.layout import TokenLayout
 from selfvil.objectives.base import Progress
+from selfvil.ops.cpu import fused as cpu_fused
 from selfvil.pretrain import pretrain
 
 CPU = torch.device("cpu")
@@ -199,7 +202,25 @@ def test_wide_linear_layers_of_float32_are_counted():
     assert footprint.multiply_adds(lambda: ops.linear(x, weight, None)) == 3 * 1024 * 1024
 
 
-@pytest.mark.parametrize("backend", ["parallel", "chunkwise"])
+def test_native_operators_around_the_mlstm_are_counted():
+    scan, layout = GatedScan(64), TokenLayout((2, 5))
+    x = torch.randn(3, 10, 64, requires_grad=True)
+    if not cpu_fused.applies(x, 4):
+        pytest.skip("the CPU kernels cannot be built here")
+    conv = lambda: cpu_fused.conv_silu(x, scan.conv.weight, scan.conv.bias, layout.grid, False)  # noqa: E731
+    assert footprint.multiply_adds(conv) == 30 * 64 * 9
+    assert footprint.multiply_adds(lambda: conv().sum().backward()) == 3 * 30 * 64 * 9
+    maps, gates = (scan.q_proj, scan.k_proj, scan.v_proj), [t.detach() for t in scan.gate_weights()]
+
+    def project():
+        return cpu_fused.project(x, x, [p.weight for p in maps], [p.bias for p in maps], *gates)
+
+    of_token = 64 * (3 * 4 + 2 * 8)
+    assert footprint.multiply_adds(project) == 30 * of_token
+    assert footprint.multiply_adds(lambda: sum(y.sum() for y in project()).backward()) == 3 * 30 * of_token
+
+
+@pytest.mark.parametrize("backend", ["parallel", "chunkwise", "native"])
 @pytest.mark.parametrize("tokens", [5, 128, 300])
 def test_the_mlstm_operator_is_counted(backend, tokens):
     q, v = (torch.randn(2, 3, tokens, width, requires_grad=True) for width in (8, 16))
@@ -209,9 +230,13 @@ def test_the_mlstm_operator_is_counted(backend, tokens):
         return ops.mlstm(q, q, v, gates, gates, backend=backend)
 
     found, both = footprint.multiply_adds(forward), footprint.multiply_adds(lambda: forward().sum().backward())
-    if backend == "parallel":
+    if backend == "parallel" or (backend == "native" and tokens == 5):
         pairs = 6 * tokens * (tokens + 1) // 2
         assert (found, both - found) == (pairs * (8 + 16), pairs * (3 * 8 + 2 * 16))
+    elif backend == "native":
+        pairs = 6 * tokens * (64 + 1) // 2
+        assert found == pairs * (8 + 16) + 6 * tokens * 2 * 8 * 16
+        assert both - found == pairs * (3 * 8 + 2 * 16) + 6 * tokens * 5 * 8 * 16
     else:
         size = {5: 5, 128: 64, 300: 60}[tokens]
         assert found == 6 * tokens * (size * (8 + 16) + 2 * 8 * 16)

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.flop_counter import FlopCounterMode
 
+import selfvil.ops.cpu.fused  # noqa: F401 - registers operators that are counted below
 from selfvil.ops.chunkwise import chunk_size
+from selfvil.ops.cpu.mlstm import chunk_size as native_chunk_size
 
 _MARK = "selfvil mark: "
 _GRADIENT_AND_MOMENTS = 3  # tensors that AdamW's first step adds for each trained one
@@ -137,6 +139,40 @@ def _products(q: Shape, v: Shape, form: str, per_pair: int, per_state: int) -> i
     return 2 * batch * heads * tokens * (size * per_pair + per_state * width * v[3])
 
 
+def _native_flops(q: Shape, k: Shape, v: Shape, *rest: Any, **_: Any) -> int:
+    return _native_products(q, v, per_pair=q[3] + v[3], per_state=2)
+
+
+def _native_backward_flops(dh: Shape, q: Shape, k: Shape, v: Shape, *rest: Any, **_: Any) -> int:
+    return _native_products(q, v, per_pair=3 * q[3] + 2 * v[3], per_state=5)
+
+
+def _native_products(q: Shape, v: Shape, per_pair: int, per_state: int) -> int:
+    """The same by native kernels: causal pairs of chunks, and states between them if there are several."""
+    batch, heads, tokens, width = q
+    size = native_chunk_size(tokens, width, v[3])
+    of_state = per_state * width * v[3] if size < tokens else 0
+    return batch * heads * tokens * ((size + 1) * per_pair + 2 * of_state)
+
+
+def _native_conv_flops(x: Shape, *rest: Any, **_: Any) -> int:
+    return 2 * 9 * math.prod(x)
+
+
+def _native_conv_backward_flops(dy: Shape, *rest: Any, **_: Any) -> int:
+    return 2 * 2 * 9 * math.prod(dy)
+
+
+def _native_project_flops(c: Shape, *rest: Any, **_: Any) -> int:
+    """Blocks of 4 for q, k and v, and the gates from both branches; the gates' bias is the last shape."""
+    return 2 * math.prod(c) * (3 * 4 + 2 * rest[-1][0])
+
+
+def _native_project_backward_flops(*shapes: Any, **_: Any) -> int:
+    c, x_gates = shapes[5], shapes[-1]
+    return 2 * 2 * math.prod(c) * (3 * 4 + 2 * x_gates[0])
+
+
 def _linear_flops(x: Shape, weight: Shape, bias: Shape | None, **_: Any) -> int:
     return 2 * x[0] * weight[0] * weight[1]
 
@@ -166,5 +202,11 @@ _FORMULAS = {
     torch.ops.aten.convolution_backward: _convolution_backward_flops,
     torch.ops.selfvil.mlstm: _mlstm_flops,
     torch.ops.selfvil.mlstm_backward: _mlstm_backward_flops,
+    torch.ops.selfvil.mlstm_native: _native_flops,
+    torch.ops.selfvil.mlstm_native_backward: _native_backward_flops,
+    torch.ops.selfvil.native_conv_silu: _native_conv_flops,
+    torch.ops.selfvil.native_conv_silu_backward: _native_conv_backward_flops,
+    torch.ops.selfvil.native_project: _native_project_flops,
+    torch.ops.selfvil.native_project_backward: _native_project_backward_flops,
     torch.ops.selfvil.linear: _linear_flops,
 }

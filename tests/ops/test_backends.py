@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from selfvil.ops import mlstm
+from selfvil.ops.cpu import build
 from selfvil.ops.mlstm import BACKENDS, _log_once, choose
 from selfvil.ops.reference import EPS
 from selfvil.ops.torch_mlstm import FORMS
@@ -129,8 +130,14 @@ def test_compiles_to_one_graph(form):
 
 def test_auto_backend(monkeypatch, caplog):
     torch.manual_seed(0)
-    rule = [choose(n, d, "cpu", torch.float32) for n, d in ((196, 96), (1024, 96), (4096, 384))]
+    rule = [choose(n, d, "cpu", torch.float64) for n, d in ((196, 96), (1024, 96), (4096, 384))]
     assert rule == ["parallel", "chunkwise", "chunkwise"]
+    monkeypatch.setattr(build, "available", lambda: True)
+    rule = [choose(196, 96, "cpu", dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)]
+    assert rule == ["native", "native", "parallel", "parallel"]
+    assert choose(196, 96, "meta", torch.float32) == "parallel"
+    monkeypatch.setattr(build, "available", lambda: False)
+    assert choose(196, 96, "cpu", torch.float32) == "parallel"
     q, k, v = torch.randn(3, 1, 1, 4, 2)
     i, f = torch.randn(2, 1, 1, 4)
     _log_once.cache_clear()

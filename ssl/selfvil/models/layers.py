@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from selfvil.models.convolution import convolve, depthwise_conv
 from selfvil.models.layout import TokenLayout
 from selfvil.ops import fused, linear, mlstm
+from selfvil.ops.cpu import fused as cpu_fused
 
 EXPANSION = 2
 NUM_HEADS = 4
@@ -149,15 +150,20 @@ class GatedScan(nn.Module):
 
         `forget_gate_recorder` is called with the forget gates' pre-activations (B, h, L).
         """
-        fuse = fused.applies(x)
-        if fuse and isinstance(self.conv, nn.Conv2d) and layout.dense:
+        native = not (on_gpu := fused.applies(x)) and cpu_fused.applies(x, NUM_HEADS)
+        kernels = fused if on_gpu else cpu_fused
+        fuse = on_gpu or native
+        if on_gpu and isinstance(self.conv, nn.Conv2d) and layout.dense:
             conv = fused.conv_silu(x, self.conv.weight, self.conv.bias, layout.grid, reverse)  # type: ignore[arg-type]
+        elif native and isinstance(self.conv, nn.Conv2d) and layout.only_on_grid:
+            kept = None if layout.kept is None else layout.kept.ids
+            conv = cpu_fused.conv_silu(x, self.conv.weight, self.conv.bias, layout.grid, reverse, kept)  # type: ignore[arg-type]
         else:
             conv = F.silu(x if self.conv is None else convolve(self.conv, x, layout, reverse=reverse))
         if fuse:
             projections = (self.q_proj, self.k_proj, self.v_proj)
             weights, biases = [p.weight for p in projections], [p.bias for p in projections]
-            q, k, v, i, f = fused.project(conv, x, weights, biases, *self.gate_weights())
+            q, k, v, i, f = kernels.project(conv, x, weights, biases, *self.gate_weights())
         else:
             i, f = self.gates(conv, x)
             q, k, v = self.q_proj(conv), self.k_proj(conv), self.v_proj(x)
@@ -166,7 +172,7 @@ class GatedScan(nn.Module):
         h = mlstm(q, k, v, i, f, reverse=reverse, positions=layout.scan_positions)
         if fuse:
             norm = self.outnorm
-            return fused.norm_skip_gate(h, conv, gate, norm.weight, norm.bias, self.skip, norm.eps)
+            return kernels.norm_skip_gate(h, conv, gate, norm.weight, norm.bias, self.skip, norm.eps)
         h = torch.addcmul(self.outnorm(h), self.skip.to(conv.dtype), conv)
         return h if gate is None else h * F.silu(gate)
 

@@ -173,6 +173,11 @@ class TokenLayout(NamedTuple):
         return self.kept is None and self.sequence_index is None
 
     @property
+    def only_on_grid(self) -> bool:
+        """All tokens are patches, convolved at their places on the full grid."""
+        return self.sequence_index is None and self.compact_grid is None
+
+    @property
     def scan_positions(self) -> Tensor | None:
         """Positions (B, L) for `selfvil.ops.mlstm`, if it forgets once for each dropped patch; else None."""
         return self.full_index.ids if self.gap_aware and self.full_index is not None else None

@@ -10,6 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from selfvil.ops import triton_mlstm
+from selfvil.ops.cpu import build
+from selfvil.ops.cpu.mlstm import DTYPES as NATIVE_DTYPES
+from selfvil.ops.cpu.mlstm import mlstm_native
 from selfvil.ops.exporting import exporting
 from selfvil.ops.reference import mlstm_reference
 from selfvil.ops.torch_mlstm import mlstm_torch
@@ -21,6 +24,7 @@ BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, bool], Ten
     "reference": mlstm_reference,  # the paper's equations
     "parallel": functools.partial(mlstm_torch, form="parallel"),  # time grows with N², memory with N
     "chunkwise": functools.partial(mlstm_torch, form="chunkwise"),  # time and memory grow with N
+    "native": mlstm_native,  # both in one, for CPUs, in C++
     "triton": functools.partial(mlstm_triton, chunked=False),  # parallel, for GPUs, fused
     "triton_chunkwise": functools.partial(mlstm_triton, chunked=True),  # chunkwise, for GPUs, fused
 }
@@ -69,7 +73,7 @@ def mlstm(
         backend = (
             "reference"
             if exporting()
-            else os.environ.get(OVERRIDE) or choose(q.shape[2], v.shape[3], q.device, q.dtype)
+            else os.environ.get(OVERRIDE) or choose(q.shape[2], v.shape[3], q.device, _dtype_of(q, log_f))
         )
         if not torch.compiler.is_compiling():  # a graph cannot contain the message
             _log_once(backend)
@@ -79,7 +83,10 @@ def mlstm(
 
 
 def choose(num_tokens: int, head_dim: int, device: torch.device | str, dtype: torch.dtype) -> str:
-    """The fastest backend for N tokens and head width D: parallel up to about N = 4 D, chunkwise above.
+    """The fastest backend for N tokens and head width D.
+
+    On a CPU, the native kernels for float32 and bfloat16, if they can be built here. Otherwise parallel up to about
+    N = 4 D, and chunkwise above.
 
     A row multiplies N/2 columns in the parallel form; in the chunkwise form, the columns of a chunk and a D × D state.
     Below the limit, few large products are faster than many small ones. On a GPU, the Triton version of each is taken
@@ -93,12 +100,19 @@ def choose(num_tokens: int, head_dim: int, device: torch.device | str, dtype: to
         and triton_mlstm.INSTALLED
     ):
         return "triton" if num_tokens <= max(1024, 4 * head_dim) else "triton_chunkwise"
+    if torch.device(device).type == "cpu" and dtype in NATIVE_DTYPES and build.available():
+        return "native"
     return "parallel" if num_tokens <= max(256, 4 * head_dim) else "chunkwise"
 
 
 @functools.cache
 def _log_once(backend: str) -> None:
     log.info("mLSTM backend: %s", backend)
+
+
+def _dtype_of(q: Tensor, log_f: Tensor) -> torch.dtype:
+    """The dtype of q, or float64 if the gates need that."""
+    return log_f.dtype if log_f.dtype == torch.float64 else q.dtype
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, positions: Tensor | None) -> None:

@@ -1,0 +1,1 @@
+"""Native kernels for CPUs, in C++, built on first use."""

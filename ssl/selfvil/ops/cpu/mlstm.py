@@ -1,0 +1,129 @@
+"""The mLSTM by native kernels for CPUs: float32 and bfloat16, forward and backward, without stored scores.
+
+One kernel for all lengths: a sequence is cut into chunks that pass on a state, or is one chunk if it is short.
+`mlstm.cpp` explains it; the symbols are those of `torch_mlstm`. Products and gates are float32, and results are rounded
+once, at the end. Inputs may have any strides with contiguous channels: no tensor is copied or flipped.
+
+For `torch.compile`, forward and backward are one opaque operator each, without a graph break.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from selfvil.ops.cpu.build import kernels
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+CHUNK = 64
+"""Tokens in a chunk, for sequences of more than one. A multiple of 16."""
+
+WIDE_CHUNK = 128
+"""The same for heads wider than `NARROW`, whose states are larger."""
+
+NARROW = 128
+
+
+def one_chunk(score_width: int, value_width: int) -> int:
+    """The longest sequence that is one chunk: a row then multiplies N/2 columns instead of half a chunk and a state."""
+    return max(score_width, value_width) * 2 + CHUNK
+
+
+def chunk_size(num_tokens: int, score_width: int, value_width: int) -> int:
+    """Tokens in a chunk."""
+    if num_tokens <= one_chunk(score_width, value_width):
+        return num_tokens
+    return CHUNK if value_width <= NARROW else WIDE_CHUNK
+
+
+def mlstm_native(q: Tensor, k: Tensor, v: Tensor, i: Tensor, log_f: Tensor, reverse: bool) -> Tensor:
+    """mLSTM output h, of the shape of v (B, H, N, D'), of q, k (B, H, N, D), i and log f (B, H, N), the forget gate.
+
+    q, k and v are float32 or bfloat16 on the CPU. First derivatives only.
+
+    Raises:
+        ValueError: another dtype or device, or the kernels cannot be used here.
+    """
+    return _forward(q, k, v, i, log_f, reverse)[0]
+
+
+@torch.library.custom_op("selfvil::mlstm_native", mutates_args=())
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, i: Tensor, log_f: Tensor, reverse: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """h, and for the backward pass a, n and lim, each (B, H, N) and in the order of the scan."""
+    q, k, v = (_rows(x) for x in (q, k, v))
+    i, log_f = i.float(), log_f.float()
+    h = v.new_empty(v.shape)
+    a, row_sum, limit = (log_f.new_empty(log_f.shape) for _ in range(3))
+    _call("mlstm_forward", reverse, (q, k, v, i, log_f, None), (a, row_sum, limit, h))
+    return h, a, row_sum, limit
+
+
+@_forward.register_fake
+def _(q, k, v, i, log_f, reverse):
+    return v.new_empty(v.shape), *(log_f.new_empty(log_f.shape, dtype=torch.float32) for _ in range(3))
+
+
+@torch.library.custom_op("selfvil::mlstm_native_backward", mutates_args=())
+def _backward(
+    dh: Tensor, q: Tensor, k: Tensor, v: Tensor, a: Tensor, row_sum: Tensor, limit: Tensor, reverse: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v in their shapes, and of i and log_f (B, H, N) in float32."""
+    q, k, v, dh = (_rows(x) for x in (q, k, v, dh.to(v.dtype)))
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    di, dlog_f = a.new_empty(a.shape), a.new_empty(a.shape)
+    saved = [x.contiguous() for x in (a, row_sum, limit)]
+    _call("mlstm_backward", reverse, (q, k, v, None, None, dh), (*saved, None, dq, dk, dv, di, dlog_f))
+    return dq, dk, dv, di, dlog_f
+
+
+@_backward.register_fake
+def _(dh, q, k, v, a, row_sum, limit, reverse):
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    return dq, dk, dv, a.new_empty(a.shape), a.new_empty(a.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    q, k, v, i, log_f, ctx.reverse = inputs
+    ctx.dtypes = i.dtype, log_f.dtype
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(q, k, v, *output[1:])
+
+
+def _gradients(ctx: Any, dh: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    dq, dk, dv, di, dlog_f = _backward(dh, *ctx.saved_tensors, ctx.reverse)
+    return dq, dk, dv, di.to(ctx.dtypes[0]), dlog_f.to(ctx.dtypes[1]), None
+
+
+_forward.register_autograd(_gradients, setup_context=_setup_context)
+
+
+def _call(
+    function: str, reverse: bool, strided: tuple[Tensor | None, ...], contiguous: tuple[Tensor | None, ...]
+) -> None:
+    """Fill in the members of `Arguments` in mlstm.cpp; None for those that the function does not use."""
+    q, _, v, *_ = strided
+    assert q is not None
+    assert v is not None
+    if q.dtype not in DTYPES or q.device.type != "cpu":
+        raise ValueError(
+            'the mLSTM backend "native" supports float32 and bfloat16 on the CPU, '
+            f'got {q.dtype} on {q.device}; use "auto"'
+        )
+    loaded = kernels()
+    if loaded is None:
+        raise ValueError('the mLSTM backend "native" cannot be used here (see the log); use "auto" or "parallel"')
+    size = chunk_size(q.shape[2], q.shape[3], v.shape[3])
+    loaded.call(
+        function, q.dtype == torch.bfloat16, *q.shape, v.shape[3], size, reverse,
+        *(0 if x is None else x.data_ptr() for x in strided),
+        *(stride for x in strided for stride in ((0, 0, 0) if x is None else x.stride()[:3])),
+        *(0 if x is None else x.data_ptr() for x in contiguous),
+    )  # fmt: skip
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x itself if its channels are contiguous, else a contiguous copy."""
+    return x if x.stride(-1) == 1 else x.contiguous()

@@ -1,0 +1,353 @@
+// The operations around the mLSTM on CPUs, each in one pass over memory: convolution with SiLU; q, k, v and both gates;
+// norm, skip and gate.
+//
+// models/layers.py has the plain operations. Sums are float32, and results are rounded once. An item of work is one
+// image and a few channels, so that parameters are loaded once; its sums for the gradients of parameters are added to
+// those of other images at the end, in a fixed order. Widths are multiples of 16.
+#include "vector.h"
+
+namespace {
+
+inline Vector sigmoid(Vector x) { return 1.f / (1.f + exponential(-x)); }
+// The derivative of SiLU, from x and its sigmoid.
+inline Vector silu_slope(Vector x, Vector s) { return s * (1.f + x * (1.f - s)); }
+
+constexpr int64_t SPAN = 64;  // tokens of an item, where an item has all channels
+constexpr int64_t SET = 4;    // gates that are computed together
+
+// Adds the parts (parts, n) into the first of them.
+void add_parts(float* sums, int64_t parts, int64_t n) {
+  for (int64_t part = 1; part < parts; part++)
+    for (int64_t i = 0; i < n; i++) sums[i] += sums[part * n + i];
+}
+
+// --- convolution and SiLU --------------------------------------------------------------------------------------------
+
+// Filled in by fused.py, as the other structures: every member has 8 bytes. Strides are in numbers.
+struct Conv {
+  Parallel parallel;
+  int64_t threads, bfloat16, images, tokens, height, width, channels, reverse, x_strides[2];
+  const int64_t* kept;         // positions of the tokens on the grid, (B, N); null: all positions
+  const void *x, *dy;          // dy and all of the following are contiguous
+  const float *weight, *bias;  // (E, 9), (E,)
+  void *y, *dx;
+  float* sums;  // (B, 10, E): gradients of the weights and of the bias
+
+  // The grid of a vector of channels, with a border of zeros.
+  int64_t plane() const { return (height + 2) * (width + 2) * LANES; }
+  // Vectors of channels that an item has: their planes fit into the cache.
+  int64_t vectors() const { return plane() > 16384 ? 1 : 128 / LANES; }
+  int64_t blocks() const { return (channels / LANES + vectors() - 1) / vectors(); }
+  int64_t floats(bool backward) const { return (vectors() + backward) * plane() + tokens + 16; }
+};
+
+template <class T, bool BACKWARD>
+void convolve(const Conv& args, int64_t item, float* memory) {
+  const int64_t width = args.width, row = (width + 2) * LANES, plane = args.plane(), tokens = args.tokens;
+  const int64_t image = item / args.blocks(), first = item % args.blocks() * args.vectors() * LANES;
+  const int64_t last = first + args.vectors() * LANES, end = last < args.channels ? last : args.channels;
+  const T* from = static_cast<const T*>(args.x) + image * args.x_strides[0];
+  const int64_t base = image * tokens * args.channels, centre = row + LANES;
+  float *planes = memory, *gradient = memory + args.vectors() * plane;
+  int32_t* corners = reinterpret_cast<int32_t*>(gradient + BACKWARD * plane);  // of each token's 3 × 3 neighbours
+  memset(memory, 0, (args.vectors() + BACKWARD) * plane * sizeof(float));
+  for (int64_t t = 0; t < tokens; t++) {
+    const int64_t position = args.kept ? args.kept[image * tokens + t] : t;
+    corners[t] = (int32_t)(position / width * row + position % width * LANES);
+    for (int64_t e = first; e < end; e += LANES)
+      store(planes + (e - first) / LANES * plane + corners[t] + centre, read(from + t * args.x_strides[1] + e));
+  }
+
+  for (int64_t e = first; e < end; e += LANES) {
+    const float* x = planes + (e - first) / LANES * plane;
+    Vector weight[9], bias = load(args.bias + e);
+    for (int k = 0; k < 9; k++)
+      for (int lane = 0; lane < LANES; lane++) weight[k][lane] = args.weight[(e + lane) * 9 + (args.reverse ? 8 - k : k)];
+    Vector d_weight[9] = {}, d_bias = {};
+    for (int64_t t = 0; t < tokens; t++) {
+      const float* corner = x + corners[t];
+      Vector total = bias;
+#pragma GCC unroll 9
+      for (int k = 0; k < 9; k++) total += weight[k] * load(corner + k / 3 * row + k % 3 * LANES);
+      Vector s = sigmoid(total);
+      if (!BACKWARD) {
+        write(static_cast<T*>(args.y) + base + t * args.channels + e, total * s);
+        continue;
+      }
+      Vector d = read(static_cast<const T*>(args.dy) + base + t * args.channels + e) * silu_slope(total, s);
+      store(gradient + corners[t] + centre, d);
+      d_bias += d;
+#pragma GCC unroll 9
+      for (int k = 0; k < 9; k++) d_weight[k] += d * load(corner + k / 3 * row + k % 3 * LANES);
+    }
+    if (!BACKWARD) continue;
+    for (int64_t t = 0; t < tokens; t++) {
+      const float* corner = gradient + corners[t];
+      Vector total = {};
+#pragma GCC unroll 9
+      for (int k = 0; k < 9; k++) total += weight[8 - k] * load(corner + k / 3 * row + k % 3 * LANES);
+      write(static_cast<T*>(args.dx) + base + t * args.channels + e, total);
+    }
+    float* sums = args.sums + image * 10 * args.channels + e;
+    for (int k = 0; k < 9; k++) store(sums + (args.reverse ? 8 - k : k) * args.channels, d_weight[k]);
+    store(sums + 9 * args.channels, d_bias);
+  }
+}
+
+// --- q, k, v and the gates -------------------------------------------------------------------------------------------
+
+struct Project {
+  Parallel parallel;
+  int64_t threads, bfloat16, images, tokens, channels, heads, c_strides[2], x_strides[2];
+  const void *c, *x;                                    // the convolved and the plain branch
+  const float *weights[3], *biases[3];                  // of q, k, v: (E / 4, 4, 4), and (E,) or null
+  const float *c_gates, *x_gates, *gates_bias;          // (2 H, E), (2 H, E), (2 H,)
+  void *q, *k, *v;                                      // (B, H, N, D), contiguous as all of the following
+  float *i, *f;                                         // (B, H, N)
+  const void *dq, *dk, *dv;
+  const float *di, *df;
+  void *dc, *dx;
+  float* sums;  // (B, spans, 3, 5, E): gradients of the weights by column of a block, and of biases; (B, spans, 2, 2 H, E)
+
+  int64_t spans() const { return (tokens + SPAN - 1) / SPAN; }
+};
+
+// The lane `column` of each four.
+template <int COLUMN, int... LANE>
+inline Vector of_four(Vector x, std::integer_sequence<int, LANE...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(x, x, (LANE / 4 * 4 + COLUMN)...);
+#else
+  return __builtin_shuffle(x, Integers{(LANE / 4 * 4 + COLUMN)...});
+#endif
+}
+struct Fours {
+  Vector of[4];
+  explicit Fours(Vector x) {
+    constexpr auto lanes = std::make_integer_sequence<int, LANES>();
+    of[0] = of_four<0>(x, lanes), of[1] = of_four<1>(x, lanes), of[2] = of_four<2>(x, lanes), of[3] = of_four<3>(x, lanes);
+  }
+};
+inline Vector times(const Fours& x, const Vector (&weight)[4], Vector sum) {
+  for (int n = 0; n < 4; n++) sum += x.of[n] * weight[n];
+  return sum;
+}
+// One column of the weights of the blocks of LANES channels from e, or one row.
+inline void block_weights(const float* weights, int64_t e, bool by_row, Vector (&to)[4]) {
+  for (int n = 0; n < 4; n++)
+    for (int lane = 0; lane < LANES; lane++)
+      to[n][lane] = weights[(e + lane) / 4 * 16 + (by_row ? n * 4 + lane % 4 : lane % 4 * 4 + n)];
+}
+
+template <class T>
+void project(const Project& args, int64_t item, float*) {
+  const int64_t image = item / args.spans(), first = item % args.spans() * SPAN, width = args.channels / args.heads;
+  const int64_t end = first + SPAN < args.tokens ? first + SPAN : args.tokens, gates = 2 * args.heads;
+  const T* c = static_cast<const T*>(args.c) + image * args.c_strides[0];
+  const T* x = static_cast<const T*>(args.x) + image * args.x_strides[0];
+  for (int64_t e = 0; e < args.channels; e += LANES) {
+    const int64_t base = (image * args.heads + e / width) * args.tokens * width + e % width;
+    T *q = static_cast<T*>(args.q) + base, *k = static_cast<T*>(args.k) + base, *v = static_cast<T*>(args.v) + base;
+    Vector weight[3][4], bias[3];
+    for (int n = 0; n < 3; n++) {
+      block_weights(args.weights[n], e, false, weight[n]);
+      bias[n] = args.biases[n] ? load(args.biases[n] + e) : Vector{};
+    }
+    for (int64_t t = first; t < end; t++) {
+      const Fours from_c(read(c + t * args.c_strides[1] + e)), from_x(read(x + t * args.x_strides[1] + e));
+      write(q + t * width, times(from_c, weight[0], bias[0]));
+      write(k + t * width, times(from_c, weight[1], bias[1]));
+      write(v + t * width, times(from_x, weight[2], bias[2]));
+    }
+  }
+  for (int64_t g = 0; g < gates; g += SET) {
+    float* to[SET];
+    for (int64_t m = 0; m < SET; m++)
+      to[m] = (g + m < args.heads ? args.i : args.f) + (image * args.heads + (g + m) % args.heads) * args.tokens;
+    for (int64_t t = first; t < end; t++) {
+      Vector total[SET] = {};
+      for (int64_t e = 0; e < args.channels; e += LANES) {
+        Vector from_c = read(c + t * args.c_strides[1] + e), from_x = read(x + t * args.x_strides[1] + e);
+#pragma GCC unroll 4
+        for (int64_t m = 0; m < SET; m++) {
+          total[m] += from_c * load(args.c_gates + (g + m) * args.channels + e);
+          total[m] += from_x * load(args.x_gates + (g + m) * args.channels + e);
+        }
+      }
+      for (int64_t m = 0; m < SET; m++) to[m][t] = sum(total[m]) + args.gates_bias[g + m];
+    }
+  }
+}
+
+template <class T>
+void project_backward(const Project& args, int64_t item, float* memory) {
+  const int64_t image = item / args.spans(), first = item % args.spans() * SPAN, width = args.channels / args.heads;
+  const int64_t n = first + SPAN < args.tokens ? SPAN : args.tokens - first, gates = 2 * args.heads;
+  const T* c = static_cast<const T*>(args.c) + image * args.c_strides[0] + first * args.c_strides[1];
+  const T* x = static_cast<const T*>(args.x) + image * args.x_strides[0] + first * args.x_strides[1];
+  const int64_t to = (image * args.tokens + first) * args.channels, parts = args.images * args.spans();
+  T *dc = static_cast<T*>(args.dc) + to, *dx = static_cast<T*>(args.dx) + to;
+  float *sums = args.sums + item * 15 * args.channels;
+  float *gate_sums = args.sums + (parts * 15 + item * 2 * gates) * args.channels, *d_gates = memory;  // (n, 2 H)
+  for (int64_t g = 0; g < gates; g++) {
+    const float* from = (g < args.heads ? args.di : args.df) + (image * args.heads + g % args.heads) * args.tokens;
+    for (int64_t t = 0; t < n; t++) d_gates[t * gates + g] = from[first + t];
+  }
+  for (int64_t e = 0; e < args.channels; e += LANES) {
+    const int64_t base = ((image * args.heads + e / width) * args.tokens + first) * width + e % width;
+    const T *dq = static_cast<const T*>(args.dq) + base, *dk = static_cast<const T*>(args.dk) + base;
+    const T* dv = static_cast<const T*>(args.dv) + base;
+    float branches[2][SPAN * LANES];  // gradients of c and x so far
+    {
+      Vector weight[3][4], d_weight[3][4] = {}, d_bias[3] = {};
+      for (int p = 0; p < 3; p++) block_weights(args.weights[p], e, true, weight[p]);
+      for (int64_t t = 0; t < n; t++) {
+        const Fours from_c(read(c + t * args.c_strides[1] + e)), from_x(read(x + t * args.x_strides[1] + e));
+        const Vector d[3] = {read(dq + t * width), read(dk + t * width), read(dv + t * width)};
+#pragma GCC unroll 3
+        for (int p = 0; p < 3; p++) {
+          const Fours& from = p < 2 ? from_c : from_x;
+#pragma GCC unroll 4
+          for (int m = 0; m < 4; m++) d_weight[p][m] += d[p] * from.of[m];
+          d_bias[p] += d[p];
+        }
+        store(branches[0] + t * LANES, times(Fours(d[1]), weight[1], times(Fours(d[0]), weight[0], Vector{})));
+        store(branches[1] + t * LANES, times(Fours(d[2]), weight[2], Vector{}));
+      }
+      for (int p = 0; p < 3; p++) {
+        for (int m = 0; m < 4; m++) store(sums + (p * 5 + m) * args.channels + e, d_weight[p][m]);
+        store(sums + (p * 5 + 4) * args.channels + e, d_bias[p]);
+      }
+    }
+    for (int64_t g = 0; g < gates; g += SET)
+      for (int branch = 0; branch < 2; branch++) {
+        const float* gate_weights = (branch ? args.x_gates : args.c_gates) + g * args.channels + e;
+        const T* from = (branch ? x : c) + e;
+        const int64_t stride = branch ? args.x_strides[1] : args.c_strides[1];
+        Vector weight[SET], total[SET] = {};
+        for (int64_t m = 0; m < SET; m++) weight[m] = load(gate_weights + m * args.channels);
+        for (int64_t t = 0; t < n; t++) {
+          Vector gradient = load(branches[branch] + t * LANES), value = read(from + t * stride);
+#pragma GCC unroll 4
+          for (int64_t m = 0; m < SET; m++) {
+            const Vector gate = all(d_gates[t * gates + g + m]);
+            gradient += gate * weight[m], total[m] += gate * value;
+          }
+          store(branches[branch] + t * LANES, gradient);
+        }
+        for (int64_t m = 0; m < SET; m++) store(gate_sums + (branch * gates + g + m) * args.channels + e, total[m]);
+      }
+    for (int64_t t = 0; t < n; t++) {
+      write(dc + t * args.channels + e, load(branches[0] + t * LANES));
+      write(dx + t * args.channels + e, load(branches[1] + t * LANES));
+    }
+  }
+}
+
+// --- norm, skip and gate ---------------------------------------------------------------------------------------------
+
+struct Norm {
+  Parallel parallel;
+  int64_t threads, bfloat16, images, heads, tokens, width, h_strides[3], c_strides[2], gate_strides[2];
+  double eps;
+  const void *h, *c, *gate, *dy;       // gate may be null; dy and all of the following are contiguous
+  const float *weight, *bias, *skip;  // (E,); the weight is stored minus 1, the bias may be null
+  void *y, *dh, *dc, *dgate;
+  float* sums;  // (B, spans, 3, E), zeros: gradients of weight, bias and skip
+
+  int64_t spans() const { return (tokens + SPAN - 1) / SPAN; }
+};
+
+template <class T, bool BACKWARD>
+void norm(const Norm& args, int64_t item, float* memory) {
+  const int64_t image = item / args.spans(), first = item % args.spans() * SPAN, width = args.width;
+  const int64_t end = first + SPAN < args.tokens ? first + SPAN : args.tokens, channels = args.heads * width;
+  float *centred = memory, *scaled = memory + width, *sums = args.sums + item * 3 * channels;
+  for (int64_t t = first; t < end; t++) {
+    const T* c = static_cast<const T*>(args.c) + image * args.c_strides[0] + t * args.c_strides[1];
+    const T* gate = static_cast<const T*>(args.gate) + image * args.gate_strides[0] + t * args.gate_strides[1];
+    const int64_t row = (image * args.tokens + t) * channels;
+    for (int64_t head = 0; head < args.heads; head++) {
+      const T* h = static_cast<const T*>(args.h) + image * args.h_strides[0] + head * args.h_strides[1];
+      h += t * args.h_strides[2];
+      Vector total{}, squares{};
+      for (int64_t d = 0; d < width; d += LANES) {
+        Vector x = read(h + d);
+        store(centred + d, x), total += x;
+      }
+      const float mean = sum(total) / width;
+      for (int64_t d = 0; d < width; d += LANES) {
+        Vector x = load(centred + d) - mean;
+        store(centred + d, x), squares += x * x;
+      }
+      const float scale = 1 / std::sqrt(sum(squares) / width + (float)args.eps);
+      Vector of_scaled{}, of_product{};
+      for (int64_t d = 0, e = head * width; d < width; d += LANES, e += LANES) {
+        const Vector x = load(centred + d) * scale, weight = load(args.weight + e) + 1.f, skip = load(args.skip + e);
+        const Vector branch = read(c + e);
+        Vector inner = x * weight + skip * branch;
+        if (args.bias) inner += load(args.bias + e);
+        const Vector z = args.gate ? read(gate + e) : Vector{}, s = args.gate ? sigmoid(z) : Vector{};
+        if (!BACKWARD) {
+          write(static_cast<T*>(args.y) + row + e, args.gate ? inner * (z * s) : inner);
+          continue;
+        }
+        const Vector dy = read(static_cast<const T*>(args.dy) + row + e), d_inner = args.gate ? dy * (z * s) : dy;
+        if (args.gate) write(static_cast<T*>(args.dgate) + row + e, dy * inner * silu_slope(z, s));
+        write(static_cast<T*>(args.dc) + row + e, d_inner * skip);
+        store(sums + e, load(sums + e) + d_inner * x);
+        store(sums + channels + e, load(sums + channels + e) + d_inner);
+        store(sums + 2 * channels + e, load(sums + 2 * channels + e) + d_inner * branch);
+        const Vector d_x = d_inner * weight;
+        store(scaled + d, d_x), store(centred + d, x);
+        of_scaled += d_x, of_product += d_x * x;
+      }
+      if (!BACKWARD) continue;
+      const float mean_scaled = sum(of_scaled) / width, mean_product = sum(of_product) / width;
+      T* dh = static_cast<T*>(args.dh) + ((image * args.heads + head) * args.tokens + t) * width;
+      for (int64_t d = 0; d < width; d += LANES)
+        write(dh + d, scale * (load(scaled + d) - mean_scaled - load(centred + d) * mean_product));
+    }
+  }
+}
+
+// Runs the function for T = float or bfloat16.
+template <class A, class F, class G>
+int run(const A& args, int64_t items, int64_t floats, F full, G half) {
+  return for_each(items, floats, args.threads, args.parallel, [&](int64_t item, float* memory) {
+           args.bfloat16 ? half(args, item, memory) : full(args, item, memory);
+         }) ? 0 : 1;
+}
+
+}  // namespace
+
+// All return 0, or 1 without enough memory.
+extern "C" int selfvil_conv_forward(const Conv* args) {
+  return run(*args, args->images * args->blocks(), args->floats(false), convolve<float, false>,
+             convolve<BFloat16, false>);
+}
+extern "C" int selfvil_conv_backward(const Conv* args) {
+  int failed = run(*args, args->images * args->blocks(), args->floats(true), convolve<float, true>,
+                   convolve<BFloat16, true>);
+  add_parts(args->sums, args->images, 10 * args->channels);
+  return failed;
+}
+extern "C" int selfvil_project_forward(const Project* args) {
+  return run(*args, args->images * args->spans(), 0, project<float>, project<BFloat16>);
+}
+extern "C" int selfvil_project_backward(const Project* args) {
+  const int64_t parts = args->images * args->spans(), floats = SPAN * 2 * args->heads;
+  int failed = run(*args, parts, floats, project_backward<float>, project_backward<BFloat16>);
+  add_parts(args->sums, parts, 15 * args->channels);
+  add_parts(args->sums + parts * 15 * args->channels, parts, 4 * args->heads * args->channels);
+  return failed;
+}
+extern "C" int selfvil_norm_forward(const Norm* args) {
+  return run(*args, args->images * args->spans(), 2 * args->width, norm<float, false>, norm<BFloat16, false>);
+}
+extern "C" int selfvil_norm_backward(const Norm* args) {
+  const int64_t parts = args->images * args->spans();
+  int failed = run(*args, parts, 2 * args->width, norm<float, true>, norm<BFloat16, true>);
+  add_parts(args->sums, parts, 3 * args->heads * args->width);
+  return failed;
+}
