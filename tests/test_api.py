@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,8 @@ import torch
 import runs
 import selfvil
 from selfvil import UserError, api
+from selfvil.evaluate import compare as comparison
+from selfvil.evaluate.speed import measure
 from selfvil.recipe import load
 
 
@@ -126,7 +129,7 @@ def test_fine_tuning_is_an_evaluation_of_the_api(digit_shards, run, tmp_path):
 
 
 def test_comparison(digit_shards, run, tmp_path, monkeypatch):
-    monkeypatch.setattr("selfvil.evaluate.speed._ROUND_SECONDS", 0.01)
+    monkeypatch.setattr(comparison, "measure", partial(measure, rounds=2, seconds=0.01))
     shards = {"train": digit_shards / "digits-000000.tar", "test": digit_shards / "digits-000001.tar"}
     exported = selfvil.export(run, tmp_path / "export")
     before = state()
