@@ -3,7 +3,6 @@
 A comment above a block says how its test differs from what the page shows:
 
     <!-- not run: REASON -->       it cannot run in a test, for this reason
-    <!-- pending -->               its feature does not exist yet; SELFVIL_NO_PENDING=1 makes it a failure
     <!-- slow -->                  it runs only in the slow tests, by bash
     <!-- test: WORDS -->           these words are added to each selfvil command; exit=75 is the expected exit status
     <!-- needs: NAMES -->          once for a page, in any place: what exists in its folder (`Page.needs`)
@@ -19,6 +18,7 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ import yaml
 
 from selfvil import api, cli
 from selfvil import recipe as recipes
+from selfvil.evaluate import compare
+from selfvil.evaluate.speed import measure
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 LANGUAGES = {"python", "bash", "yaml", "text"}
@@ -87,7 +89,7 @@ def find_blocks(text: str) -> Iterator[Block]:
             title = re.search(r'title="([^"]*)"', info)
             yield Block(info.split()[0] if info.split() else "", title and title[1], body, number + 1, comments)
             comments, number = {}, end
-        elif found := re.match(r"^ *<!-- (not run|pending|slow|test|needs)(?:: (.*?))? -->$", line):
+        elif found := re.match(r"^ *<!-- (not run|slow|test|needs)(?:: (.*?))? -->$", line):
             comments = comments | {found[1]: found[2] or ""}
         elif line.strip():
             comments = {}
@@ -128,6 +130,7 @@ class Runner:
         self.shrink = shrink
         for module in (recipes, api):
             monkeypatch.setattr(module, "load", self.load)
+        monkeypatch.setattr(compare, "measure", partial(measure, rounds=2, seconds=0.01))
 
     def load(self, source: Any, overrides: Any = ()) -> recipes.Recipe:
         recipe = _load(source, overrides)

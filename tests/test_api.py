@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,8 @@ import torch
 import runs
 import selfvil
 from selfvil import UserError, api
+from selfvil.evaluate import compare as comparison
+from selfvil.evaluate.speed import measure
 from selfvil.recipe import load
 
 
@@ -114,6 +117,70 @@ def test_evaluations_and_their_settings(digit_shards, run, tmp_path):
     assert direct.value == again.value
 
 
+def test_fine_tuning_is_an_evaluation_of_the_api(digit_shards, run, tmp_path):
+    before = state()
+    rows = selfvil.evaluate(
+        run, "finetune", train=digit_shards / "digits-000000.tar", test=digit_shards / "digits-000001.tar", workers=0,
+        readout="mean", epochs=1, batch_size=64, out=tmp_path / "tuned",
+    )  # fmt: skip
+    assert state() == before
+    assert [row.metric for row in rows] == ["frozen_mean", "finetune_mean"]
+    assert selfvil.load_backbone(tmp_path / "tuned").num_classes == 10
+
+
+def test_comparison(digit_shards, run, tmp_path, monkeypatch):
+    monkeypatch.setattr(comparison, "measure", partial(measure, rounds=2, seconds=0.01))
+    shards = {"train": digit_shards / "digits-000000.tar", "test": digit_shards / "digits-000001.tar"}
+    exported = selfvil.export(run, tmp_path / "export")
+    before = state()
+    found = selfvil.compare(
+        [run, exported], "knn", **shards, workers=0, k=3, chart=tmp_path / "chart.png", allow_shared=True
+    )
+    assert state() == before
+    (alone,) = selfvil.evaluate(run, "knn", **shards, workers=0, k=3)
+    assert [(row.protocol, row.value) for row in found.rows] == 2 * [(alone.protocol, alone.value)]
+    assert list(found.costs) == [run.folder.name, "export"]
+    assert found.costs["export"].parameters == found.costs[run.folder.name].parameters > 0
+    assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_export_in_further_formats(run, tmp_path):
+    before = state()
+    out = selfvil.export(run, tmp_path / "export", formats=["published"], licence="mit", heads=True)
+    assert state() == before
+    names = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
+    assert {"published/vision_lstm.safetensors", "heads/heads.safetensors", "model.safetensors"} <= names
+    assert "license: mit" in (out / "README.md").read_text()
+    only = selfvil.export(out, tmp_path / "only", formats="published")
+    assert not (only / "model.safetensors").exists()
+    file = Path("published") / "vision_lstm.safetensors"
+    assert (only / file).read_bytes() == (out / file).read_bytes()
+
+
+@pytest.mark.slow
+def test_export_measures_int8(digit_shards, run, tmp_path):
+    pytest.importorskip("onnxruntime")
+    out = selfvil.export(
+        run, tmp_path / "export", formats=["int8"], workers=0, images=digit_shards / "digits-000001.tar",
+        train=digit_shards / "digits-000000.tar", test=digit_shards / "digits-000001.tar",
+    )  # fmt: skip
+    assert (out / "model.int8.onnx").stat().st_size < (out / "model.onnx").stat().st_size
+    assert "k-NN" in (out / "README.md").read_text()
+
+
+def test_a_run_is_a_path_for_every_function(digit_shards, run, tmp_path):
+    assert selfvil.verify(run)
+    found = selfvil.embed(digit_shards / "digits-000001.tar", run, workers=0)
+    direct = selfvil.Embedder(run, workers=0).transform(digit_shards / "digits-000001.tar")
+    np.testing.assert_array_equal(found.features, direct)
+    page = selfvil.report(run, tmp_path / "one.html")
+    both = selfvil.report([run], tmp_path / "list.html")
+    assert page.read_text().count("<svg") == both.read_text().count("<svg") > 0
+    assert set(selfvil.load_backbone(run).state_dict()) == set(
+        selfvil.load_backbone(selfvil.export(run, tmp_path / "export")).state_dict()
+    )
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -139,6 +206,24 @@ def test_evaluations_and_their_settings(digit_shards, run, tmp_path):
         (lambda d, r, t: selfvil.evaluate(t, train=d, test=d), "neither the folder of a run"),
         (lambda d, r, t: selfvil.evaluate(r, train=d, test=t / "none"), "none"),
         (lambda d, r, t: selfvil.evaluate(r, train=d, test=d, device="gpuu"), "gpuu"),
+        (lambda d, r, t: selfvil.compare(r, "knn", train=d, test=d), "is no list"),
+        (lambda d, r, t: selfvil.compare([r], "knn", train=d, test=d), "at least two networks"),
+        (lambda d, r, t: selfvil.compare([r, r], "knn", train=d, test=d), "given twice"),
+        (lambda d, r, t: selfvil.compare([r, 3], "knn", train=d, test=d), r"sources\[1\] = '3'"),
+        (lambda d, r, t: selfvil.compare([r, t], "knn", train=d, test=d), "neither the folder of a run"),
+        (lambda d, r, t: selfvil.compare([r, t], "knnn", train=d, test=d), "did you mean knn"),
+        (lambda d, r, t: selfvil.compare([r, t], "knn", train=d, test=d, chart="a.gif"), "ends in .png"),
+        (lambda d, r, t: selfvil.compare([r, t], train=d, test=d, chart=r.folder), "ends in .png"),
+        (lambda d, r, t: selfvil.compare([r, t], "finetune", train=d, test=d, out=t / "o"), "finetune.out = .*every"),
+        (lambda d, r, t: selfvil.compare([r, t], train=d, test=d, chart=r.folder / "run.json" / "b.png"), "b.png"),
+        (lambda d, r, t: selfvil.compare([r, t], "knn", train=[3], test=d), "compare: train = '3'"),
+        (lambda d, r, t: selfvil.compare([r, t], "knn", train=d, test=d, device="gpuu"), "compare: device"),
+        (lambda d, r, t: selfvil.export(r, t / "out", formats=["onyx"]), "no format 'onyx'"),
+        (lambda d, r, t: selfvil.export(r, t / "out", formats=3), "no list of formats"),
+        (lambda d, r, t: selfvil.export(r, t / "out", formats=["int8"], images=t / "none"), "none"),
+        (lambda d, r, t: selfvil.export(r, t / "out", images=d), "int8"),
+        (lambda d, r, t: selfvil.export(r, t / "out", formats=["int8"], train=3), "train = '3'"),
+        (lambda d, r, t: selfvil.export(r, t / "out", licence="My Licence"), "My Licence"),
         (lambda d, r, t: selfvil.export(t / "none", t / "out"), "There is no folder"),
         (lambda d, r, t: selfvil.export(r, d), "not an empty folder"),
         (lambda d, r, t: selfvil.export(r, t / "out", network="taecher"), "taecher"),
@@ -188,7 +273,7 @@ except AttributeError:
 
 
 def test_every_function_is_documented():
-    for function in (api.pretrain, api.evaluate, api.export):
+    for function in (api.pretrain, api.evaluate, api.compare, api.export):
         text = inspect.getdoc(function) or ""
         for name in inspect.signature(function).parameters:
             assert name in text, f"{function.__name__}: {name} is not documented"

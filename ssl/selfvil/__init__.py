@@ -1,7 +1,7 @@
 """Self-supervised pretraining of Vision-LSTM. Importing the package registers its models with timm.
 
-The Python API: `pretrain`, `evaluate`, `export`, `report`, `embed`, `Embedder`, `load_backbone` and `verify`, imported
-on first use; `UserError`; and the models of timm.create_model("vil_...").
+The Python API: `pretrain`, `evaluate`, `compare`, `export`, `report`, `embed`, `Embedder`, `load_backbone`, `verify`,
+all imported on first use; `UserError`; and the models of timm.create_model("vil_...").
 
 The `selfvil` command imports torch and timm only in commands that use them, so that `selfvil --help` is fast. In its
 process, the modules that build networks (`selfvil.weights`, `selfvil.evaluate`) register the models.
@@ -17,6 +17,7 @@ from selfvil.errors import UserError as UserError
 from selfvil.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from selfvil.api import compare as compare
     from selfvil.api import evaluate as evaluate
     from selfvil.api import export as export
     from selfvil.api import pretrain as pretrain
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 _LAZY = {
     "Embedder": "selfvil.embedding.embedder",
+    "compare": "selfvil.api",
     "embed": "selfvil.embedding.write",
     "load_backbone": "selfvil.weights",
     "report": "selfvil.reporting.report",
@@ -35,20 +37,24 @@ _LAZY = {
 }
 """Function -> the module that has it."""
 
-_CALLABLE = {"pretrain": "selfvil.api", "evaluate": "selfvil.api", "export": "selfvil.api"}
-"""Functions that have the name of a module of this package -> the module that has the function."""
+_CALLABLE = ("pretrain", "evaluate", "export")
+"""Functions of selfvil.api that have the name of a module of this package."""
 
 
 class _CallableModule(ModuleType):
-    """A module such as selfvil.pretrain, which can be called as the function of the Python API that has its name."""
+    """A module such as selfvil.pretrain, which can be called as the function of the Python API that has its name.
+
+    A name of a package is one object, and Python makes it the module whenever any import loads that module. So the
+    module must be callable, which only its class can give it (PEP 713, a __call__ of modules, was rejected). The other
+    way is to rename the three modules, which hold the loop, the evaluations and the export for all other code.
+    """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._function(*args, **kwargs)
 
     @property
     def _function(self) -> Any:
-        name = self.__name__.rpartition(".")[2]
-        return getattr(import_module(_CALLABLE[name]), name)
+        return getattr(import_module("selfvil.api"), self.__name__.rpartition(".")[2])
 
     @property
     def __signature__(self) -> Any:  # for help in notebooks

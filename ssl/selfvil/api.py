@@ -1,17 +1,18 @@
-"""The Python API: what `selfvil pretrain`, `eval` and `export` do, as functions for notebooks and scripts.
+"""The Python API: what `selfvil pretrain`, `eval`, `eval compare` and `export` do, for notebooks and scripts.
 
     import selfvil
 
     run = selfvil.pretrain("photos_laptop", data={"train": "shards/train"}, run={"out": "runs/first"})
     rows = selfvil.evaluate(run, "knn", train="shards/train", test="shards/test", k=20)
-    selfvil.export(run, "exported")
+    found = selfvil.compare([run, "vit_tiny_patch16_224"], "knn", train="shards/train", test="shards/test")
+    selfvil.export(run, "exported", formats=["onnx"])
 
 Each may be called again in the same process, with other settings. A mistake raises `UserError`. The process is never
 ended, and signal handlers, logging, random numbers and threads are afterwards as before.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ import torch
 from selfvil.data.index import Pattern
 from selfvil.errors import UserError
 from selfvil.evaluate import ALL, settings, settings_model
+from selfvil.evaluate.compare import Comparison, draw, require_chart
+from selfvil.evaluate.compare import compare as compare_networks
 from selfvil.evaluate.features import Precision
 from selfvil.evaluate.score import Row, score
 from selfvil.export import export as write_export
@@ -28,6 +31,8 @@ from selfvil.pretrain import pretrain as run_recipe
 from selfvil.recipe import Recipe, load
 from selfvil.records import METRICS, Summary, read_metrics
 from selfvil.runtime import undisturbed
+from selfvil.settings import Section
+from selfvil.trainer import Trainer
 
 Source = str | os.PathLike[str]
 """An export, a run or a checkpoint folder, a `Run`, or the name of a timm model."""
@@ -88,6 +93,7 @@ def evaluate(
     device: torch.device | str | None = None,
     precision: Precision = "fp32",
     seed: int = 0,
+    allow_shared: bool = False,
     **values: Any,
 ) -> list[Row]:
     """Scores of a backbone on labelled shards, without printing them; features are computed once for all evaluations.
@@ -103,57 +109,144 @@ def evaluate(
         device: None takes the GPU if there is one.
         precision: fp32, or bf16 autocast.
         seed: of the untrained network, held-out images, draws and fine-tuning.
+        allow_shared: score although some test images are also training images; rows have their number.
         values: settings. ``k=20`` sets a key of every named evaluation that has it, ``knn={"k": 20}`` that of one.
 
     Returns:
-        One row for each figure, with `protocol`, `value` in percent, `network`, `seed` and all settings. The rows are
-        dataclasses: `pandas.DataFrame(rows)` makes a table of them.
+        One row for each figure, with `protocol`, `value` in percent, its 95 % `interval` over test images, `network`,
+        `seed` and all settings. The rows are dataclasses: `pandas.DataFrame(rows)` makes a table of them.
 
     Raises:
         UserError: the source, the shards, a name or a setting cannot be used; before features are computed.
     """
-    path, workers = _path(source, "evaluate: source"), _count(workers)
-    for part, pattern in (("train", train), ("test", test)):
-        for each in pattern if isinstance(pattern, list | tuple) else (pattern,):
-            _path(each, f"evaluate: {part}", "a path, a glob, a folder or a brace pattern of shards")
+    path = _path(source, "evaluate: source")
+    evaluations = _evaluations("evaluate", names, values)
+    with undisturbed():
+        return score(
+            path, _shards(train, "evaluate: train"), _shards(test, "evaluate: test"), evaluations, baselines=baselines,
+            network=network, image=image, workers=_count(workers, "evaluate"), device=_device(device, "evaluate"),
+            precision=precision, seed=seed, allow_shared=allow_shared, trainer=Trainer(),
+        )  # fmt: skip
+
+
+def compare(
+    sources: Sequence[Source],
+    *names: str,
+    train: Pattern,
+    test: Pattern,
+    chart: str | os.PathLike[str] | None = None,
+    image: str | None = None,
+    workers: int = 2,
+    device: torch.device | str | None = None,
+    precision: Precision = "fp32",
+    seed: int = 0,
+    allow_shared: bool = False,
+    **values: Any,
+) -> Comparison:
+    """Score several networks by the same evaluations, and measure their speed, memory and size.
+
+    Args:
+        sources: at least two, each as in `evaluate`. Each gets the images at its own size and normalisation.
+        names, train, test, image, workers, device, precision, seed, allow_shared, values: as in `evaluate`. Settings
+            that name a file or folder (``out``, ``run``) are refused, since all networks would write to it.
+        chart: a PNG, SVG or PDF file: accuracy against images per second, and against parameters.
+
+    Returns:
+        `rows` of all networks, as those of `evaluate`, and `costs` by the name of each: images per second, bytes of
+        a batch, parameters, multiply-adds.
+
+    Raises:
+        UserError: as `evaluate`, a source is given twice, or `chart` cannot be written; before features are computed.
+    """
+    if isinstance(sources, str | os.PathLike) or not isinstance(sources, Sequence):
+        raise UserError(f"compare: sources = {str(sources)[:60]!r} is no list: give at least two networks, [A, B]")
+    paths = [_path(source, f"compare: sources[{index}]") for index, source in enumerate(sources)]
+    picture = None if chart is None else require_chart(_path(chart, "compare: chart"))
+    evaluations = _evaluations("compare", names, values)
+    with undisturbed():
+        found = compare_networks(
+            paths, _shards(train, "compare: train"), _shards(test, "compare: test"), evaluations, image=image,
+            workers=_count(workers, "compare"), device=_device(device, "compare"), precision=precision, seed=seed,
+            allow_shared=allow_shared, trainer=Trainer(),
+        )  # fmt: skip
+        assert found is not None  # only processes other than the main one have None
+        if picture is not None:
+            draw(found, picture)
+        return found
+
+
+def export(
+    run: Source,
+    out: str | os.PathLike[str],
+    *,
+    network: str | None = None,
+    heads: bool = False,
+    formats: Sequence[str] = (),
+    images: str | os.PathLike[str] | None = None,
+    train: str | os.PathLike[str] | None = None,
+    test: str | os.PathLike[str] | None = None,
+    workers: int = 2,
+    licence: str | None = None,
+) -> Path:
+    """Write the pretrained backbone of a run to the new folder `out`, for `load_backbone` and timm, and return it.
+
+    Args:
+        run: a run, or one of its checkpoints. Of an existing export, only the files of `formats` are written.
+        out: a folder that does not exist or is empty.
+        network: "student", "teacher" ... of an objective that has several; None takes its default.
+        heads: also write the rest of the objective, for model.start_from.
+        formats: any of "onnx", "torch-export", "int8", "published". Each file is compared with the network.
+        images: shards on which int8 is compared with float32; None: those of `test`, or of pretraining.
+        train, test: labelled shards, on which the k-NN accuracy of both is measured.
+        workers: processes that decode these images.
+        licence: for the card, an identifier of the Hugging Face hub such as "apache-2.0".
+
+    Raises:
+        UserError: there is no undamaged checkpoint, `out` is in use or cannot be written, a format does not exist,
+            cannot hold the network or returns other values. Nothing is left then.
+    """
+    chosen = [formats] if isinstance(formats, str) else formats
+    if not isinstance(chosen, Sequence) or not all(isinstance(name, str) for name in chosen):
+        raise UserError(f'export: formats = {str(formats)[:60]!r} is no list of formats: write formats=["onnx"]')
+    of_images = {"images": images, "train": train, "test": test}
+    shards = {name: None if each is None else _path(each, f"export: {name}") for name, each in of_images.items()}
+    source, target = _path(run, "export: run"), _path(out, "export: out")
+    with undisturbed():
+        return write_export(
+            source, target, network=network, heads=heads, formats=list(chosen), **shards,
+            workers=_count(workers, "export"), licence=licence,
+        )  # fmt: skip
+
+
+def _evaluations(call: str, names: Sequence[str], values: Mapping[str, Any]) -> dict[str, Section]:
+    """The settings of each named evaluation, checked."""
     chosen = [each for name in names or ("all",) for each in (ALL if name == "all" else (name,))]
     given: dict[str, dict[str, Any]] = {name: {} for name in chosen}
     fields = {name: settings_model(name).model_fields for name in given}
     for key, value in values.items():
         if key in given:
             if not isinstance(value, Mapping):
-                raise UserError(f"evaluate: {key} = {value!r} must be a mapping of settings, such as {key}={{...}}")
+                raise UserError(f"{call}: {key} = {value!r} must be a mapping of settings, such as {key}={{...}}")
             given[key] |= value
         elif takers := [name for name in given if key in fields[name]]:
             for name in takers:
                 given[name][key] = value
         else:
             given[chosen[0]][key] = value  # refused below, with the keys that exist
-    evaluations = {name: settings(name, _plain(own)) for name, own in given.items()}
+    return {name: settings(name, _plain(own)) for name, own in given.items()}
+
+
+def _shards(pattern: Any, name: str) -> Any:
+    for each in pattern if isinstance(pattern, list | tuple) else (pattern,):
+        _path(each, name, "a path, a glob, a folder or a brace pattern of shards")
+    return _plain(pattern)
+
+
+def _device(device: Any, call: str) -> torch.device | None:
     try:
-        where = None if device is None else torch.device(device)
+        return None if device is None else torch.device(device)
     except (RuntimeError, TypeError):
-        raise UserError(f"evaluate: device = {str(device)[:60]!r} is none of torch: use cpu, cuda or cuda:0") from None
-    with undisturbed():
-        return score(
-            path, _plain(train), _plain(test), evaluations, baselines=baselines, network=network,
-            image=image, workers=workers, device=where, precision=precision, seed=seed,
-        )  # fmt: skip
-
-
-def export(run: Source, out: str | os.PathLike[str], *, network: str | None = None, heads: bool = False) -> Path:
-    """Write the pretrained backbone of a run to the new folder `out`, for `load_backbone` and timm, and return it.
-
-    Args:
-        run: a run, or one of its checkpoints.
-        out: a folder that does not exist or is empty.
-        network: "student", "teacher" ... of an objective that has several; None takes its default.
-        heads: also write the rest of the objective, for model.start_from.
-
-    Raises:
-        UserError: there is no undamaged checkpoint, or `out` is in use or cannot be written.
-    """
-    return write_export(_path(run, "export: run"), _path(out, "export: out"), network=network, heads=heads)
+        raise UserError(f"{call}: device = {str(device)[:60]!r} is none of torch: use cpu, cuda or cuda:0") from None
 
 
 def _path(value: Any, name: str, expected: str = "a path") -> str:
@@ -162,9 +255,9 @@ def _path(value: Any, name: str, expected: str = "a path") -> str:
     return os.fspath(value)
 
 
-def _count(workers: Any) -> int:
+def _count(workers: Any, call: str) -> int:
     if not isinstance(workers, int) or workers < 0:
-        raise UserError(f"evaluate: workers = {str(workers)[:60]!r}: give a number of processes, 0 or more")
+        raise UserError(f"{call}: workers = {str(workers)[:60]!r}: give a number of processes, 0 or more")
     return workers
 
 

@@ -81,15 +81,10 @@ def evaluate(
     with launched() as processes, _results(json_file if processes.is_main else None) as keep:
         from selfvil.evaluate.score import Pair, score_pairs
 
-        trainer = None
-        if "finetune" in evaluations:
-            from selfvil.trainer import Trainer
-
-            trainer = Trainer()
         score_pairs(
             source, [Pair(*pair) for pair in zip(trains, tests)], evaluations, baselines=baselines, network=network,
             image=image, workers=workers, precision=precision, seed=seed, allow_shared=allow_shared, keep=keep,
-            processes=processes, trainer=trainer,
+            processes=processes, trainer=_trainer(evaluations),
         )  # fmt: skip
     out = getattr(evaluations.get("finetune"), "out", None)
     if out is not None and processes.is_main:
@@ -107,23 +102,24 @@ def _compare(
 ) -> None:
     """Compare networks; the table is printed, and the chart and the file are written if asked for."""
     from selfvil import terminal
-    from selfvil.evaluate.compare import as_table, compare, draw
+    from selfvil.evaluate.compare import as_table, compare, draw, require_chart
     from selfvil.evaluate.processes import launched
     from selfvil.evaluate.score import as_json
     from selfvil.files import require_writable, write_text
 
-    if chart is not None and chart.suffix not in (".png", ".svg", ".pdf"):
-        raise UserError(f"--chart {chart}: name a file that ends in .png, .svg or .pdf")
     with launched() as processes:
-        for file in (chart, json_file) if processes.is_main else ():
-            if file is not None:
-                require_writable(file)
+        if chart is not None and processes.is_main:
+            chart = require_chart(chart)
+        if json_file is not None and processes.is_main:
+            require_writable(json_file)
 
         def keep(rows: list[Any]) -> None:
             if json_file is not None and processes.is_main:
                 write_text(json_file, json.dumps({"scores": as_json(rows)}, indent=1) + "\n")
 
-        found = compare(sources, train, test, evaluations, keep=keep, processes=processes, **options)
+        found = compare(
+            sources, train, test, evaluations, keep=keep, processes=processes, trainer=_trainer(evaluations), **options
+        )
         if found is None:
             return
         terminal.console().print(as_table(found))
@@ -131,6 +127,15 @@ def _compare(
             write_text(json_file, json.dumps(found.as_json(), indent=1) + "\n")
         if chart is not None:
             print(f"chart: {draw(found, chart)}")
+
+
+def _trainer(evaluations: Any) -> Any:
+    """The training loop, imported only for an evaluation that trains the network."""
+    if "finetune" not in evaluations:
+        return None
+    from selfvil.trainer import Trainer
+
+    return Trainer()
 
 
 @contextmanager

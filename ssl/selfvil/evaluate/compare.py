@@ -16,11 +16,13 @@ import torch
 from rich.table import Table
 from rich.text import Text
 
+from selfvil.data.index import Pattern
 from selfvil.errors import UserError
 from selfvil.evaluate.features import ALONE, Precision
 from selfvil.evaluate.processes import Processes
 from selfvil.evaluate.score import Row, as_json, score
 from selfvil.evaluate.speed import Cost, measure
+from selfvil.files import require_writable
 from selfvil.settings import Section
 from selfvil.weights import load_pretrained
 
@@ -60,8 +62,8 @@ class Comparison:
 
 def compare(
     sources: Sequence[str],
-    train: str,
-    test: str,
+    train: Pattern,
+    test: Pattern,
     evaluations: Mapping[str, Section] | None = None,
     *,
     device: torch.device | str | None = None,
@@ -78,11 +80,19 @@ def compare(
         keep: called with all rows so far after each new one.
         processes: which share the images; every one calls this, and the others than the main process return None.
 
-    Raises UserError as `score`, or if a source is given twice. Every source is loaded once before the first is scored.
+    Raises UserError as `score`, if a source is given twice, or if a setting names a file or folder, to which every
+    network would write. Every source is loaded once before the first is scored.
     """
     if len(sources) < 2:
         raise UserError(f"A comparison needs at least two networks, got {len(sources)}: selfvil eval compare A B ...")
     names = distinct_names(sources)
+    for name, each in (evaluations or {}).items():
+        for key in ("out", "run"):
+            if (path := getattr(each, key, None)) is not None:
+                raise UserError(
+                    f"{name}.{key} = {path}: every network of a comparison would write there; leave {key} out, or "
+                    f"score each network by a command of its own"
+                )
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     for source in sources:
         load_pretrained(source)
@@ -154,6 +164,15 @@ def _value(row: Row) -> str:
         return f"{row.value:.2f}"
     low, high = row.interval
     return f"{row.value:.2f} ({low:.1f}–{high:.1f})"
+
+
+def require_chart(chart: str | Path) -> Path:
+    """The file of a chart; raises UserError if it cannot be written, or is of no kind that `draw` writes."""
+    file = Path(chart).expanduser()
+    if file.suffix not in (".png", ".svg", ".pdf"):
+        raise UserError(f"chart {chart}: name a file that ends in .png, .svg or .pdf")
+    require_writable(file)
+    return file
 
 
 def draw(found: Comparison, out: Path) -> Path:

@@ -117,7 +117,7 @@ def check(task: Task, settings: Settings) -> list[str]:
     if task.trainer is None:
         raise UserError(
             "fine-tuning is a training run of its own, which cannot take place inside another one: run selfvil eval "
-            "finetune SOURCE --train SHARDS --test SHARDS afterwards (in Python: score(..., trainer=Trainer()))"
+            "finetune SOURCE --train SHARDS --test SHARDS afterwards (in Python: selfvil.evaluate(SOURCE, 'finetune'))"
         )
     batch_size, steps = length(task, settings)
     if task.network is not None:

@@ -41,8 +41,8 @@ PAGE = "report.html"
 
 
 def report(
-    runs: str | Path | Sequence[str | Path],
-    out: str | Path | None = None,
+    runs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    out: str | os.PathLike[str] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Path:
     """Write a page about one run or several, and return its path.
@@ -59,7 +59,7 @@ def report(
     Raises:
         UserError: a folder holds no run or is given twice, or the file cannot be written; before any long work.
     """
-    folders = [Path(runs)] if isinstance(runs, str | Path) else [Path(run) for run in runs]
+    folders = [Path(runs)] if isinstance(runs, str | os.PathLike) else [Path(run) for run in runs]
     read = read_runs(folders)
     target = _target(folders, out)
     text = _page(read, progress)
@@ -70,7 +70,7 @@ def report(
     return target
 
 
-def _target(folders: Sequence[Path], out: str | Path | None) -> Path:
+def _target(folders: Sequence[Path], out: str | os.PathLike[str] | None) -> Path:
     """The file to write. Raises UserError if it cannot be written, or exists and is no page of this module."""
     in_run = folders[0] / PAGE
     target = Path(out).expanduser() if out is not None else in_run if len(folders) == 1 else Path(PAGE)
