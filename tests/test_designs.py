@@ -52,7 +52,7 @@ DESIGN = {
 CAUSAL = DESIGN | {"traversal": ["unidirectional"], "conv": ["causal1d", "none"]}
 """Designs that the autoregressive objective supports."""
 BIDIRECTIONAL = [name for name in runs.PACKAGED if name != "autoregressive"]
-WITHOUT_PATCHES = ["dino", "lejepa", "distill"]
+WITHOUT_PATCHES = ["dino", "lejepa", "distill", "supervised"]
 """Objectives that support a ConvNeXt."""
 CROPS = ["dino", "ibot", "dinov2", "lejepa"]
 SCANS = {traversal: 2 * how.directions for traversal, how in TRAVERSALS.items()}

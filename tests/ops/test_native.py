@@ -61,12 +61,19 @@ def exact(inputs, dh, **how):
 
 def assert_close(got, expected, tolerance, floor=1e-3):
     """Errors relative to the norm of each result, or to `floor` times the largest gradient's: some are exactly 0."""
-    floor *= max(x.norm() for x in expected[1:])
     for name, a, b in zip(NAMES, got, expected, strict=True):
         assert a.shape == b.shape
         assert torch.isfinite(a).all(), name
-        error = (a.double() - b).norm() / max(b.norm(), floor)
+        error = relative_error(a, b, expected, floor)
         assert error < tolerance, f"{name}: relative error {error:.1e}"
+
+
+def relative_error(a, b, expected, floor) -> float:
+    return float((a.double() - b).norm() / max(b.norm(), floor * max(x.norm() for x in expected[1:])))
+
+
+def largest_error(got, expected, floor) -> float:
+    return max(relative_error(a, b, expected, floor) for a, b in zip(got, expected, strict=True))
 
 
 @pytest.mark.parametrize("reverse", [False, True])
@@ -101,7 +108,10 @@ def test_chunk_size_does_not_change_results(chunk, monkeypatch):
     seed=st.integers(0, 2**31),
 )
 def test_any_shape_gates_and_gaps(shape, gate_range, gaps, reverse, chunk, seed):
-    """Gates of ±60 sum to thousands: the rounding of a sum in float32, 2e-4, is a relative error of its exp."""
+    """Gates of ±60 sum to thousands: the rounding of a sum in float32, 2e-4, is a relative error of its exp.
+
+    A score that nearly cancels loses more digits in any order of sums: the error may be ten times that of torch's form.
+    """
     torch.manual_seed(seed)
     batch, heads, num_tokens, width = shape
     (q, k, v, i, f), dh = make_inputs(num_tokens, batch=batch, heads=heads, width=width, forget=0)
@@ -111,7 +121,9 @@ def test_any_shape_gates_and_gaps(shape, gate_range, gaps, reverse, chunk, seed)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(native, "chunk_size", lambda *sizes: chunk)
         got = run([q, k, v, i, f], dh, backend="native", **how)
-    assert_close(got, exact([q, k, v, i, f], dh, **how), 5e-3, floor=1e-2)
+    expected = exact([q, k, v, i, f], dh, **how)
+    torchs = run([q, k, v, i, f], dh, backend="parallel", **how)
+    assert_close(got, expected, max(5e-3, 10 * largest_error(torchs, expected, 1e-2)), floor=1e-2)
 
 
 @pytest.mark.parametrize("dtype", native.DTYPES)

@@ -153,7 +153,7 @@ def test_choice_of_backend_on_gpus(monkeypatch):
     assert choose(1500, 384, torch.device("cuda", 1), torch.bfloat16) == "triton"
     assert choose(196, 96, "cuda", torch.float64) == "parallel"
     assert choose(196, 1024, "cuda", torch.bfloat16) == "parallel"
-    assert choose(196, 96, "cpu", torch.bfloat16) == "parallel"
+    assert choose(196, 96, "cpu", torch.float64) == "parallel"
     assert choose(long, 96, "mps", torch.float32) == "chunkwise"
     monkeypatch.setattr(triton_mlstm, "INSTALLED", False)
     assert choose(long, 96, "cuda", torch.bfloat16) == "chunkwise"
