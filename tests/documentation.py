@@ -157,8 +157,8 @@ class Runner:
             return
         assert words[0] == "selfvil", f"a test runs selfvil commands only, not {words[0]}: say `not run` or `slow`"
         more = block.words if words[1] == "eval" else []
-        if words[1] == "eval" and "--workers" not in words:
-            more = [*more, "--workers", "0"]
+        if words[1] in ("eval", "embed", "pack") and "--workers" not in words:
+            more = [*more, "--workers", "1" if words[1] == "pack" else "0"]
         status = _exit_status([*words[1:], *more])
         assert status == block.status, f"{shlex.join(words)} ended with status {status}"
 

@@ -213,19 +213,10 @@ def test_links_to_files_of_the_repository_exist(name):
 def test_keys_and_commands_in_the_text_exist(page):
     """`section.key` in a sentence is a key of a recipe, and `selfvil NAME` a command."""
     text = re.sub(r"^ *```.*?^ *```", "", page.path.read_text(), flags=re.MULTILINE | re.DOTALL)
-    other = {
-        "summary",
-        "folder",
-        "metrics",
-        "json",
-        "py",
-        "yaml",
-        "safetensors",
-        "onnx",
-        "pt2",
-    }  # attributes of a Run, and files
+    other = {"summary", "folder", "metrics"}  # attributes of a Run
+    other |= {"json", "py", "yaml", "safetensors", "onnx", "pt2"}  # files
     sections = "|".join(Recipe.model_fields)
-    for key in re.findall(rf"`((?:{sections})\.[a-zA-Z_.]+)", text):
+    for key in re.findall(rf"`((?:{sections})\.[a-zA-Z_.]+)(?!\w)", text):
         if key.split(".")[1] not in other | {"key", "NAME"}:
             explain(key.rstrip("."))  # raises UserError for a key that does not exist
     commands = {each.name or each.callback.__name__ for each in cli.app.registered_commands}
