@@ -190,7 +190,7 @@ def test_a_report_restores_the_settings_of_the_process(digit_shards, tmp_path, m
     ],
 )
 def test_a_plan_and_a_run_raise_the_same_error(digit_shards, tmp_path, monkeypatch, more, processes):
-    monkeypatch.setattr("selfvil.memory.free_bytes", lambda device: 2**33)  # part of a message; other programs change it
+    monkeypatch.setattr("selfvil.memory.free_bytes", lambda device: 2**33)  # a message has it; it changes all the time
     recipe = runs.small("dino", digit_shards, tmp_path / "run", *more)
     with pytest.raises(UserError) as planned:
         report(recipe, "dino", processes)
