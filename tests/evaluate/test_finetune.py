@@ -473,6 +473,7 @@ def test_inside_a_run_it_is_refused_with_the_command(run, parts, tmp_path, digit
 
 def test_command(run, parts, tmp_path, capsys, monkeypatch):
     train, test = parts
+    monkeypatch.setenv("COLUMNS", "140")  # the table's lines are not wrapped
     monkeypatch.setattr(sys, "argv", ["finetune.py", str(run), "--train", train, "--test", test, "--workers", "0",
                         "epochs=1", "batch_size=60", "--json", str(tmp_path / "rows.json"),
                         "img_size=[12,8]", f"out={tmp_path / 'out'}"])  # fmt: skip
