@@ -1,5 +1,7 @@
 """Accuracy on changed images: unchanged ones score as always, and changes that matter lower it."""
 
+from functools import partial
+
 import timm
 import torch
 
@@ -7,6 +9,7 @@ from selfvil.data.index import open_shards
 from selfvil.evaluate import evaluation, settings
 from selfvil.evaluate.knn import knn
 from selfvil.evaluate.linear import linear_probe
+from selfvil.evaluate.speed import measure
 from selfvil.evaluate.task import Task
 from selfvil.weights import Network, Normalisation
 
@@ -57,7 +60,9 @@ def test_raw_pixels_have_no_other_sizes(digit_shards):
     assert found["clean"].value > 85
 
 
-def test_costs_at_each_size_beside_another_network(digit_shards):
+def test_costs_at_each_size_beside_another_network(digit_shards, monkeypatch):
+    quick = partial(measure, rounds=2, seconds=0.0)
+    monkeypatch.setattr("selfvil.evaluate.robustness.measure", quick)
     task = make_task(digit_shards)
     before = {name: tensor.clone() for name, tensor in task.network.backbone.state_dict().items()}
     found = scores(task, occlusions=[], shuffles=[], scales=[4.0], beside=["vil_nano_patch4_32"])
