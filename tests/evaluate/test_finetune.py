@@ -95,7 +95,7 @@ def vit_export(tmp_path_factory) -> Path:
 
 def test_it_learns(run, parts):
     """Ten classes, 120 images, a random network to start from: far above the 10 % of chance."""
-    more = {"epochs": 30, "batch_size": 20, "base_lr": 4e-2, "layer_decay": 1.0, "readout": "bilateral_concat"}
+    more = {"epochs": 15, "batch_size": 20, "base_lr": 4e-2, "layer_decay": 1.0, "readout": "bilateral_concat"}
     assert finetune(run, *parts, more=more)[-1].value > 50
 
 
