@@ -22,11 +22,12 @@ import torch
 from selfvil.data.index import Pattern
 from selfvil.errors import UserError
 from selfvil.evaluate import ALL, settings, settings_model
-from selfvil.evaluate.compare import Comparison, draw, require_chart
+from selfvil.evaluate.compare import Comparison, draw
 from selfvil.evaluate.compare import compare as compare_networks
 from selfvil.evaluate.features import Precision
 from selfvil.evaluate.score import Row, score
 from selfvil.export import export as write_export
+from selfvil.files import require_chart
 from selfvil.pretrain import pretrain as run_recipe
 from selfvil.recipe import Recipe, load
 from selfvil.records import METRICS, Summary, read_metrics

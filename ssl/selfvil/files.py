@@ -88,3 +88,12 @@ class Outputs:
         except OSError as error:
             if self.failure is None:
                 self.failure = f"{what} cannot be written ({error.strerror or error})"
+
+
+def require_chart(chart: str | Path) -> Path:
+    """The file of a chart; raises UserError if it cannot be written, or is neither PNG, SVG nor PDF."""
+    file = Path(chart).expanduser()
+    if file.suffix not in (".png", ".svg", ".pdf"):
+        raise UserError(f"chart {chart}: name a file that ends in .png, .svg or .pdf")
+    require_writable(file)
+    return file

@@ -9,10 +9,16 @@ import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 
 from selfvil.errors import UserError
-from selfvil.evaluate import few_label, linear, settings
+from selfvil.evaluate import few_label, intervals, linear, settings
 from selfvil.evaluate.features import Features
-from selfvil.evaluate.few_label import few_label_probe
+from selfvil.evaluate.few_label import few_label_draws
 from selfvil.evaluate.linear import linear_probe
+
+
+def few_label_probe(*arguments, **how) -> tuple[float, float]:
+    """Mean and standard deviation over draws of the accuracy in percent."""
+    found = intervals.accuracy(few_label_draws(*arguments, **how))
+    return found.value, found.deviation or 0.0
 
 
 def mixture(n: int, classes: int = 4, dim: int = 12, seed: int = 0) -> Features:

@@ -102,10 +102,10 @@ def _compare(
 ) -> None:
     """Compare networks; the table is printed, and the chart and the file are written if asked for."""
     from selfvil import terminal
-    from selfvil.evaluate.compare import as_table, compare, draw, require_chart
+    from selfvil.evaluate.compare import as_table, compare, draw
     from selfvil.evaluate.processes import launched
     from selfvil.evaluate.score import as_json
-    from selfvil.files import require_writable, write_text
+    from selfvil.files import require_chart, require_writable, write_text
 
     with launched() as processes:
         if chart is not None and processes.is_main:

@@ -1,6 +1,7 @@
 """Read an embedding file of either format in blocks, at bounded memory."""
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ class Span(NamedTuple):
     last: int
 
 
-class EmbeddingFile:
+class EmbeddingFile(ABC):
     """N embeddings in a .parquet or .npy file. Made by `open_embeddings`.
 
     Attributes:
@@ -36,13 +37,13 @@ class EmbeddingFile:
     def __len__(self) -> int:
         return self.spans[-1].last if self.spans else 0
 
+    @abstractmethod
     def keys(self, block: int) -> list[str]:
         """The keys of a block."""
-        raise NotImplementedError
 
+    @abstractmethod
     def stored(self, block: int) -> np.ndarray:
         """The features of a block as they are stored, (n, D)."""
-        raise NotImplementedError
 
     def features(self, block: int) -> np.ndarray:
         """The features of a block, float32 (n, D). Raises UserError for NaN or infinity, naming the image."""

@@ -22,7 +22,6 @@ from selfvil.evaluate.features import ALONE, Precision
 from selfvil.evaluate.processes import Processes
 from selfvil.evaluate.score import Row, as_json, score
 from selfvil.evaluate.speed import Cost, measure
-from selfvil.files import require_writable
 from selfvil.settings import Section
 from selfvil.weights import load_pretrained
 
@@ -164,15 +163,6 @@ def _value(row: Row) -> str:
         return f"{row.value:.2f}"
     low, high = row.interval
     return f"{row.value:.2f} ({low:.1f}–{high:.1f})"
-
-
-def require_chart(chart: str | Path) -> Path:
-    """The file of a chart; raises UserError if it cannot be written, or is of no kind that `draw` writes."""
-    file = Path(chart).expanduser()
-    if file.suffix not in (".png", ".svg", ".pdf"):
-        raise UserError(f"chart {chart}: name a file that ends in .png, .svg or .pdf")
-    require_writable(file)
-    return file
 
 
 def draw(found: Comparison, out: Path) -> Path:

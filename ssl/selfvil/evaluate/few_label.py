@@ -14,7 +14,6 @@ from torch import Tensor
 from selfvil.errors import UserError
 from selfvil.evaluate.checks import check_classes
 from selfvil.evaluate.features import Features, FeatureSettings, shared_classes
-from selfvil.evaluate.intervals import percent
 from selfvil.evaluate.linear import is_correct, principal_axes, require_probe_labels, solve, standardised, threads_for
 from selfvil.evaluate.task import Figure, Score, Task
 
@@ -68,20 +67,6 @@ def evaluate(task: Task, settings: Settings) -> Iterator[Score]:
             yield task.top1(f"few_label_{count}", f"linear probe, {how}, {draws} draws", correct, test.y)
 
     return task.score_features(settings.readout, fit, settings.model_dump(mode="json"))
-
-
-def few_label_probe(
-    train: Features,
-    test: Features,
-    labels_per_class: int | str = 5,
-    draws: int = 20,
-    seed: int = 0,
-    strength: float | None = None,
-) -> tuple[float, float]:
-    """Mean and standard deviation, over `draws`, of the test accuracy in percent; arguments as `few_label_draws`."""
-    correct = few_label_draws(train, test, labels_per_class, draws, seed, strength)
-    values = torch.tensor([percent(draw) for draw in correct], dtype=torch.float64)
-    return float(values.mean()), float(values.std()) if draws > 1 else 0.0
 
 
 def few_label_draws(

@@ -25,7 +25,7 @@ from selfvil.evaluate.features import Features, FeatureSettings, named_rows
 from selfvil.evaluate.perturbations import Perturbed
 from selfvil.evaluate.speed import Cost, measure
 from selfvil.evaluate.task import Score, Task
-from selfvil.files import require_writable
+from selfvil.files import require_chart
 from selfvil.models.adapter import READOUTS, adapt
 from selfvil.settings import PathText
 from selfvil.weights import Network, load_timm_model
@@ -57,9 +57,7 @@ def check(task: Task, settings: Settings) -> list[str]:
     """Raises UserError for labels that do not fit, or a size or a timm model that cannot be built."""
     warnings = check_classes(task.train, task.test, task.allow_shared)
     if settings.out is not None:
-        if Path(settings.out).suffix not in (".png", ".svg", ".pdf"):
-            raise UserError(f"robustness.out = {settings.out}: name a file that ends in .png, .svg or .pdf")
-        require_writable(Path(settings.out))
+        require_chart(settings.out)
     linear.require_probe_labels(torch.as_tensor(task.train.labels), None)
     if task.network is not None:
         for size in _sizes(task.network, settings):
