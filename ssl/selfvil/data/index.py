@@ -3,11 +3,13 @@
 Opening reads every header once, so a missing or damaged shard is reported before training starts. For each sample it
 keeps the position of the image, its CRC-32 and its label in memory: 12 bytes and the label. The index of a shard is
 saved in a file `SHARD.index.npz` in the same folder, or in a cache folder if that folder cannot be written. An index
-that is older than its shard is built again.
+that is older than its shard is built again. From 4 million samples on, the joined index of all shards is saved as well,
+and memory-mapped from the second start on.
 """
 
 import difflib
 import glob
+import hashlib
 import itertools
 import json
 import logging
@@ -16,16 +18,16 @@ import os
 import re
 import zlib
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from braceexpand import braceexpand
 
-from selfvil.data import sidecar
+from selfvil.data import columns, sidecar
 from selfvil.data.base import Images, Pattern, Progress
 from selfvil.data.changes import Change, compare, describe_changes
 from selfvil.data.read import EXTENSIONS, MAX_BYTES
@@ -34,6 +36,8 @@ from selfvil.data.tar import BLOCK, members
 from selfvil.errors import UserError, shorten
 
 _log = logging.getLogger(__name__)
+_MAPPED = 1 << 22  # samples from which the joined index is saved: 64 MB
+_COLUMNS = {"blocks": np.uint32, "sizes": np.uint32, "crcs": np.uint32, "labels": np.int32}
 _MOST_SHARDS = 1_000_000
 _OPEN_FILES = 128  # shards that a process keeps open; the usual limit is 1,024 files
 _GZIP = b"\x1f\x8b"
@@ -304,6 +308,9 @@ def open_shards(pattern: Pattern, progress: Progress | None = None, image: str |
     if image is not None and image not in EXTENSIONS:
         raise UserError(f"image extension {image!r} is not known; expected one of {', '.join(EXTENSIONS)}")
     paths = expand_shards(pattern)
+    joined = columns.cache_file("shards", image, *map(os.path.abspath, paths))
+    if (shards := _load_joined(joined, paths, image)) is not None:
+        return shards
     indexes: list[ShardIndex] = []
     changed: dict[Path, Change] = {}
     errors: list[str] = []
@@ -325,9 +332,27 @@ def open_shards(pattern: Pattern, progress: Progress | None = None, image: str |
     if changed:
         shards.changed = describe_changes(changed)
         _log.warning("%s. If this was not intended, copy the shards again", shards.changed)
+    shards.save(joined)
     if shards.several and image is None:
         _log.warning("%s; to use another, set data.image, or --image", describe_several(shards.several))
     return shards
+
+
+def _load_joined(file: Path | None, paths: Sequence[Path], image: str | None) -> "Shards | None":
+    """The shards by their joined index; None if there is none, or a shard changed since it was made."""
+    if file is None or not file.is_file():
+        return None
+    try:
+        stamps = _stamps(paths)
+    except OSError:  # the message comes from the index of that shard
+        return None
+    loaded = columns.load(file)
+    return Shards.mapped(paths, *loaded, image) if loaded and loaded[0]["stamps"] == stamps else None
+
+
+def _stamps(paths: Sequence[Path]) -> str:
+    """A digest of the sizes and times of these files. Raises OSError."""
+    return hashlib.sha256(repr([tuple(Stamp.of(path)) for path in paths]).encode()).hexdigest()
 
 
 def index_shards(pattern: Pattern, progress: Progress | None = None, image: str | None = None) -> IndexReport:
@@ -346,19 +371,51 @@ class Shards(Images):
     """The samples of all shards, in order. Made by `open_shards`."""
 
     def __init__(self, paths: Sequence[Path], indexes: Sequence[ShardIndex], image: str | None = None) -> None:
+        facts = {
+            "ends": list(itertools.accumulate(len(index.labels) for index in indexes)),
+            "several": list(sum((index.combinations() for index in indexes), Counter[tuple[str, ...]]()).items()),
+            "ignored": int(sum(index.ignored for index in indexes)),
+        }
+        joined = {
+            name: np.concatenate([getattr(index, name).astype(dtype, copy=False) for index in indexes])
+            for name, dtype in _COLUMNS.items()
+        }
+        self._fill(paths, facts, joined, image)
+
+    @classmethod
+    def mapped(
+        cls, paths: Sequence[Path], facts: Mapping[str, Any], joined: Mapping[str, np.ndarray], image: str | None
+    ) -> "Shards":
+        """The shards by the facts and arrays that `save` wrote."""
+        shards = cls.__new__(cls)
+        shards._fill(paths, facts, joined, image)
+        shards.__dict__ |= {name: facts[name] for name in ("fingerprint", "digests")}  # of cached properties
+        return shards
+
+    def _fill(
+        self, paths: Sequence[Path], facts: Mapping[str, Any], joined: Mapping[str, np.ndarray], image: str | None
+    ) -> None:
         super().__init__(
-            paths,
-            list(itertools.accumulate(len(index.labels) for index in indexes)),
-            np.concatenate([index.sizes for index in indexes]),
-            np.concatenate([index.crcs for index in indexes]),
-            np.concatenate([index.labels.astype(np.int32) for index in indexes]),
-            image,
+            paths, facts["ends"], joined["sizes"], joined["crcs"], joined["labels"], image, facts.get("highest")
         )
-        self.several = sum((index.combinations() for index in indexes), Counter())
-        self.ignored = int(sum(index.ignored for index in indexes))
-        self._blocks = np.concatenate([index.blocks for index in indexes])
+        self.several = Counter({tuple(names): count for names, count in facts["several"]})
+        self.ignored = facts["ignored"]
+        self._blocks = joined["blocks"]
         self._descriptors: OrderedDict[int, int] = OrderedDict()
         self._keys: tuple[int, list[str]] | None = None
+
+    def save(self, file: Path | None) -> None:
+        """Save the joined index of a large number of samples for the next start."""
+        if file is None or len(self) < _MAPPED:
+            return
+        facts = {
+            "stamps": _stamps(self.paths), "ends": self.ends, "several": list(self.several.items()),
+            "ignored": self.ignored, "highest": self.num_classes - 1, "fingerprint": self.fingerprint,
+            "digests": self.digests,
+        }  # fmt: skip
+        labels = np.full(len(self), -1, np.int32) if self.labels is None else self.labels
+        joined = {"blocks": self._blocks, "sizes": self.sizes, "crcs": self.crcs, "labels": labels}
+        columns.save(file, facts, joined)
 
     def read(self, i: int) -> bytes:
         """The bytes of sample i's image file, decompressed if the member is a .gz file.

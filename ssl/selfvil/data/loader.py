@@ -1,4 +1,4 @@
-"""From shards to batches.
+"""From images to batches.
 
 Sample positions are counted through all epochs: step s of a run covers positions [s·B, (s+1)·B) of the order, for any
 number of processes. Rank r takes the r-th contiguous part of them, and its micro-batches are contiguous parts of that.
@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from selfvil.data.base import Images
 from selfvil.data.ledger import BadSample
-from selfvil.data.order import Order
+from selfvil.data.order import AnyOrder, Order
 from selfvil.data.read import DamagedImage, decode_image
 from selfvil.data.render import Drawn, require_renderable
 from selfvil.data.views import RandomCropFlip, preserved_randomness, seed_randomness
@@ -95,6 +95,7 @@ def train_batches(
     workers: int = 0,
     channels: int = 3,
     augment: Literal["workers", "device"] = "workers",
+    balanced: bool = False,
 ) -> Generator[Batch, None, None]:
     """Micro-batches of steps [start_step, stop_step) for one rank, in order: `accumulate` of them for each step.
 
@@ -106,6 +107,7 @@ def train_batches(
         channels: of the decoded images: 1 (grey), 3 (RGB) or 4 (RGBA).
         augment: where augmentation runs: in the workers, or on the device in `Batch.to`, with the images and random
             numbers of the workers. Both give the same views to the rounding of 8 bits.
+        balanced: visit all classes equally often.
 
     If a worker dies, this process makes the next batches itself, more slowly, with the reason in `problem`. All
     processes of a run can then finish the step, save and stop together.
@@ -121,7 +123,7 @@ def train_batches(
             "micro-batches); change optim.batch_size, optim.accumulate or the number of processes"
         )
     crops = require_renderable(views) if augment == "device" else None
-    samples = _Samples(shards, views, channels, seed, Order(len(shards), seed), crops)
+    samples = _Samples(shards, views, channels, seed, shards.order(seed, balanced), crops)
     share = batch_size // world_size
     micro = micro_batch or share // accumulate
 
@@ -182,7 +184,7 @@ class _Samples(Dataset):
     views: Sequence[View]
     channels: int
     seed: int
-    order: Order | None
+    order: AnyOrder | None
     crops: Sequence[RandomCropFlip] | None = None
     skip_damaged: bool = False
 
@@ -227,7 +229,8 @@ class _Samples(Dataset):
                 if self.skip_damaged:
                     raise
                 failed.append((id, str(damage)))
-                id = int(Order(len(self.shards), self.seed + hop + 1).ids(np.array([position]))[0])
+                order = self.order or Order(len(self.shards), self.seed)
+                id = int(order.seeded(self.seed + hop + 1).ids(np.array([position]))[0])
                 continue
             for each, reason in failed:
                 bad.append(self._bad(position, each, reason, id))
@@ -238,7 +241,8 @@ class _Samples(Dataset):
         )
 
     def _bad(self, position: int, id: int, reason: str, replaced_by: int) -> BadSample:
-        return BadSample(position, id, str(self.shards.shard_of(id)), self.shards.key(id), reason, replaced_by)
+        shard, key, source = str(self.shards.shard_of(id)), self.shards.key(id), self.shards.source_of(id)
+        return BadSample(position, id, shard, key, reason, replaced_by, source)
 
 
 def _batches_despite_worker_death(

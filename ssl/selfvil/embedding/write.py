@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from selfvil.data.base import Pattern
-from selfvil.data.folder import open_images
+from selfvil.data.images import open_images
 from selfvil.data.loader import ordered_batches
 from selfvil.embedding.encoder import Encoder, load_encoder
 from selfvil.embedding.formats import FORMAT, Layout, Rows, open_writer, publish, require_format, require_lines, targets

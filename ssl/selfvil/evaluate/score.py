@@ -20,7 +20,7 @@ from rich.console import Group
 from rich.table import Table
 
 from selfvil.data.base import Images, Pattern
-from selfvil.data.index import open_shards
+from selfvil.data.images import open_images
 from selfvil.errors import UserError
 from selfvil.evaluate import ALL, evaluation, needs, settings, want
 from selfvil.evaluate.checks import shared_images
@@ -135,7 +135,7 @@ def score_pairs(
             evaluation(name)
         loaded = load()
         opened: list[tuple[Images, Images]] = [
-            (open_shards(pair.train, image=image), open_shards(pair.test, image=image)) for pair in pairs
+            (open_images(pair.train, image=image), open_images(pair.test, image=image)) for pair in pairs
         ]
         warnings = list[str]()
         for train, test in opened:
