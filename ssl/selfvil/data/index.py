@@ -266,7 +266,7 @@ def _read_label(file: BinaryIO, offset: int, size: int) -> str:
     return file.read(min(size, 20)).decode("utf-8", "replace").strip()
 
 
-def _load_or_build(path: Path, image: str | None = None) -> tuple[ShardIndex, Change | None]:
+def load_index(path: Path, image: str | None = None) -> tuple[ShardIndex, Change | None]:
     """The index of a shard, and the changes since it was last indexed (None if there are none)."""
     before: ShardIndex | None = None
     locations = sidecars(path, image)
@@ -315,7 +315,7 @@ def open_shards(pattern: Pattern, progress: Progress | None = None, image: str |
     changed: dict[Path, Change] = {}
     errors: list[str] = []
     with ThreadPoolExecutor(min(len(paths), os.cpu_count() or 1, 16)) as pool:  # zlib and file reads run in parallel
-        for number, future in enumerate([pool.submit(_load_or_build, path, image) for path in paths]):
+        for number, future in enumerate([pool.submit(load_index, path, image) for path in paths]):
             try:
                 index, change = future.result()
                 indexes.append(index)
@@ -439,16 +439,20 @@ class Shards(Images):
         shard = self._number(i)
         if self._keys is None or self._keys[0] != shard:  # names are read from the disk when needed, to save memory
             try:
-                self._keys = shard, _load_or_build(self.paths[shard], self.image)[0].names()
+                self._keys = shard, load_index(self._file(shard), self.image)[0].names()
             except UserError:  # the shard was damaged after it was opened
                 self._keys = shard, []
         number, names = i - (self.ends[shard - 1] if shard else 0), self._keys[1]
         return names[number] if number < len(names) else f"sample {number}"
 
+    def _file(self, number: int) -> Path:
+        """The tar file with the images of `paths[number]`."""
+        return self.paths[number]
+
     def _descriptor(self, shard: int) -> int:
         descriptor = self._descriptors.get(shard)
         if descriptor is None:
-            descriptor = os.open(self.paths[shard], os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = os.open(self._file(shard), os.O_RDONLY | os.O_CLOEXEC)
             self._descriptors[shard] = descriptor
             if len(self._descriptors) > _OPEN_FILES:
                 os.close(self._descriptors.popitem(last=False)[1])
