@@ -52,7 +52,7 @@ _NAMING = (
 @dataclass(frozen=True)
 class IndexReport:
     """Result of `index_shards`. classes: the number of different labels. labels: the smallest and the largest one, None
-    if no sample has a label. ignored: samples without an image. several: see `Shards`."""
+    if no sample has a label. ignored: samples without an image. several, holder: see `Images`."""
 
     shards: int
     samples: int
@@ -62,13 +62,15 @@ class IndexReport:
     bytes: int
     ignored: int
     several: dict[tuple[str, ...], int] = field(default_factory=dict)
+    holder: str = "shard"
 
     def __str__(self) -> str:
         labels = "no labels"
         if self.labels:
             labels = f"{self.labelled} labelled, labels {self.labels[0]} to {self.labels[1]}: {self.classes} classes"
         ignored = f"; {self.ignored} without an image are ignored" if self.ignored else ""
-        text = f"{self.samples} images in {self.shards} shards ({self.bytes / 1e6:.1f} MB; {labels}{ignored})"
+        parts = f"{self.shards} {self.holder}{'s' * (self.shards > 1)}"
+        text = f"{self.samples} images in {parts} ({self.bytes / 1e6:.1f} MB; {labels}{ignored})"
         return f"{text}; {describe_several(self.several)}" if self.several else text
 
 
@@ -357,13 +359,17 @@ def _stamps(paths: Sequence[Path]) -> str:
 
 def index_shards(pattern: Pattern, progress: Progress | None = None, image: str | None = None) -> IndexReport:
     """Index shards before a run, and report their content. Arguments and errors as `open_shards`."""
-    shards = open_shards(pattern, progress, image)
-    labels = np.zeros(0, np.int64) if shards.labels is None else shards.labels[shards.labels >= 0]
+    return report_index(open_shards(pattern, progress, image))
+
+
+def report_index(images: Images) -> IndexReport:
+    """The content of images. bytes: of the files or shards, or of the image files of a folder or table."""
+    labels = np.zeros(0, np.int32) if images.labels is None else images.labels[images.labels >= 0]
     found = np.unique(labels).tolist()
-    size = sum(path.stat().st_size for path in shards.paths)
+    files = [path.stat().st_size for path in images.paths if isinstance(images, Shards)]
     return IndexReport(
-        len(shards.paths), len(shards), len(labels), len(found), (found[0], found[-1]) if found else None, size,
-        shards.ignored, shards.several,
+        len(images.paths), len(images), len(labels), len(found), (found[0], found[-1]) if found else None,
+        sum(files) or int(images.sizes.sum(dtype=np.int64)), images.ignored, images.several, images.holder,
     )  # fmt: skip
 
 
