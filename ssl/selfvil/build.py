@@ -9,23 +9,27 @@ import torch
 from torch import nn
 
 from selfvil import optim
+from selfvil.data.base import Images
 from selfvil.data.classes import class_names
-from selfvil.data.index import Shards, open_shards
+from selfvil.data.images import open_images, open_mixture
+from selfvil.data.mixture import Mixture
 from selfvil.data.subset import FewLabels
 from selfvil.errors import UserError
 from selfvil.models.adapter import CLASSIFIERS, adapt
 from selfvil.objectives import objective_class
 from selfvil.objectives.base import ImageSpec, Objective
-from selfvil.recipe import Recipe
+from selfvil.recipe import DataSection, Recipe
 from selfvil.start_from import start_backbone, start_objective
 
 
-def open_training(recipe: Recipe) -> tuple[Recipe, Shards]:
+def open_training(recipe: Recipe) -> tuple[Recipe, Images]:
     """The images of data.train, and the recipe with the classes that they have where it leaves them open.
 
     Raises UserError if there are none, or their labels are missing or not those of the recipe.
     """
-    shards = open_shards(recipe.data.train, image=recipe.data.image)
+    shards = _open(recipe.data)
+    if isinstance(shards, Mixture):
+        shards.check_step(recipe.optim.batch_size)
     if recipe.data.labels_per_class is not None:
         try:
             shards = FewLabels(shards, recipe.data.labels_per_class, recipe.run.seed)
@@ -55,7 +59,14 @@ def open_training(recipe: Recipe) -> tuple[Recipe, Shards]:
     return recipe, shards
 
 
-def classifier(recipe: Recipe, backbone: nn.Module, shards: Shards | None = None) -> dict[str, Any] | None:
+def _open(data: DataSection) -> Images:
+    """The images of data.train."""
+    if data.mixture:
+        return open_mixture(data.mixture, image=data.image)
+    return open_images(data.train, image=data.image)  # type: ignore[arg-type]  # it is no mixture
+
+
+def classifier(recipe: Recipe, backbone: nn.Module, shards: Images | None = None) -> dict[str, Any] | None:
     """What a checkpoint holds of the classifier on `backbone`: its pooling, the label and the name of each class.
 
     Without `shards`, there are no names. None for an objective without classes.

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from selfvil import checkpoint, optim, runtime
 from selfvil.build import build_objective, classifier, open_training, parameter_groups
-from selfvil.data.index import Shards
+from selfvil.data.base import Images
 from selfvil.data.ledger import Ledger
 from selfvil.data.loader import train_batches
 from selfvil.divergence import BuffersBefore, NonFinite, non_finite
@@ -54,6 +54,7 @@ def pretrain(recipe: Recipe, *, summarise: bool = True) -> Summary:
         engine.on_main(folder.take)
         with engine.main_first():
             recipe, shards = open_data(recipe, engine)
+        check_same_images(engine, shards)
         start = engine.on_main(partial(folder.start, recipe, shards))
         summary = start.finished or train(recipe, engine, folder, shards, start)
         engine.close()
@@ -62,7 +63,7 @@ def pretrain(recipe: Recipe, *, summarise: bool = True) -> Summary:
         return summary
 
 
-def train(recipe: Recipe, engine: Engine, folder: RunFolder, shards: Shards, start: Start) -> Summary:
+def train(recipe: Recipe, engine: Engine, folder: RunFolder, shards: Images, start: Start) -> Summary:
     """Train from `start` to the end of its plan, or until a stop."""
     plan = Plan.read(start.steps, recipe, len(shards), engine.world_size)
     accumulate, rank = recipe.optim.accumulate, engine.rank
@@ -83,6 +84,7 @@ def train(recipe: Recipe, engine: Engine, folder: RunFolder, shards: Shards, sta
         shards, objective.views(), seed=recipe.run.seed, batch_size=recipe.optim.batch_size, rank=rank,
         world_size=engine.world_size, accumulate=accumulate, start_step=first_step, stop_step=plan.total_steps,
         workers=recipe.data.workers, channels=recipe.model.in_chans, augment=recipe.data.augment,
+        balanced=recipe.data.order == "class_balanced",
     )  # fmt: skip
     greet(journal, recipe, engine, objective, shards, first_step, plan.total_steps)
     head = classifier(recipe, objective.backbone, shards)
@@ -164,7 +166,7 @@ def train(recipe: Recipe, engine: Engine, folder: RunFolder, shards: Shards, sta
             if reason := problem or journal.outputs.failure or (PAUSE if paused else None):
                 stop.request(reason)
             if log_due:
-                journal.log(step, rates, nonfinite)
+                journal.log(step, rates, nonfinite, shards.shares(plan.samples(step)))
             with journal.clock.paused():
                 # While steps are being skipped, the checkpoint from before stays the newest.
                 if step == plan.total_steps or (not skipped and save_due(step, recipe)):
@@ -194,7 +196,7 @@ def train(recipe: Recipe, engine: Engine, folder: RunFolder, shards: Shards, sta
 # --- before the first step -------------------------------------------------------------------------------------------
 
 
-def open_data(recipe: Recipe, engine: Engine) -> tuple[Recipe, Shards]:
+def open_data(recipe: Recipe, engine: Engine) -> tuple[Recipe, Images]:
     """The recipe with the classes of its images, the images, and all else that the run needs, checked.
 
     Raises UserError.
@@ -206,6 +208,16 @@ def open_data(recipe: Recipe, engine: Engine) -> tuple[Recipe, Shards]:
     for warning in check_evaluations(recipe):
         log.log(logging.WARNING if engine.is_main else logging.DEBUG, warning)
     return recipe, shards
+
+
+def check_same_images(engine: Engine, shards: Images) -> None:
+    """Raise UserError if a process has other images than the main one, as on a host with an old copy. Collective."""
+    found = engine.gather([(shards.fingerprint, len(shards))])
+    if different := [rank for rank, each in enumerate(found) if each != found[0]]:
+        raise UserError(
+            f"data.train: process {different[0]} has other images or labels than process 0 ({found[different[0]][1]:,} "
+            f"and {found[0][1]:,} images): give all hosts the same version of the images"
+        )
 
 
 def prepare(recipe: Recipe, engine: Engine, plan: Plan, fresh: bool) -> Objective:
@@ -229,7 +241,7 @@ def open_ledger(recipe: Recipe, engine: Engine, folder: RunFolder, num_samples: 
 
 
 def greet(
-    journal: Journal, recipe: Recipe, engine: Engine, objective: Objective, shards: Shards, first_step: int,
+    journal: Journal, recipe: Recipe, engine: Engine, objective: Objective, shards: Images, first_step: int,
     total_steps: int,
 ) -> None:  # fmt: skip
     """Print what will be trained, on what, and for how long."""
@@ -245,6 +257,8 @@ def greet(
         f"({total_steps * batch_size / len(shards):.1f} epochs) on {engine.world_size} x "
         f"{runtime.device_name(engine.device)}, {recipe.run.precision}, into {recipe.run.out}"
     )
+    for name, images, share, epochs in shards.shares(total_steps * batch_size):
+        journal.say(f"{100 * share:.4g} % from {name}: {images:,} images, {epochs:.1f} epochs")
     if first_step:
         journal.say(f"continuing after step {first_step:,}")
     if crowded := workers_warning(recipe.data.workers, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))):

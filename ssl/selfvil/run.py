@@ -16,7 +16,7 @@ from typing import Any
 
 from selfvil import checkpoint, lease
 from selfvil.checkpoint import Checkpoint
-from selfvil.data.index import Shards
+from selfvil.data.base import Images
 from selfvil.errors import UserError, shorten
 from selfvil.files import write_text
 from selfvil.plan import Plan
@@ -36,7 +36,7 @@ from selfvil.records import (
 
 log = logging.getLogger("selfvil")
 
-_MOST_DIGESTS = 10_000  # of shards in a checkpoint: 200 KB of text
+_MOST_DIGESTS = 10_000  # of shards or folders in a checkpoint: 200 KB of text
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class RunFolder:
                 f"{name} cannot be made or written ({error.strerror or error}): choose another folder"
             ) from None
 
-    def start(self, recipe: Recipe, shards: Shards) -> Start:
+    def start(self, recipe: Recipe, shards: Images) -> Start:
         """Decide how this launch begins, without changing anything.
 
         Raises:
@@ -233,7 +233,7 @@ def _recipe_of(saved: Checkpoint) -> Recipe | None:
         return None
 
 
-def _check_continues(out: Path, newest: Checkpoint, old: Recipe | None, recipe: Recipe, shards: Shards) -> None:
+def _check_continues(out: Path, newest: Checkpoint, old: Recipe | None, recipe: Recipe, shards: Images) -> None:
     """Raise UserError unless a run of `recipe` on `shards` may continue from `newest`. old: its recipe, if known."""
     meta = newest.meta
     try:
@@ -259,9 +259,9 @@ def _check_continues(out: Path, newest: Checkpoint, old: Recipe | None, recipe: 
     if fingerprint != shards.fingerprint:
         change = shards.describe_change(num_samples, meta["data"].get("shards"))
         raise UserError(
-            f"data.train: the shards do not hold the images and labels, in the order, that {out} was trained on "
+            f"data.train: these are not the images and labels, in the order, that {out} was trained on "
             f"({shorten(change, 800)}), so its sample order cannot be continued. File names and dates do not "
-            f"matter. Restore the shards, or choose a new run.out"
+            f"matter. Restore the images, or choose a new run.out"
         )
 
 
@@ -293,11 +293,10 @@ def _short(error: Exception) -> str:
 
 
 def checkpoint_meta(
-    recipe: Recipe, shards: Shards, networks: Mapping[str, str], export: str, step: int, seconds: float, plan: Plan,
+    recipe: Recipe, shards: Images, networks: Mapping[str, str], export: str, step: int, seconds: float, plan: Plan,
     run_id: str,
 ) -> dict[str, Any]:  # fmt: skip
     """Facts in a checkpoint, sufficient to export its networks and to continue the run without any other file."""
-    train = recipe.data.train
     return {
         "format": 1,
         "step": step,
@@ -313,13 +312,13 @@ def checkpoint_meta(
         "export": export,
         "objective": recipe.objective.model_dump(mode="json"),
         "data": {
-            "pattern": train if isinstance(train, str) else " ".join(train),
+            "pattern": recipe.data.described,
             "mean": recipe.data.mean,
             "std": recipe.data.std,
             "img_size": list(recipe.model.img_size),
             "fingerprint": shards.fingerprint,
             "num_samples": len(shards),
-            "shards": shards.digests if len(shards.paths) <= _MOST_DIGESTS else None,
+            "shards": shards.digests if len(shards.digests) <= _MOST_DIGESTS else None,
         },
     }
 

@@ -3,10 +3,10 @@
 Opening reads every header once, so a missing or damaged shard is reported before training starts. For each sample it
 keeps the position of the image, its CRC-32 and its label in memory: 12 bytes and the label. The index of a shard is
 saved in a file `SHARD.index.npz` in the same folder, or in a cache folder if that folder cannot be written. An index
-that is older than its shard is built again.
+that is older than its shard is built again. From 4 million samples on, the joined index of all shards is saved as well,
+and memory-mapped from the second start on.
 """
 
-import bisect
 import difflib
 import glob
 import hashlib
@@ -18,30 +18,27 @@ import os
 import re
 import zlib
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import lru_cache
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from braceexpand import braceexpand
 
-from selfvil.data import sidecar
-from selfvil.data.changes import Change, compare, describe_changes, describe_difference, digests
-from selfvil.data.read import EXTENSIONS, MAX_BYTES, DamagedImage
+from selfvil.data import columns, sidecar
+from selfvil.data.base import Images, Pattern, Progress
+from selfvil.data.changes import Change, compare, describe_changes
+from selfvil.data.read import EXTENSIONS, MAX_BYTES
 from selfvil.data.sidecar import LARGEST_LABEL, SIDECAR, ShardIndex, Stamp, sidecars
 from selfvil.data.tar import BLOCK, members
 from selfvil.errors import UserError, shorten
 
-Pattern = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
-"""A shard pattern, or a list of them."""
-
-Progress = Callable[[int, int], None]
-"""Called with (done, total) after each part of the work."""
-
 _log = logging.getLogger(__name__)
+_MAPPED = 1 << 22  # samples from which the joined index is saved: 64 MB
+_COLUMNS = {"blocks": np.uint32, "sizes": np.uint32, "crcs": np.uint32, "labels": np.int32}
 _MOST_SHARDS = 1_000_000
 _OPEN_FILES = 128  # shards that a process keeps open; the usual limit is 1,024 files
 _GZIP = b"\x1f\x8b"
@@ -53,18 +50,10 @@ _NAMING = (
 )
 
 
-class DamagedSample(DamagedImage):
-    """A sample whose bytes cannot be read, or differ from those that were indexed."""
-
-    def __init__(self, shard: Path, key: str, reason: str) -> None:
-        super().__init__(reason)
-        self.shard, self.key, self.reason = shard, key, reason
-
-
 @dataclass(frozen=True)
 class IndexReport:
     """Result of `index_shards`. classes: the number of different labels. labels: the smallest and the largest one, None
-    if no sample has a label. ignored: samples without an image. several: see `Shards`."""
+    if no sample has a label. ignored: samples without an image. several, holder: see `Images`."""
 
     shards: int
     samples: int
@@ -74,13 +63,15 @@ class IndexReport:
     bytes: int
     ignored: int
     several: dict[tuple[str, ...], int] = field(default_factory=dict)
+    holder: str = "shard"
 
     def __str__(self) -> str:
         labels = "no labels"
         if self.labels:
             labels = f"{self.labelled} labelled, labels {self.labels[0]} to {self.labels[1]}: {self.classes} classes"
         ignored = f"; {self.ignored} without an image are ignored" if self.ignored else ""
-        text = f"{self.samples} images in {self.shards} shards ({self.bytes / 1e6:.1f} MB; {labels}{ignored})"
+        parts = f"{self.shards} {self.holder}{'s' * (self.shards > 1)}"
+        text = f"{self.samples} images in {parts} ({self.bytes / 1e6:.1f} MB; {labels}{ignored})"
         return f"{text}; {describe_several(self.several)}" if self.several else text
 
 
@@ -110,9 +101,11 @@ def expand_shards(pattern: Pattern) -> list[Path]:
     if not patterns or not all(os.fspath(each) for each in patterns):
         raise UserError("no shards given: expected a path, a folder, a glob or a brace pattern of WebDataset tars")
     paths = [path for each in patterns for path in _expand(os.fspath(each))]
-    seen: dict[Path, Path] = {}
+    seen: dict[str, Path] = {}
+    real = lru_cache(os.path.realpath)  # of folders: thousands of shards lie in a few
     for path in paths:
-        if (twice := seen.setdefault(path.resolve(), path)) is not path:
+        resolved = os.path.realpath(path) if path.is_symlink() else os.path.join(real(path.parent), path.name)
+        if (twice := seen.setdefault(resolved, path)) is not path:
             raise UserError(f"shard {path} is given twice (also as {twice}); name each shard once")
     return paths
 
@@ -278,7 +271,7 @@ def _read_label(file: BinaryIO, offset: int, size: int) -> str:
     return file.read(min(size, 20)).decode("utf-8", "replace").strip()
 
 
-def _load_or_build(path: Path, image: str | None = None) -> tuple[ShardIndex, Change | None]:
+def load_index(path: Path, image: str | None = None) -> tuple[ShardIndex, Change | None]:
     """The index of a shard, and the changes since it was last indexed (None if there are none)."""
     before: ShardIndex | None = None
     locations = sidecars(path, image)
@@ -320,11 +313,14 @@ def open_shards(pattern: Pattern, progress: Progress | None = None, image: str |
     if image is not None and image not in EXTENSIONS:
         raise UserError(f"image extension {image!r} is not known; expected one of {', '.join(EXTENSIONS)}")
     paths = expand_shards(pattern)
+    joined = columns.cache_file("shards", image, *map(os.path.abspath, paths))
+    if (shards := _load_joined(joined, paths, image)) is not None:
+        return shards
     indexes: list[ShardIndex] = []
     changed: dict[Path, Change] = {}
     errors: list[str] = []
     with ThreadPoolExecutor(min(len(paths), os.cpu_count() or 1, 16)) as pool:  # zlib and file reads run in parallel
-        for number, future in enumerate([pool.submit(_load_or_build, path, image) for path in paths]):
+        for number, future in enumerate([pool.submit(load_index, path, image) for path in paths]):
             try:
                 index, change = future.result()
                 indexes.append(index)
@@ -341,52 +337,94 @@ def open_shards(pattern: Pattern, progress: Progress | None = None, image: str |
     if changed:
         shards.changed = describe_changes(changed)
         _log.warning("%s. If this was not intended, copy the shards again", shards.changed)
+    shards.save(joined)
     if shards.several and image is None:
         _log.warning("%s; to use another, set data.image, or --image", describe_several(shards.several))
     return shards
 
 
+def _load_joined(file: Path | None, paths: Sequence[Path], image: str | None) -> "Shards | None":
+    """The shards by their joined index; None if there is none, or a shard changed since it was made."""
+    if file is None or not file.is_file():
+        return None
+    try:
+        stamps = _stamps(paths)
+    except OSError:  # the message comes from the index of that shard
+        return None
+    loaded = columns.load(file)
+    return Shards.mapped(paths, *loaded, image) if loaded and loaded[0]["stamps"] == stamps else None
+
+
+def _stamps(paths: Sequence[Path]) -> str:
+    """A digest of the sizes and times of these files. Raises OSError."""
+    return hashlib.sha256(repr([tuple(Stamp.of(path)) for path in paths]).encode()).hexdigest()
+
+
 def index_shards(pattern: Pattern, progress: Progress | None = None, image: str | None = None) -> IndexReport:
     """Index shards before a run, and report their content. Arguments and errors as `open_shards`."""
-    shards = open_shards(pattern, progress, image)
-    labels = np.zeros(0, np.int64) if shards.labels is None else shards.labels[shards.labels >= 0]
+    return report_index(open_shards(pattern, progress, image))
+
+
+def report_index(images: Images) -> IndexReport:
+    """The content of images. bytes: of the files or shards, or of the image files of a folder or table."""
+    labels = np.zeros(0, np.int32) if images.labels is None else images.labels[images.labels >= 0]
     found = np.unique(labels).tolist()
-    size = sum(path.stat().st_size for path in shards.paths)
+    files = [path.stat().st_size for path in images.paths if isinstance(images, Shards)]
     return IndexReport(
-        len(shards.paths), len(shards), len(labels), len(found), (found[0], found[-1]) if found else None, size,
-        shards.ignored, shards.several,
+        len(images.paths), len(images), len(labels), len(found), (found[0], found[-1]) if found else None,
+        sum(files) or int(images.sizes.sum(dtype=np.int64)), images.ignored, images.several, images.holder,
     )  # fmt: skip
 
 
-class Shards:
-    """The samples of all shards, in order. Made by `open_shards`. Safe to fork and to pickle; not thread-safe.
-
-    Attributes:
-        paths: the shards.
-        labels: int64 (len,), -1 for samples without one; None if no sample has a label.
-        num_classes: the largest label + 1; 0 without labels.
-        ignored: samples left out because they have no image.
-        several: number of samples with more than one image, by their extensions; the first extension is used.
-        image: the requested extension for samples with several images, or None.
-        changed: how images and labels differ from the last indexing; "" if they are the same.
-    """
+class Shards(Images):
+    """The samples of all shards, in order. Made by `open_shards`."""
 
     def __init__(self, paths: Sequence[Path], indexes: Sequence[ShardIndex], image: str | None = None) -> None:
-        self.paths, self.image, self.changed = list(paths), image, ""
-        self.several = sum((index.combinations() for index in indexes), Counter())
-        self.ignored = int(sum(index.ignored for index in indexes))
-        self._ends = list(itertools.accumulate(len(index.labels) for index in indexes))
-        self._blocks = np.concatenate([index.blocks for index in indexes])
-        self._sizes = np.concatenate([index.sizes for index in indexes])
-        self._crcs = np.concatenate([index.crcs for index in indexes])
-        labels = np.concatenate([index.labels for index in indexes])
-        self.labels: np.ndarray | None = labels if (labels >= 0).any() else None
-        self.num_classes = int(labels.max()) + 1 if self.labels is not None else 0
+        facts = {
+            "ends": list(itertools.accumulate(len(index.labels) for index in indexes)),
+            "several": list(sum((index.combinations() for index in indexes), Counter[tuple[str, ...]]()).items()),
+            "ignored": int(sum(index.ignored for index in indexes)),
+        }
+        joined = {
+            name: np.concatenate([getattr(index, name).astype(dtype, copy=False) for index in indexes])
+            for name, dtype in _COLUMNS.items()
+        }
+        self._fill(paths, facts, joined, image)
+
+    @classmethod
+    def mapped(
+        cls, paths: Sequence[Path], facts: Mapping[str, Any], joined: Mapping[str, np.ndarray], image: str | None
+    ) -> "Shards":
+        """The shards by the facts and arrays that `save` wrote."""
+        shards = cls.__new__(cls)
+        shards._fill(paths, facts, joined, image)
+        shards.__dict__ |= {name: facts[name] for name in ("fingerprint", "digests")}  # of cached properties
+        return shards
+
+    def _fill(
+        self, paths: Sequence[Path], facts: Mapping[str, Any], joined: Mapping[str, np.ndarray], image: str | None
+    ) -> None:
+        super().__init__(
+            paths, facts["ends"], joined["sizes"], joined["crcs"], joined["labels"], image, facts.get("highest")
+        )
+        self.several = Counter({tuple(names): count for names, count in facts["several"]})
+        self.ignored = facts["ignored"]
+        self._blocks = joined["blocks"]
         self._descriptors: OrderedDict[int, int] = OrderedDict()
         self._keys: tuple[int, list[str]] | None = None
 
-    def __len__(self) -> int:
-        return self._ends[-1]
+    def save(self, file: Path | None) -> None:
+        """Save the joined index of a large number of samples for the next start."""
+        if file is None or len(self) < _MAPPED:
+            return
+        facts = {
+            "stamps": _stamps(self.paths), "ends": self.ends, "several": list(self.several.items()),
+            "ignored": self.ignored, "highest": self.num_classes - 1, "fingerprint": self.fingerprint,
+            "digests": self.digests,
+        }  # fmt: skip
+        labels = np.full(len(self), -1, np.int32) if self.labels is None else self.labels
+        joined = {"blocks": self._blocks, "sizes": self.sizes, "crcs": self.crcs, "labels": labels}
+        columns.save(file, facts, joined)
 
     def read(self, i: int) -> bytes:
         """The bytes of sample i's image file, decompressed if the member is a .gz file.
@@ -394,69 +432,36 @@ class Shards:
         Raises:
             DamagedSample: the bytes cannot be read, or differ from those that were indexed.
         """
-        shard, size, data = self._shard(i), int(self._sizes[i]), b""
+        shard, size, data = self._number(i), int(self.sizes[i]), b""
         try:
             data = os.pread(self._descriptor(shard), size, int(self._blocks[i]) * BLOCK)
         except OSError as error:
             raise self._damaged(i, f"cannot be read: {error.strerror or error}") from None
         if len(data) != size:
             raise self._damaged(i, f"the shard ends inside it ({len(data)} of {size} bytes)")
-        if zlib.crc32(data) != self._crcs[i]:
+        if zlib.crc32(data) != self.crcs[i]:
             raise self._damaged(i, "its bytes have changed since they were indexed (CRC-32 differs)")
         return self._unpack(i, data) if data[:2] == _GZIP else data
 
     def key(self, i: int) -> str:
         """The sample's name within its shard: the path of its members, up to the first dot of the file name."""
-        shard = self._shard(i)
+        shard = self._number(i)
         if self._keys is None or self._keys[0] != shard:  # names are read from the disk when needed, to save memory
             try:
-                self._keys = shard, _load_or_build(self.paths[shard], self.image)[0].names()
+                self._keys = shard, load_index(self._file(shard), self.image)[0].names()
             except UserError:  # the shard was damaged after it was opened
                 self._keys = shard, []
-        number, names = i - (self._ends[shard - 1] if shard else 0), self._keys[1]
+        number, names = i - (self.ends[shard - 1] if shard else 0), self._keys[1]
         return names[number] if number < len(names) else f"sample {number}"
 
-    def shard_of(self, i: int) -> Path:
-        """The shard that holds sample i."""
-        return self.paths[self._shard(i)]
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """16 hex digits that depend only on all images and labels and their order, not on paths or times."""
-        digest = hashlib.sha256()
-        for column in (self._sizes, self._crcs, self.labels):
-            digest.update(b"-" if column is None else np.ascontiguousarray(column).tobytes())
-        return digest.hexdigest()[:16]
-
-    @property
-    def contents(self) -> np.ndarray:
-        """uint64 (len,): CRC-32 and size of each image file. Equal files have equal values; collisions are rare."""
-        return self._crcs.astype(np.uint64) << np.uint64(32) | self._sizes
-
-    @cached_property
-    def digests(self) -> list[str]:
-        """For each shard: its number of samples and 8 hex digits that depend on its images and labels."""
-        labels = np.full(len(self), -1) if self.labels is None else self.labels
-        return digests(self._ends, (self._sizes, self._crcs, labels))
-
-    def describe_change(self, num_samples: int, before: Sequence[str] | None) -> str:
-        """A sentence: how these shards differ from earlier ones, which had another fingerprint.
-
-        num_samples: of the earlier shards. before: the earlier `digests`, if they are known.
-        """
-        parts = [f"there are {len(self):,} images, {num_samples:,} before"] if len(self) != num_samples else []
-        parts += [describe_difference(before, self.digests, self.paths)] if before else []
-        return "; ".join([*parts, *filter(None, [self.changed])]) or "images or labels differ"
-
-    def _shard(self, i: int) -> int:
-        if not 0 <= i < len(self):
-            raise IndexError(f"no sample {i} among {len(self)}")
-        return bisect.bisect_right(self._ends, i)
+    def _file(self, number: int) -> Path:
+        """The tar file with the images of `paths[number]`."""
+        return self.paths[number]
 
     def _descriptor(self, shard: int) -> int:
         descriptor = self._descriptors.get(shard)
         if descriptor is None:
-            descriptor = os.open(self.paths[shard], os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = os.open(self._file(shard), os.O_RDONLY | os.O_CLOEXEC)
             self._descriptors[shard] = descriptor
             if len(self._descriptors) > _OPEN_FILES:
                 os.close(self._descriptors.popitem(last=False)[1])
@@ -472,9 +477,6 @@ class Shards:
         if not unpacker.eof:
             raise self._damaged(i, f"cannot be unpacked: truncated, or more than {MAX_BYTES} bytes")
         return unpacked
-
-    def _damaged(self, i: int, reason: str) -> DamagedSample:
-        return DamagedSample(self.shard_of(i), self.key(i), reason)
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_descriptors": OrderedDict(), "_keys": None}

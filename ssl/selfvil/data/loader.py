@@ -1,4 +1,4 @@
-"""From shards to batches.
+"""From images to batches.
 
 Sample positions are counted through all epochs: step s of a run covers positions [s·B, (s+1)·B) of the order, for any
 number of processes. Rank r takes the r-th contiguous part of them, and its micro-batches are contiguous parts of that.
@@ -13,9 +13,8 @@ import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from types import FrameType
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,9 +22,9 @@ from PIL.Image import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from selfvil.data.index import Shards
+from selfvil.data.base import Images
 from selfvil.data.ledger import BadSample
-from selfvil.data.order import Order
+from selfvil.data.order import AnyOrder, Order
 from selfvil.data.read import DamagedImage, decode_image
 from selfvil.data.render import Drawn, require_renderable
 from selfvil.data.views import RandomCropFlip, preserved_randomness, seed_randomness
@@ -37,23 +36,6 @@ View = Callable[[Image], Tensor]
 
 Span = tuple[int, int]
 """First and last position of a batch, the last one excluded."""
-
-
-class Images(Protocol):
-    """A list of image files: `Shards`, or `FolderImages` of `data/folder.py`."""
-
-    labels: np.ndarray | None
-    """int64 (len,), -1 for images without one; None if no image has a label."""
-
-    def __len__(self) -> int: ...
-    def read(self, i: int) -> bytes:
-        """The bytes of image file i. Raises DamagedImage."""
-
-    def key(self, i: int) -> str:
-        """The name of image i within its shard or folder."""
-
-    def shard_of(self, i: int) -> Path:
-        """The shard or folder that holds image i."""
 
 
 _TRIES = 16  # replacements that are tried for one damaged sample
@@ -99,7 +81,7 @@ class Batch:
 
 
 def train_batches(
-    shards: Shards,
+    shards: Images,
     views: Sequence[View],
     *,
     seed: int,
@@ -113,6 +95,7 @@ def train_batches(
     workers: int = 0,
     channels: int = 3,
     augment: Literal["workers", "device"] = "workers",
+    balanced: bool = False,
 ) -> Generator[Batch, None, None]:
     """Micro-batches of steps [start_step, stop_step) for one rank, in order: `accumulate` of them for each step.
 
@@ -124,6 +107,7 @@ def train_batches(
         channels: of the decoded images: 1 (grey), 3 (RGB) or 4 (RGBA).
         augment: where augmentation runs: in the workers, or on the device in `Batch.to`, with the images and random
             numbers of the workers. Both give the same views to the rounding of 8 bits.
+        balanced: visit all classes equally often.
 
     If a worker dies, this process makes the next batches itself, more slowly, with the reason in `problem`. All
     processes of a run can then finish the step, save and stop together.
@@ -139,7 +123,7 @@ def train_batches(
             "micro-batches); change optim.batch_size, optim.accumulate or the number of processes"
         )
     crops = require_renderable(views) if augment == "device" else None
-    samples = _Samples(shards, views, channels, seed, Order(len(shards), seed), crops)
+    samples = _Samples(shards, views, channels, seed, shards.order(seed, balanced), crops)
     share = batch_size // world_size
     micro = micro_batch or share // accumulate
 
@@ -200,7 +184,7 @@ class _Samples(Dataset):
     views: Sequence[View]
     channels: int
     seed: int
-    order: Order | None
+    order: AnyOrder | None
     crops: Sequence[RandomCropFlip] | None = None
     skip_damaged: bool = False
 
@@ -228,7 +212,7 @@ class _Samples(Dataset):
                 if self.crops:
                     images.append(image)
         positions, ids = positions[kept], ids[kept]
-        labels = np.full(len(ids), -1) if self.shards.labels is None else self.shards.labels[ids]
+        labels = np.full(len(ids), -1) if self.shards.labels is None else self.shards.labels[ids].astype(np.int64)
         drawn = Drawn.collate(images, made, self.crops) if self.crops else None
         stacked = [] if drawn else [torch.stack(rows) if rows else torch.zeros(0) for rows in made]
         return Batch(stacked, torch.from_numpy(positions), torch.from_numpy(ids), torch.from_numpy(labels), bad, drawn)
@@ -245,7 +229,8 @@ class _Samples(Dataset):
                 if self.skip_damaged:
                     raise
                 failed.append((id, str(damage)))
-                id = int(Order(len(self.shards), self.seed + hop + 1).ids(np.array([position]))[0])
+                order = self.order or Order(len(self.shards), self.seed)
+                id = int(order.seeded(self.seed + hop + 1).ids(np.array([position]))[0])
                 continue
             for each, reason in failed:
                 bad.append(self._bad(position, each, reason, id))
@@ -256,7 +241,8 @@ class _Samples(Dataset):
         )
 
     def _bad(self, position: int, id: int, reason: str, replaced_by: int) -> BadSample:
-        return BadSample(position, id, str(self.shards.shard_of(id)), self.shards.key(id), reason, replaced_by)
+        shard, key, source = str(self.shards.shard_of(id)), self.shards.key(id), self.shards.source_of(id)
+        return BadSample(position, id, shard, key, reason, replaced_by, source)
 
 
 def _batches_despite_worker_death(

@@ -4,7 +4,14 @@ Position p, counted through all epochs, belongs to epoch p // length. Within an 
 Rackoff, 1988) keyed by seed and epoch permutes the positions. The network permutes a power of four; an id outside
 `length` goes through it again until it is inside (cycle walking: Black and Rogaway, 2002), which keeps the map a
 bijection. A run therefore resumes at any position immediately, and each rank or worker computes its own part.
+
+`ClassOrder` visits all classes equally often, and `MixtureOrder` several sources by their shares; both consist of such
+permutations, and are functions of the position as well.
 """
+
+import copy
+from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 
@@ -30,6 +37,10 @@ class Order:
         self.half = max(_SMALLEST_HALF, -(-(length - 1).bit_length() // 2))
         self.key = _mix(np.array([seed & 0xFFFFFFFFFFFFFFFF], np.uint64) + np.uint64(_GOLDEN))
 
+    def seeded(self, seed: int) -> "Order":
+        """The order of the same images with another seed."""
+        return Order(self.length, seed)
+
     def ids(self, positions: np.ndarray) -> np.ndarray:
         """Sample ids (N,) int64 at global positions (N,) int64 >= 0, which may span epochs."""
         epochs, ids = np.divmod(np.asarray(positions, np.int64).astype(np.uint64), np.uint64(self.length))
@@ -48,3 +59,109 @@ class Order:
             scrambled = _mix(keys + np.uint64(number * _GOLDEN & 0xFFFFFFFFFFFFFFFF) ^ right)
             left, right = right, left ^ (scrambled >> down)
         return left << half | right
+
+
+class ClassOrder:
+    """Visits all classes equally often: in each round of C positions, every one of C classes once, in another order.
+
+    The images of a class have an `Order` of their own, so a class with few images begins a new epoch sooner. Memory: 4
+    bytes for each image. A pure function of the position, as `Order`.
+    """
+
+    def __init__(self, labels: np.ndarray, seed: int) -> None:
+        """labels: integers (length,) >= 0."""
+        self.length = len(labels)
+        self._ids = np.argsort(labels, kind="stable").astype(np.int32 if self.length < 1 << 31 else np.int64)
+        _, self._firsts, counts = np.unique(labels[self._ids], return_index=True, return_counts=True)
+        self._counts: list[int] = counts.tolist()
+        self._seed(seed)
+
+    def _seed(self, seed: int) -> None:
+        self._classes = Order(len(self._counts), seed)
+        self._images = [Order(count, other_seed(seed, 1 + number)) for number, count in enumerate(self._counts)]
+
+    def seeded(self, seed: int) -> "ClassOrder":
+        """As `Order.seeded`."""
+        other = copy.copy(self)
+        other._seed(seed)
+        return other
+
+    def ids(self, positions: np.ndarray) -> np.ndarray:
+        """As `Order.ids`."""
+        positions = np.asarray(positions, np.int64)
+        rounds, classes = positions // len(self._images), self._classes.ids(positions)
+        ids = np.empty_like(positions)
+        for number in np.unique(classes).tolist():
+            rows = np.flatnonzero(classes == number)
+            ids[rows] = self._ids[self._firsts[number] + self._images[number].ids(rounds[rows])]
+        return ids
+
+
+class MixtureOrder:
+    """Takes images from several sources by exact shares: after n positions, source i was visited n · share_i times,
+    rounded up or down; within a source, in the order of that source.
+
+    The sequence of the sources is periodic, and that of Tijdeman's chairman assignment (1980), which keeps every source
+    within 1 - 1 / (2k - 2) of its share, k the number of sources. A pure function of the position, as `Order`.
+    """
+
+    def __init__(self, orders: "Sequence[AnyOrder]", weights: Sequence[int]) -> None:
+        """orders: of the sources, made with `other_seed(seed, i)`. weights: positive integers, their sum the period."""
+        self.orders = list(orders)
+        lengths: list[int] = [order.length for order in orders]
+        self.length: int = sum(lengths)
+        self._first_ids = np.cumsum([0, *lengths])[:-1]
+        self._sources, self._before = _chairmen(tuple(weights))
+        self._weights = np.array(weights, np.int64)
+
+    def seeded(self, seed: int) -> "MixtureOrder":
+        """As `Order.seeded`."""
+        orders = [order.seeded(other_seed(seed, number)) for number, order in enumerate(self.orders)]
+        return MixtureOrder(orders, self._weights.tolist())
+
+    def ids(self, positions: np.ndarray) -> np.ndarray:
+        """As `Order.ids`; the ids of source i come after those of the sources before it."""
+        positions = np.asarray(positions, np.int64)
+        periods, places = np.divmod(positions, len(self._sources))
+        sources = self._sources[places]
+        visits = periods * self._weights[sources] + self._before[places]
+        ids = np.empty_like(positions)
+        for source in np.unique(sources).tolist():
+            rows = np.flatnonzero(sources == source)
+            ids[rows] = self._first_ids[source] + self.orders[source].ids(visits[rows])
+        return ids
+
+
+def visits(weights: Sequence[int], count: int) -> list[int]:
+    """How many of the first `count` positions of a mixture each source has."""
+    sources, _ = _chairmen(tuple(weights))
+    periods, rest = divmod(count, len(sources))
+    return (periods * np.array(weights) + np.bincount(sources[:rest], minlength=len(weights))).tolist()
+
+
+AnyOrder = Order | ClassOrder | MixtureOrder
+
+
+def other_seed(seed: int, number: int) -> int:
+    """A seed for part `number` of what `seed` belongs to; part 0 has the seed itself."""
+    return seed + number * _GOLDEN & 0xFFFFFFFFFFFFFFFF
+
+
+@lru_cache(maxsize=8)
+def _chairmen(weights: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """For each position of a period: its source, and how often that source came before; int64 (sum of weights,).
+
+    Of the sources that may be next without exceeding their share by more than the bound, the one is next that would
+    otherwise fall below its share first. Integers throughout: everything is multiplied by the period and by 2k - 2.
+    """
+    period, scale = sum(weights), max(2 * len(weights) - 2, 1)
+    share = np.array(weights, np.int64)
+    taken = np.zeros(len(weights), np.int64)
+    sources, before = np.zeros(period, np.int64), np.zeros(period, np.int64)
+    for place in range(period):
+        lead = scale * (share * (place + 1) - taken * period)  # by how much the source is behind its share
+        slack = ((scale - 1) * period - lead) / share  # time until it must be chosen
+        source = int(np.where(lead >= period, slack, np.inf).argmin())
+        sources[place], before[place] = source, taken[source]
+        taken[source] += 1
+    return sources, before

@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from selfvil.data.columns import cache_folder
 from selfvil.data.tar import BLOCK
 
 SIDECAR = ".index.npz"
@@ -77,11 +78,10 @@ def sidecars(path: Path, image: str | None = None) -> list[Path]:
     image: the requested extension for samples with several images; each has an index of its own."""
     suffix = SIDECAR if image is None else f".{image}{SIDECAR}"
     beside = path.with_name(path.name + suffix)
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    if not os.path.isabs(cache):  # no home folder; the XDG specification ignores relative paths
+    if (cache := cache_folder()) is None:
         return [beside]
     name = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32]
-    return [beside, Path(cache, "selfvil", "index", name + suffix)]
+    return [beside, cache / (name + suffix)]
 
 
 def load(sidecar: Path, stamp: Stamp) -> tuple[ShardIndex, bool] | None:

@@ -4,11 +4,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from selfvil.data.folder import FolderImages
-from selfvil.data.index import Shards
+from selfvil.data.base import Images
+from selfvil.data.imagefiles import ImageFiles
 from selfvil.errors import UserError, shorten
-
-Images = Shards | FolderImages
 
 
 def image_keys(images: Images) -> tuple[Callable[[int], str], str]:
@@ -19,7 +17,7 @@ def image_keys(images: Images) -> tuple[Callable[[int], str], str]:
 
     Raises UserError if a key occurs twice in one shard.
     """
-    if isinstance(images, FolderImages):
+    if isinstance(images, ImageFiles):
         return lambda i: text(images.key(i)), ""
     plain = lambda i: text(images.key(i))  # noqa: E731
     twice = _first_repeated(plain, len(images))

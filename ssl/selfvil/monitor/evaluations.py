@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from selfvil.build import classifier
-from selfvil.data.index import open_shards
+from selfvil.data.images import open_images
 from selfvil.errors import UserError
 from selfvil.evaluate import evaluation, want
 from selfvil.evaluate.entries import labels, metric_prefixes
@@ -107,7 +107,7 @@ def _task(recipe: Recipe, entry: Any, backbone: nn.Module | None, device: torch.
 
     return Task(
         "pretrained", None if backbone is None else Network(backbone, normalisation, 0), normalisation,
-        open_shards(entry.train, image=data.image), open_shards(entry.test, image=data.image), create,
+        open_images(entry.train, image=data.image), open_images(entry.test, image=data.image), create,
         device=device, workers=data.workers, source=recipe.run.out, processes=processes,
         allow_shared=entry.allow_shared,
         labels=tuple(recipe.objective.labels()) if hasattr(recipe.objective, "labels") else (),
