@@ -23,7 +23,7 @@ from selfvil.data.loader import train_batches
 from selfvil.data.pack import pack
 from selfvil.errors import UserError
 from selfvil.objectives.base import ImageSpec
-from selfvil.objectives.mae import mae_picture
+from selfvil.objectives.mae import reconstruction
 from selfvil.pretrain import pretrain
 from selfvil.recipe import load, read
 from selfvil.weights import load_export
@@ -67,7 +67,7 @@ def recipe(name, tiles, out, *more):
     if name == "supervised":
         own = [text for text in own if "randaugment" not in text] + ["objective.randaugment=null"]
     overrides = [f"data.train={tiles}/train.tar", f"run.out={out}", *own, *SMALL, *more]
-    return load(runs.PACKAGED[name], ["eval=[]", *overrides])
+    return load(runs.PACKAGED[name], overrides)
 
 
 @pytest.mark.parametrize("name", sorted(_OBJECTIVES))
@@ -102,8 +102,7 @@ def test_a_run_is_evaluated_exported_and_embedded(tiles, trained, tmp_path):
     train, test = tiles / "train.tar", tiles / "test.tar"
     selfvil_command("eval", "knn", trained, "--train", train, "--test", test, "--json", tmp_path / "scores.json")
     rows = json.loads((tmp_path / "scores.json").read_text())
-    scores = {row["model"]: row["value"] for row in (rows["rows"] if isinstance(rows, dict) else rows)}
-    assert max(scores.values()) > 90, "the spectra of the classes differ"
+    assert max(row["value"] for row in rows) > 90, "the spectra of the classes differ"
     out = tmp_path / "export"
     selfvil.export(trained, out)
     config = json.loads((out / "config.json").read_text())["pretrained_cfg"]
@@ -135,7 +134,7 @@ def test_a_picture_of_twelve_bands_shows_the_chosen_ones():
     images = torch.randn(2, BANDS, 8, 8)
     shown = spec.rgb(images)
     assert torch.allclose(shown, (images[:, [7, 3, 1]] / 5 + 0.5).clamp(0, 1))
-    picture = mae_picture(images, torch.zeros(2, 4), torch.zeros(2, 4, 16 * BANDS), spec, normalised=True)
+    picture = reconstruction(images, torch.zeros(2, 4), torch.zeros(2, 4, 16 * BANDS), spec, normalised=True)
     assert picture.shape == (3, 16, 24)
     grey = ImageSpec((8, 8), 4, 2, [0.03] * 2, [0.01] * 2)
     assert grey.rgb(images[:, :2]).shape == (2, 3, 8, 8)
@@ -191,9 +190,7 @@ def test_rgb_weights_start_other_channels_by_timms_rule(tmp_path, channels):
 def test_weights_of_other_channels_are_refused(trained, tiles, tmp_path):
     values = [0.5] * 5
     other = [f"data.mean={values}", f"data.std={values}", "data.stats=given", "model.in_chans=5"]
-    with pytest.raises(
-        UserError, match=r"patch_embed\.proj\.weight has shape \[32, 12, 4, 4\], expected \[32, 5, 4, 4\]"
-    ):
+    with pytest.raises(UserError, match=r"has shape \[32, 12, 4, 4\], expected \[32, 5, 4, 4\]"):
         build_objective(
             recipe("mae", tiles, tmp_path / "new", f"model.start_from={trained}", "model.start_heads=new", *other)
         )
@@ -205,9 +202,9 @@ def test_weights_of_other_channels_are_refused(trained, tiles, tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["data.stats=given"], r"data\.mean has 3 values, but model\.in_chans is 12: give 12, or measure them"),
+        (["data.stats=given"], r"data\.mean has 1 values, but model\.in_chans is 12: give 12, or measure them"),
         (["model.in_chans=33"], r"model\.in_chans = 33"),
-        (["monitor.picture_channels=[1, 2, 12]"], r"picture_channels \[1, 2, 12\] must be numbers of channels, from 0 to 11"),
+        (["monitor.picture_channels=[1, 2, 12]"], r"picture_channels \[1, 2, 12\] must be numbers of ch.*0 to 11"),
         (["data.channel_drop=1"], r"data\.channel_drop = 1"),
     ],
 )  # fmt: skip
@@ -217,21 +214,17 @@ def test_wrong_recipes(tiles, tmp_path, overrides, message):
 
 
 def test_what_is_not_possible_with_twelve_bands(tiles, tmp_path):
-    with pytest.raises(UserError, match=r"data\.channel_drop: the targets of the objective mae depend on all channels"):
-        build_objective(open_training(recipe("mae", tiles, tmp_path, "data.channel_drop=0.2"))[0])
-    with pytest.raises(
-        UserError, match=r"objective\.randaugment is for grey and RGB images, and model\.in_chans is 12"
-    ):
-        more = ["objective.randaugment=5", "objective.three_augment=false", "objective.color_jitter=0"]
-        build_objective(open_training(recipe("supervised", tiles, tmp_path, *more))[0])
-    with pytest.raises(UserError, match=r"data\.augment = device is for images of 8 bits"):
-        pretrain(recipe("mae", tiles, tmp_path / "run", "data.augment=device"))
-    with pytest.raises(UserError, match=r"samples in a row could not be read.*it has 12 channels, 5 are expected"):
-        values = [0.5] * 5
-        pretrain(recipe("mae", tiles, tmp_path / "five", "model.in_chans=5", f"data.mean={values}", f"data.std={values}",
-                        "data.stats=given"))  # fmt: skip
-    with pytest.raises(UserError, match="have not been measured"):
-        open_training(recipe("mae", tiles, tmp_path, f"data.train={tiles}/test.tar"))
+    def refused(message, name, *more):
+        with pytest.raises(UserError, match=message):
+            pretrain(recipe(name, tiles, tmp_path / "run", *more))
+
+    refused(r"data\.channel_drop: the targets of the objective mae depend on all", "mae", "data.channel_drop=0.2")
+    randaugment = ["objective.randaugment=5", "objective.three_augment=false", "objective.color_jitter=0"]
+    refused(r"objective\.randaugment is for grey and RGB images, and model\.in_ch", "supervised", *randaugment)
+    refused(r"data\.augment = device is for images of 8 bits", "mae", "data.augment=device")
+    five = [f"data.mean={[0.5] * 5}", f"data.std={[0.5] * 5}", "data.stats=given", "model.in_chans=5"]
+    refused(r"samples in a row could not be read.*it has 12 channels, 5 are expected", "mae", *five)
+    refused("have not been measured", "mae", f"data.train={tiles}/test.tar")
 
 
 # --- packing ------------------------------------------------------------------------------------------------------
@@ -241,8 +234,9 @@ def test_packing_keeps_every_bit(tmp_path):
     folder = tmp_path / "in"
     folder.mkdir()
     files = {
-        "a.tif": tifffile_bytes(tile(0), planarconfig="contig"), "b.npy": npy(tile(1)), "c.png": png16(tile(2)[:, :, :3]),
-        "d.dcm": dicom(tile(3)[:, :, 0]), "e.tif": tifffile_bytes([tile(4)[:, :, i] for i in range(BANDS)]),
+        "a.tif": tifffile_bytes(tile(0), planarconfig="contig"), "b.npy": npy(tile(1)),
+        "c.png": png16(tile(2)[:, :, :3]), "d.dcm": dicom(tile(3)[:, :, 0]),
+        "e.tif": tifffile_bytes([tile(4)[:, :, i] for i in range(BANDS)]),
     }  # fmt: skip
     for name, data in files.items():
         (folder / name).write_bytes(data)
@@ -251,10 +245,10 @@ def test_packing_keeps_every_bit(tmp_path):
     shards = open_shards(tmp_path / "out")
     assert sorted(shards.read(i) for i in range(len(shards))) == sorted(files.values())
     assert "broken.npy" in str(report.skipped)
-    pack(folder, tmp_path / "small", workers=1, size=10)
+    pack(folder, tmp_path / "small", workers=1, size=14)
     small = open_shards(tmp_path / "small")
     sizes = {np.asarray(decode_pixels(small.read(i), None)).shape[:2] for i in range(len(small))}
-    assert sizes == {(10, 10)}
+    assert sizes == {(14, 14)}
 
 
 def test_index_measures_and_saves(tiles, tmp_path):

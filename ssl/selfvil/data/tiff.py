@@ -34,6 +34,8 @@ from selfvil.data.read import (
 )  # fmt: skip
 from selfvil.errors import UserError
 
+logging.getLogger("PIL.TiffImagePlugin").setLevel(logging.CRITICAL)  # it logs an error for many channels
+
 _COMPRESSIONS = {1: "none", 5: "LZW", 8: "deflate", 32773: "PackBits", 32946: "deflate", 34925: "LZMA", 50000: "ZSTD"}
 _PHOTOMETRICS = (0, 1, 2)  # white is 0, black is 0, RGB
 _SAMPLES, _EXTRA_SAMPLES, _ORIENTATION = 277, 338, 274  # tags
