@@ -124,8 +124,8 @@ def test_a_run_is_evaluated_exported_and_embedded(tiles, trained, tmp_path):
         (folder / f"{i}.npy").write_bytes(npy(tile(i)))
     vectors = selfvil.Embedder(str(out)).transform([tile(0), tile(1), str(folder / "1.npy")])
     np.testing.assert_allclose(vectors[1], vectors[2], rtol=1e-6)
-    selfvil.embed(out, folder, tmp_path / "embeddings")
-    selfvil_command("neighbours", tmp_path / "embeddings", folder / "1.npy", "--out", tmp_path / "sheet.png")
+    selfvil.embed(out, folder, tmp_path / "embeddings.npy")
+    selfvil_command("neighbours", tmp_path / "embeddings.npy", folder / "1.npy", "--out", tmp_path / "sheet.png")
     assert (tmp_path / "sheet.png").is_file()
 
 
@@ -225,6 +225,15 @@ def test_what_is_not_possible_with_twelve_bands(tiles, tmp_path):
     five = [f"data.mean={[0.5] * 5}", f"data.std={[0.5] * 5}", "data.stats=given", "model.in_chans=5"]
     refused(r"samples in a row could not be read.*it has 12 channels, 5 are expected", "mae", *five)
     refused("have not been measured", "mae", f"data.train={tiles}/test.tar")
+
+
+def test_scans_in_hounsfield_units_train_on_one_channel(tmp_path):
+    """Their mean is far outside of 0 to 1."""
+    members = [(f"{i}.dcm", dicom(tile(i)[:, :, 0], RescaleSlope=1, RescaleIntercept=-2000)) for i in range(40)]
+    shards = open_shards(write_tar(tmp_path / "train.tar", members))
+    stats.save(shards, stats.measure(shards))
+    settings = recipe("dino", tmp_path, tmp_path / "run", "model.in_chans=1", "budget.steps=1")
+    assert np.isfinite(pretrain(settings).loss)
 
 
 # --- packing ------------------------------------------------------------------------------------------------------

@@ -94,7 +94,20 @@ def examples(tmp_path_factory) -> Path:
     return root
 
 
-NEEDS = {"tiles", "cells", "scans", "PHOTOS", "PAINTED", "labelled", "scenes", "xray", "shards", "masks", "runs", "exported"}
+NEEDS = {
+    "tiles",
+    "cells",
+    "scans",
+    "PHOTOS",
+    "PAINTED",
+    "labelled",
+    "scenes",
+    "xray",
+    "shards",
+    "masks",
+    "runs",
+    "exported",
+}
 
 
 def prepare(page: Page, examples: Path, folder: Path) -> None:

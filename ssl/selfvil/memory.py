@@ -226,7 +226,8 @@ def _extrapolate(passes: Sequence[_Pass], counts: Sequence[int], images: int) ->
 def blank_batch(views: Sequence[View], count: int, channels: int) -> Batch:
     """A batch of `count` identical black images after `views`."""
     blank: Any = np.zeros((64, 64, channels), np.float32)
-    if channels in _MODES:
+    eight_bits = all(getattr(getattr(view, "normalise", None), "unit_scale", True) for view in views)
+    if channels in _MODES and eight_bits:
         blank = Image.new(_MODES[channels], (64, 64))
     with preserved_randomness():
         crops = [view(blank) for view in views]
