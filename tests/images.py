@@ -40,3 +40,57 @@ def tiff(values: np.ndarray, bits: int, more: tuple[tuple[int, int, int], ...] =
     entries = sorted([*tags, (273, 4, start)])
     directory = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in entries)
     return b"II*\0" + struct.pack("<IH", 8, len(entries)) + directory + bytes(4) + pixels
+
+
+def png16(values: np.ndarray) -> bytes:
+    """A PNG of uint16 values (H, W, C): grey, grey with alpha, RGB or RGBA, without filters."""
+    height, width, channels = values.shape
+    header = struct.pack(">IIBBBBB", width, height, 16, {1: 0, 2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(png_chunk(*chunk) for chunk in chunks)
+
+
+def npy(values: np.ndarray, version: tuple[int, int] | None = None) -> bytes:
+    file = io.BytesIO()
+    np.lib.format.write_array(file, values, version=version, allow_pickle=False)
+    return file.getvalue()
+
+
+def tifffile_bytes(values: np.ndarray, **settings: object) -> bytes:
+    """A TIFF by tifffile; several pages where `values` is a list."""
+    import tifffile
+
+    file = io.BytesIO()
+    pages = values if isinstance(values, list) else [values]
+    with tifffile.TiffWriter(
+        file, byteorder=settings.pop("byteorder", "<"), bigtiff=settings.pop("bigtiff", False)
+    ) as out:
+        for page in pages:
+            out.write(page, contiguous=False, **{"photometric": "minisblack", "metadata": None} | settings)
+    return file.getvalue()
+
+
+def dicom(stored: np.ndarray, *, bits: int | None = None, big: bool = False, **elements: object) -> bytes:
+    """A DICOM file of one monochrome frame, integers (H, W)."""
+    from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
+    from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, generate_uid
+
+    meta = FileMetaDataset()
+    meta.TransferSyntaxUID = ExplicitVRBigEndian if big else ExplicitVRLittleEndian
+    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = "1.2.840.10008.5.1.4.1.1.7", generate_uid()
+    file = io.BytesIO()
+    image = FileDataset(
+        file, Dataset(), file_meta=meta, preamble=b"\0" * 128, is_implicit_VR=False, is_little_endian=not big
+    )
+    image.Rows, image.Columns = stored.shape
+    image.SamplesPerPixel, image.PhotometricInterpretation = 1, "MONOCHROME2"
+    image.BitsAllocated = 8 * stored.dtype.itemsize
+    image.BitsStored = bits or image.BitsAllocated
+    image.HighBit, image.PixelRepresentation = image.BitsStored - 1, int(stored.dtype.kind == "i")
+    image.PixelData = stored.astype(stored.dtype.newbyteorder(">" if big else "<")).tobytes()
+    image["PixelData"].VR = "OB" if image.BitsAllocated == 8 else "OW"
+    for name, value in elements.items():
+        setattr(image, name, value)
+    image.save_as(file, enforce_file_format=True)
+    return file.getvalue()

@@ -19,6 +19,7 @@ from PIL import Image
 
 import documentation
 from documentation import LANGUAGES, REPOSITORY, Block, Page, Runner, find_blocks, pages
+from images import dicom, tifffile_bytes
 from selfvil import cli
 from selfvil.data.order import Order
 from selfvil.errors import UserError
@@ -69,6 +70,13 @@ def examples(tmp_path_factory) -> Path:
     for index in range(12):
         values = np.random.default_rng(index).integers(0, 4096, (64, 64), dtype=np.uint16)
         Image.fromarray(values).save(root / "xray" / f"{index:03d}.png")
+    for name in ("tiles", "cells", "scans"):
+        (root / name).mkdir()
+    for index in range(12):
+        values = np.random.default_rng(index).integers(0, 4096, (48, 48, 12), dtype=np.uint16)
+        (root / "tiles" / f"{index:03d}.tif").write_bytes(tifffile_bytes(values, planarconfig="contig"))
+        np.save(root / "cells" / f"{index:03d}.npy", values[:, :, :5].astype(np.float32))
+        (root / "scans" / f"{index:03d}.dcm").write_bytes(dicom(values[:, :, 0], RescaleIntercept=-1024))
     with pytest.MonkeyPatch.context() as patch, documentation.folder(root, patch):
         runner = Runner(patch)
         blocks = find_blocks(
@@ -86,7 +94,20 @@ def examples(tmp_path_factory) -> Path:
     return root
 
 
-NEEDS = {"PHOTOS", "PAINTED", "labelled", "scenes", "xray", "shards", "masks", "runs", "exported"}
+NEEDS = {
+    "tiles",
+    "cells",
+    "scans",
+    "PHOTOS",
+    "PAINTED",
+    "labelled",
+    "scenes",
+    "xray",
+    "shards",
+    "masks",
+    "runs",
+    "exported",
+}
 
 
 def prepare(page: Page, examples: Path, folder: Path) -> None:

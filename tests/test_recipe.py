@@ -7,7 +7,9 @@ import timm
 import yaml
 
 from selfvil.errors import UserError
-from selfvil.recipe import differences, find, load, packaged_recipes, parse, schema
+from selfvil.explain import schema
+from selfvil.recipe import find, load, packaged_recipes, parse
+from selfvil.run import differences
 
 RECIPES = sorted(packaged_recipes())
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from selfvil import optim
+from selfvil.data import stats
 from selfvil.data.base import Images
 from selfvil.data.classes import class_names
 from selfvil.data.images import open_images, open_mixture
@@ -23,13 +24,18 @@ from selfvil.start_from import start_backbone, start_objective
 
 
 def open_training(recipe: Recipe) -> tuple[Recipe, Images]:
-    """The images of data.train, and the recipe with the classes that they have where it leaves them open.
+    """The images of data.train, and the recipe with their classes and statistics where it leaves them open.
 
-    Raises UserError if there are none, or their labels are missing or not those of the recipe.
+    Raises UserError if there are none, or their labels are missing or not those of the recipe, or their channels have
+    not been measured.
     """
     shards = _open(recipe.data)
     if isinstance(shards, Mixture):
         shards.check_step(recipe.optim.batch_size)
+    if recipe.data.stats == "auto":
+        found = stats.load(shards, recipe.model.in_chans)
+        measured = {"mean": found.mean, "std": found.std, "stats": "given"}
+        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update=measured)})
     if recipe.data.labels_per_class is not None:
         try:
             shards = FewLabels(shards, recipe.data.labels_per_class, recipe.run.seed)
@@ -116,13 +122,26 @@ def build_objective(recipe: Recipe, start: bool = True) -> Objective:
     if source is not None and recipe.model.start_heads == "new":
         with torch.random.fork_rng(devices=[]):  # so that new heads depend only on the seed
             start_backbone(backbone, source)  # before the objective copies the backbone for its teacher
-    image = ImageSpec(
-        recipe.model.img_size, recipe.model.patch_size or 1, recipe.model.in_chans, recipe.data.mean, recipe.data.std
-    )
-    objective = objective_class(recipe.objective.name)(backbone, recipe.objective, image)
+    objective = objective_class(recipe.objective.name)(backbone, recipe.objective, image_spec(recipe))
+    if recipe.data.channel_drop and not any(getattr(view, "channel_drop", 0) for view in objective.views()):
+        raise UserError(
+            f"data.channel_drop: the targets of the objective {recipe.objective.name} depend on all channels of its "
+            "input: set it to 0, or take an objective that compares views, such as dino"
+        )
     if source is not None and recipe.model.start_heads == "load":
         start_objective(objective, source)
     return objective
+
+
+def image_spec(recipe: Recipe) -> ImageSpec:
+    """The images of a recipe. Raises ValueError unless data.stats is "given", as `open_training` makes it."""
+    model, data = recipe.model, recipe.data
+    if data.stats != "given":
+        raise ValueError("the statistics of the recipe's images are not known before its images are opened")
+    return ImageSpec(
+        model.img_size, model.patch_size or 1, model.in_chans, data.mean, data.std, data.channel_drop,
+        recipe.monitor.picture_channels,
+    )  # fmt: skip
 
 
 def parameter_groups(recipe: Recipe, objective: Objective) -> list[dict]:

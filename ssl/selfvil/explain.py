@@ -1,4 +1,4 @@
-"""`selfvil explain optim.base_lr`: a recipe key's documentation, type, limits and default."""
+"""`selfvil explain optim.base_lr`: a recipe key's documentation, type, limits and default. `selfvil schema`."""
 
 import json
 import re
@@ -13,6 +13,15 @@ from selfvil.evaluate import EVALUATIONS
 from selfvil.evaluate.entries import Entry, entry_model
 from selfvil.objectives import OBJECTIVES, settings_model
 from selfvil.recipe import Recipe
+
+
+def schema() -> dict[str, Any]:
+    """JSON schema of a recipe, with one alternative for each objective and each evaluation."""
+    whole = Recipe.model_json_schema()
+    whole["properties"]["objective"] = {"anyOf": [settings_model(name).model_json_schema() for name in OBJECTIVES]}
+    entries = [entry_model(name).model_json_schema() for name in EVALUATIONS]
+    whole["properties"]["eval"] |= {"items": {"anyOf": entries}}
+    return whole
 
 
 def explain(name: str) -> str:

@@ -16,7 +16,9 @@ import itertools
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -223,7 +225,11 @@ def _extrapolate(passes: Sequence[_Pass], counts: Sequence[int], images: int) ->
 
 def blank_batch(views: Sequence[View], count: int, channels: int) -> Batch:
     """A batch of `count` identical black images after `views`."""
+    blank: Any = np.zeros((64, 64, channels), np.float32)
+    eight_bits = all(getattr(getattr(view, "normalise", None), "unit_scale", True) for view in views)
+    if channels in _MODES and eight_bits:
+        blank = Image.new(_MODES[channels], (64, 64))
     with preserved_randomness():
-        crops = [view(Image.new(_MODES[channels], (64, 64))) for view in views]
+        crops = [view(blank) for view in views]
     numbers = torch.arange(count)
     return Batch([crop.expand(count, *crop.shape).contiguous() for crop in crops], numbers, numbers, numbers)

@@ -18,14 +18,14 @@ import torch
 from torch import nn
 
 from selfvil import optim, runtime
-from selfvil.build import build_objective, open_training, parameter_groups
+from selfvil.build import build_objective, image_spec, open_training, parameter_groups
 from selfvil.data.base import Images, SourceShare
 from selfvil.data.loader import train_batches
 from selfvil.footprint import free_bytes, multiply_adds
 from selfvil.memory import StepMemory, blank_batch, step_memory
 from selfvil.monitor.evaluations import check_evaluations
 from selfvil.monitor.pictures import save_picture
-from selfvil.objectives.base import ImageSpec, Objective, Progress
+from selfvil.objectives.base import Objective, Progress
 from selfvil.objectives.crops import crops_picture
 from selfvil.plan import Plan, check_division
 from selfvil.preflight import check_objective, check_wandb, workers_warning
@@ -273,16 +273,13 @@ def _disk(objective: Objective, recipe: Recipe) -> Disk:
 
 def draw_crops(objective: Objective, recipe: Recipe, shards: Images, path: Path) -> Path:
     """Draw the crops of the first 8 images of the run, one row for each image, to a PNG file."""
-    image = ImageSpec(
-        recipe.model.img_size, recipe.model.patch_size or 1, recipe.model.in_chans, recipe.data.mean, recipe.data.std
-    )
     batches = train_batches(
         shards, objective.views(), seed=recipe.run.seed, batch_size=min(8, len(shards)), stop_step=1,
         channels=recipe.model.in_chans, augment=recipe.data.augment,
         balanced=recipe.data.order == "class_balanced",
     )  # fmt: skip
     with closing(batches):
-        sheet = crops_picture(next(batches).to("cpu").views, image)
+        sheet = crops_picture(next(batches).to("cpu").views, image_spec(recipe))
     return save_picture(sheet, path)
 
 

@@ -8,7 +8,7 @@ editors. A recipe contains only values: no import paths, no interpolation, no in
 
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -43,8 +43,8 @@ class ModelSection(Section):
     stride: int | None = Field(None, ge=1)
     """ViL: distance between patches, in pixels; below patch_size they overlap and there are more: 8 with patches of 16
     gives 27 x 27 = 729 tokens at 224 pixels (long-sequence fine-tuning). null: patch_size."""
-    in_chans: Literal[1, 3, 4] = 3
-    """Channels of an image: 1 (grey), 3 (RGB) or 4 (RGBA)."""
+    in_chans: int = Field(3, ge=1, le=32)
+    """Channels of an image: 1 (grey), 3 (RGB), 4 (RGBA), or any other number of TIFF, NPY, DICOM and PNG files."""
     embed_dim: int | None = Field(None, ge=16)
     """Width of a token; null keeps the model's default."""
     depth: int | None = Field(None, ge=1)
@@ -194,10 +194,17 @@ class DataSection(Section):
     png, webp, tif ... and warns."""
     labels_per_class: int | None = Field(None, ge=1)
     """Train on this many images of each class only, drawn by run.seed; needs labels. null trains on all images."""
-    mean: list[Annotated[float, Field(ge=0, le=1)]] = list(IMAGENET_MEAN)  # noqa: RUF012 - pydantic copies it
-    """Mean of each channel, on a scale of 0 to 1."""
-    std: list[Annotated[float, Field(gt=0, le=1)]] = list(IMAGENET_STD)  # noqa: RUF012
-    """Standard deviation of each channel, on a scale of 0 to 1."""
+    mean: list[Annotated[float, Field(allow_inf_nan=False)]] = list(IMAGENET_MEAN)  # noqa: RUF012 - pydantic copies it
+    """Mean of each channel. Integers of 8 and 16 bits without sign are on a scale of 0 to 1, other values in their own
+    unit, such as the Hounsfield units of DICOM."""
+    std: list[Annotated[float, Field(gt=0, allow_inf_nan=False)]] = list(IMAGENET_STD)  # noqa: RUF012
+    """Standard deviation of each channel, on the same scale."""
+    stats: Literal["given", "auto"] = "given"
+    """given: mean and std are those above. auto: those that `selfvil index SHARDS --stats` has measured on data.train;
+    they are written into recipe.yaml of the run."""
+    channel_drop: float = Field(0.0, ge=0, lt=1)
+    """Probability that a channel of a view is set to its mean, drawn for each channel and view; one always stays. For
+    objectives that compare views, or are supervised, on images with many channels."""
     workers: int = Field(8, ge=0, le=128)
     """Processes that decode and augment, for each training process; 0 does it in the training process."""
     augment: Literal["workers", "device"] = "workers"
@@ -273,6 +280,9 @@ class MonitorSection(Section):
     """Project of Weights & Biases to log to (needs the extra `wandb`); null disables it."""
     pictures_every: int | None = Field(None, ge=1)
     """Optimizer steps between two pictures of the objective (MAE: reconstructions); null draws none."""
+    picture_channels: tuple[int, int, int] = (0, 1, 2)
+    """Channels that pictures show as red, green and blue, counted from 0: [3, 2, 1] for the bands of Sentinel-2. Images
+    with one or two channels are shown as grey."""
     doctor_every: int | None = Field(50, ge=1)
     """Optimizer steps between two measurements of features, gates, gradients and teacher for signs of collapse; null
     never measures."""
@@ -296,10 +306,19 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _statistics_fit_channels(self) -> "Recipe":
+        channels = self.model.in_chans
         for key in ("mean", "std"):
             length = len(getattr(self.data, key))
-            if length != self.model.in_chans:
-                raise ValueError(f"data.{key} has {length} values, but model.in_chans is {self.model.in_chans}")
+            if length != channels and self.data.stats == "given":
+                raise ValueError(
+                    f"data.{key} has {length} values, but model.in_chans is {channels}: give {channels}, or measure "
+                    "them by `selfvil index SHARDS --stats` and set data.stats to auto"
+                )
+        if channels >= 3 and not all(0 <= channel < channels for channel in self.monitor.picture_channels):
+            raise ValueError(
+                f"monitor.picture_channels {list(self.monitor.picture_channels)} must be numbers of channels, from 0 "
+                f"to {channels - 1}"
+            )
         return self
 
     @model_validator(mode="after")
@@ -325,7 +344,7 @@ class Recipe(Section):
         """
         whole = self.model_dump(mode="json")
         whole["run"] = {key: whole["run"][key] for key in ("seed", "precision")}
-        for key in ("train", "workers", "max_bad"):
+        for key in ("train", "workers", "max_bad", "stats"):
             whole["data"].pop(key)
         for key in ("accumulate", "on_nonfinite"):
             whole["optim"].pop(key)
@@ -425,34 +444,6 @@ def _warn_of_old_eval(section: Any, where: str) -> None:
 
         if warning := old_form_warning(section, where):
             log.warning("%s", warning)
-
-
-def schema() -> dict[str, Any]:
-    """JSON schema of a recipe, with one alternative for each objective and each evaluation."""
-    from selfvil.evaluate import EVALUATIONS
-    from selfvil.evaluate.entries import entry_model
-    from selfvil.objectives import OBJECTIVES, settings_model
-
-    whole = Recipe.model_json_schema()
-    whole["properties"]["objective"] = {"anyOf": [settings_model(name).model_json_schema() for name in OBJECTIVES]}
-    entries = [entry_model(name).model_json_schema() for name in EVALUATIONS]
-    whole["properties"]["eval"] |= {"items": {"anyOf": entries}}
-    return whole
-
-
-def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Lines such as `optim.base_lr: 0.1 -> 0.2` for two identities."""
-    before, after = dict(_flatten(old)), dict(_flatten(new))
-    keys = [key for key in before | after if before.get(key) != after.get(key)]
-    return [f"{key}: {before.get(key)} -> {after.get(key)}" for key in keys]
-
-
-def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 TEXTS = frozenset({"model.name", "model.start_from", "data.train", "run.out", "monitor.wandb"})

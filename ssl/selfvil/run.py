@@ -7,7 +7,7 @@ optimizer, recipe and plan.
 import json
 import logging
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,7 +20,7 @@ from selfvil.data.base import Images
 from selfvil.errors import UserError, shorten
 from selfvil.files import write_text
 from selfvil.plan import Plan
-from selfvil.recipe import Recipe, differences, parse, read
+from selfvil.recipe import Recipe, parse, read
 from selfvil.records import (
     CHECKPOINTS,
     LEASE,
@@ -321,6 +321,21 @@ def checkpoint_meta(
             "shards": shards.digests if len(shards.digests) <= _MOST_DIGESTS else None,
         },
     }
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Lines such as `optim.base_lr: 0.1 -> 0.2` for two identities."""
+    before, after = dict(_flatten(old)), dict(_flatten(new))
+    keys = [key for key in before | after if before.get(key) != after.get(key)]
+    return [f"{key}: {before.get(key)} -> {after.get(key)}" for key in keys]
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def _now() -> str:

@@ -2,7 +2,9 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from timm.models._manipulate import adapt_input_conv
 from torch import Tensor, nn
 
 from selfvil.errors import UserError
@@ -14,7 +16,8 @@ def start_backbone(backbone: nn.Module, source: str | Path) -> None:
     """Load pretrained weights into `backbone`, without a classifier.
 
     source: an export, a run or a checkpoint (its default network), or a single file: a published one of Vision-LSTM
-    (.th), or a safetensors file of the same timm model.
+    (.th), or a safetensors file of the same timm model. Weights for RGB images are adapted to other channels by timm's
+    rule: repeated and scaled, so that equal channels give the same tokens, and summed for one channel.
 
     Raises UserError, and changes nothing, if the source is none of these, damaged, or of another architecture.
     """
@@ -25,7 +28,7 @@ def start_backbone(backbone: nn.Module, source: str | Path) -> None:
             raise UserError(f"model.start_from: {error}") from None
     else:
         weights = load_pretrained(source, num_classes=0).backbone.state_dict()
-    weights = _resample_positions(backbone, weights)
+    weights = _adapt_channels(backbone, _resample_positions(backbone, weights))
     require_fit(backbone, weights, f"model.start_from = {source} is of another architecture than the recipe's")
     backbone.load_state_dict(weights)
 
@@ -55,6 +58,16 @@ def start_objective(objective: nn.Module, source: str | Path) -> None:
     where = f"model.start_from = {source} was made by another objective or architecture than the recipe's"
     require_fit(objective, weights, where, "take its settings, or set model.start_heads=new to take its backbone alone")
     objective.load_state_dict(weights)
+
+
+def _adapt_channels(backbone: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights, with the first convolution adapted from 3 channels to those of `backbone`."""
+    names = getattr(backbone, "pretrained_cfg", {}).get("first_conv") or ()
+    adapted, expected = dict(weights), backbone.state_dict()
+    for name in (f"{each}.weight" for each in ((names,) if isinstance(names, str) else names)):
+        if name in weights and name in expected and weights[name].ndim == 4 and weights[name].shape[1] == 3:
+            adapted[name] = adapt_input_conv(expected[name].shape[1], weights[name])
+    return adapted
 
 
 def _resample_positions(module: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

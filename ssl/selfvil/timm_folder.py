@@ -116,6 +116,9 @@ def _timm_config(
     } | ({"label_names": list(label_names)} if classes else {})
 
 
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+"""Of images of Pillow, by their channels."""
+
 # --- the model card --------------------------------------------------------------------------------------------------
 
 FOLDER = "PATH_OF_THIS_FOLDER"
@@ -130,12 +133,13 @@ def card(
     intro: str = "",
     more: Sequence[str] = (),
     licence: str | None = None,
+    photo: bool = True,
 ) -> str:
     """A model card in Markdown.
 
     load: lines of Python that load the network and apply it to the image `image`. facts: how the network was trained;
     entries that are None are left out. more: lines after the facts. licence: an identifier of the Hugging Face hub,
-    such as apache-2.0.
+    such as apache-2.0. photo: `image` is a photograph; else `load` makes it.
     """
     lines = [
         *header("timm", tags, licence),
@@ -146,8 +150,8 @@ def card(
         "",
         "```python",
         "import selfvil, timm  # importing selfvil registers the vil_* models",
-        "from PIL import Image",
-        'image = Image.open("photo.jpg")',
+        *(["from PIL import Image"] if photo else []),
+        *(['image = Image.open("photo.jpg")'] if photo else []),
         *load,
         "```",
         "",
@@ -189,11 +193,26 @@ def licence_lines(licence: str | None) -> list[str]:
     return ["## Licence", "", left if licence is None else given, ""]
 
 
+def view_lines(shown: Normalisation, network: str) -> list[str]:
+    """Python that makes `view` and, unless `image` is an RGB photograph, `image`. network: the name of its variable."""
+    if shown.channels in MODES:
+        convert = [] if shown.channels == 3 else [f'image = image.convert("{MODES[shown.channels]}")']
+        return [f"view = timm.data.create_transform(**timm.data.resolve_model_data_config({network}))", *convert]
+    return [
+        "from selfvil.data.arrays import decode_pixels",
+        "from selfvil.data.views import CenterCrop",
+        f"config = {network}.pretrained_cfg",
+        'view = CenterCrop(config["input_size"][1:], config["mean"], config["std"])',
+        f'image = decode_pixels(open("tile.tif", "rb").read(), {shown.channels})  # or .npy',
+    ]
+
+
 def describe(normalisation: Normalisation) -> str:
     """A normalisation in words, for a card."""
     height, width = normalisation.img_size
     mean, std = list(normalisation.mean), list(normalisation.std)
-    return f"pixels in 0..1, mean {mean}, std {std}, {height} x {width} pixels"
+    scale = "pixels in 0..1" if min(mean) >= 0 and max(mean) <= 1 else "pixels in their own unit"
+    return f"{scale}, mean {mean}, std {std}, {height} x {width} pixels"
 
 
 def inline(settings: Mapping[str, Any]) -> str:

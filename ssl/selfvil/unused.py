@@ -23,7 +23,7 @@ def freeze_unused(objective: Objective, channels: int, device: torch.device, aut
 
     Args:
         objective: on `device`, before DDP or DeepSpeed wraps it. Its weights, buffers and mode are left unchanged.
-        channels: of an image: 1, 3 or 4.
+        channels: of an image.
         autocast: a fresh context of the run's precision.
 
     Raises:

@@ -1,5 +1,6 @@
 """Commands for images: `selfvil pack`, `index`."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -50,11 +51,24 @@ def pack(
 def index(
     images: Images,
     image: Annotated[str | None, typer.Option(help="Extension of the image to use if samples have several.")] = None,
+    stats: Annotated[bool, typer.Option("--stats", help="Measure the channels, for data.stats=auto.")] = False,
+    channels: Annotated[
+        int | None, typer.Option(min=1, max=32, help="With --stats: default, the first image's.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes of --stats; default: one per core.")] = None,
 ) -> None:
     """Index images, so that they can be read by position; pretrain and eval do this if needed."""
     from selfvil.data.images import open_images
     from selfvil.data.index import report_index
 
     with progress_bar("indexing") as progress:
-        report = report_index(open_images(images, progress, image))
-    print(report)
+        opened = open_images(images, progress, image)
+    print(report_index(opened))
+    if not stats:
+        return
+    from selfvil.data.stats import measure, save
+
+    with progress_bar("measuring") as progress:
+        found = measure(opened, channels, workers or os.cpu_count() or 1, progress)
+    print(found)
+    print(f"saved in {save(opened, found)}")

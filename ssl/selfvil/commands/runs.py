@@ -82,7 +82,7 @@ def explain(key: Annotated[str, typer.Argument(help="A key such as optim.base_lr
 
 def schema() -> None:
     """Print the JSON schema of a recipe, for completion in editors."""
-    from selfvil.recipe import schema
+    from selfvil.explain import schema
 
     print(json.dumps(schema(), indent=2))
 

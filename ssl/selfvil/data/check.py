@@ -29,6 +29,8 @@ from PIL import Image
 from PIL.ImageFile import ImageFile
 from torchvision.io import ImageReadMode, decode_jpeg
 
+from selfvil.data.array_views import resize
+from selfvil.data.arrays import array_extension, decode_pixels, divisor, size_of
 from selfvil.data.read import (
     DamagedImage,
     convert_image,
@@ -101,6 +103,9 @@ class Checker:
     def _check(self, i: int) -> Checked:
         data = self.read(i)
         deepest = 0
+        extension = array_extension(data)
+        if extension is not None and (self.max_value is None or extension == "npy"):
+            return self._check_array(i, data, extension)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             header = open_image(data)
@@ -132,6 +137,26 @@ class Checker:
             data, kind = _encode(image, "PNG")
         return Checked(
             data, _MEMBERS[kind], mask=mask or b"", damage=_short(damage), notes=_short(notes), size=image.size,
+            deepest=deepest,
+        )  # fmt: skip
+
+    def _check_array(self, i: int, data: bytes, extension: str) -> Checked:
+        """An image with other channels than Pillow's, or more than 8 bits: packed as it is, or resized as NPY."""
+        pixels = decode_pixels(data, None)
+        damage, notes = _check_container(data, "PNG") if extension == "png" else ([], [])
+        grey16 = isinstance(pixels, np.ndarray) and pixels.dtype == np.uint16 and pixels.shape[2] == 1
+        deepest = int(pixels.max()) if isinstance(pixels, np.ndarray) and grey16 else 0
+        mask = self.read_mask(i)
+        if mask is not None:
+            mask, complaints = _check_mask(mask, size_of(pixels), self.size)
+            damage += complaints
+        if self.size is not None and min(size_of(pixels)) > self.size:
+            pixels = _shrink_array(np.asarray(pixels), self.size)
+            file = io.BytesIO()
+            np.save(file, pixels, allow_pickle=False)
+            data, extension = file.getvalue(), "npy"
+        return Checked(
+            data, extension, mask=mask or b"", damage=_short(damage), notes=_short(notes), size=size_of(pixels),
             deepest=deepest,
         )  # fmt: skip
 
@@ -256,6 +281,16 @@ def _shrunk(size: tuple[int, int], shorter: int) -> tuple[int, int]:
 
 def _shrink(image: Image.Image, size: int) -> Image.Image:
     return image.resize(_shrunk(image.size, size), Image.Resampling.BICUBIC)
+
+
+def _shrink_array(pixels: np.ndarray, size: int) -> np.ndarray:
+    """An array (H, W, C) with its shorter side resized to `size`, in its own dtype: integers are rounded."""
+    pixels = pixels[:, :, None] if pixels.ndim == 2 else pixels
+    smaller = np.asarray(resize(pixels, _shrunk((pixels.shape[1], pixels.shape[0]), size))) * divisor(pixels.dtype)
+    if pixels.dtype.kind in "ui":
+        limits = np.iinfo(pixels.dtype)
+        smaller = np.rint(smaller.astype(np.float64)).clip(limits.min, limits.max)
+    return smaller.astype(pixels.dtype)
 
 
 def _encode(image: Image.Image, kind: str) -> tuple[bytes, str]:

@@ -18,20 +18,20 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL.Image import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from selfvil.data.arrays import Pixels, decode_pixels
 from selfvil.data.base import Images
 from selfvil.data.ledger import BadSample
 from selfvil.data.order import AnyOrder, Order
-from selfvil.data.read import DamagedImage, decode_image
-from selfvil.data.render import Drawn, require_renderable
+from selfvil.data.read import DamagedImage
+from selfvil.data.render import Drawn, drawn_on, require_renderable
 from selfvil.data.views import RandomCropFlip, preserved_randomness, seed_randomness
 from selfvil.errors import UserError
 from selfvil.stop import SIGNALS
 
-View = Callable[[Image], Tensor]
+View = Callable[[Pixels], Tensor]
 """A decoded image to a float32 tensor (C, H, W)."""
 
 Span = tuple[int, int]
@@ -104,7 +104,7 @@ def train_batches(
         micro_batch: largest number of samples in a micro-batch of one rank; the last micro-batch of a step may be
             smaller. None: `accumulate` equal parts.
         workers: processes that decode and augment; 0 does it in this process. Results are the same.
-        channels: of the decoded images: 1 (grey), 3 (RGB) or 4 (RGBA).
+        channels: of the decoded images, 1 to 32: 8 bits in 1 (grey), 3 (RGB) or 4 (RGBA), or arrays.
         augment: where augmentation runs: in the workers, or on the device in `Batch.to`, with the images and random
             numbers of the workers. Both give the same views to the rounding of 8 bits.
         balanced: visit all classes equally often.
@@ -192,23 +192,20 @@ class _Samples(Dataset):
         positions = np.arange(*span)
         ids = positions.copy() if self.order is None else self.order.ids(positions)
         made: list[list[Any]] = [[] for _ in self.views]
-        images: list[Image] = []
+        images: list[Pixels] = []
         bad: list[BadSample] = []
         kept: list[int] = []
         with preserved_randomness():
             for row, position in enumerate(positions.tolist()):
                 try:
                     image, ids[row] = self._image(position, int(ids[row]), bad)
+                    self._make_views(image, position, made)
                 except UserError as error:  # DataLoader would add the traceback of the worker to a raised error
                     return error
                 except DamagedImage as damage:  # only with skip_damaged
                     bad.append(self._bad(position, int(ids[row]), str(damage), -1))
                     continue
                 kept.append(row)
-                for number, view in enumerate(self.views):
-                    seed_randomness(self.seed, position, number)
-                    crop = self.crops and self.crops[number]
-                    made[number].append(crop.draw(*image.size, image.mode) if crop else view(image))
                 if self.crops:
                     images.append(image)
         positions, ids = positions[kept], ids[kept]
@@ -217,14 +214,19 @@ class _Samples(Dataset):
         stacked = [] if drawn else [torch.stack(rows) if rows else torch.zeros(0) for rows in made]
         return Batch(stacked, torch.from_numpy(positions), torch.from_numpy(ids), torch.from_numpy(labels), bad, drawn)
 
-    def _image(self, position: int, first: int, bad: list[BadSample]) -> tuple[Image, int]:
+    def _make_views(self, image: Pixels, position: int, made: list[list[Any]]) -> None:
+        for number, view in enumerate(self.views):
+            seed_randomness(self.seed, position, number)
+            made[number].append(view(image) if self.crops is None else drawn_on(self.crops[number], image))
+
+    def _image(self, position: int, first: int, bad: list[BadSample]) -> tuple[Pixels, int]:
         """The image for a position, and its id. A damaged sample is replaced by the sample that the order of another
         seed has at this position, which is the same for any number of processes."""
         failed: list[tuple[int, str]] = []
         id = first
         for hop in range(_TRIES):
             try:
-                image = decode_image(self.shards.read(id), self.channels)
+                image = decode_pixels(self.shards.read(id), self.channels)
             except DamagedImage as damage:
                 if self.skip_damaged:
                     raise

@@ -322,9 +322,9 @@ class _Findings:
             return []
         likely = (1 << max(9, self.deepest.bit_length())) - 1
         return [
-            f"{self.deep} images of 16-bit grey have values up to only {self.deepest}, but white is 65535: they will "
-            f"be dark, with at most {self.deepest // 257 + 1} grey levels; if they hold {likely.bit_length()} bits, "
-            f"pack them with --max-value {likely}"
+            f"{self.deep} images of 16-bit grey have values up to only {self.deepest}, and white is 65535: set "
+            f"data.mean and data.std accordingly (selfvil index SHARDS --stats); or, if they hold "
+            f"{likely.bit_length()} bits, convert them to 8 bits with --max-value {likely}"
         ]
 
     def _describe_size(self, size: int | None) -> list[str]:

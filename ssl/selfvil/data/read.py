@@ -16,6 +16,8 @@ import numpy as np
 from PIL import Image
 from PIL.ImageFile import ImageFile
 
+from selfvil.errors import UserError
+
 MAX_PIXELS = 2**26
 """Largest width × height that is decoded, 67 million: a PNG of 20 KB may declare enough pixels to fill the memory.
 
@@ -25,8 +27,19 @@ as a PNG of 16-bit grey, including a view of 224 x 224 (`benchmarks/decoding.py`
 MAX_BYTES = 2**28
 """Largest file, in bytes, that is read or decompressed: MAX_PIXELS in four channels, uncompressed."""
 
+MAX_CHANNELS = 32
+"""Largest number of channels of an image."""
+
+MAX_ARRAY_BYTES = 2**28
+"""Largest decoded array in bytes: width × height × channels × bytes of a value. It is checked in the header, before
+anything of this size is allocated: 12 channels of 16 bits may have 3,344 × 3,344 pixels.
+
+An array of this size takes up to 1.1 GB in a data worker, a DICOM image 1.7 GB, including a view of 224 x 224
+(`benchmarks/decoding.py`)."""
+
 EXTENSIONS = (
     "jpg", "jpeg", "jpe", "jfif", "mpo", "png", "apng", "webp", "tif", "tiff", "bmp", "ppm", "pgm", "pbm", "pnm",
+    "npy", "dcm",
 )  # fmt: skip
 """File name extensions of images. If a sample has several images, the first of these is used."""
 
@@ -60,6 +73,13 @@ class Loaded(NamedTuple):
 
     image: Image.Image
     white: int | None
+
+
+class Decoded(NamedTuple):
+    """pixels (H, W, C). colour: they are grey or RGB, and the last one of 2 or 4 channels is alpha."""
+
+    pixels: np.ndarray
+    colour: bool = False
 
 
 def open_image(data: bytes) -> ImageFile:
@@ -111,8 +131,23 @@ def convert_image(loaded: Loaded, channels: int | None, max_value: int | None = 
     mode = _MODES[_channels(image) if channels is None else channels]
     if image.mode == mode:
         return image
-    with _damage():
+    with raise_damage():
         return _convert(image, mode, loaded.white or max_value or 65535)
+
+
+def check_size(width: int, height: int, channels: int, value_bytes: int) -> None:
+    """Raise DamagedImage unless an image of this size may be decoded."""
+    if min(width, height, channels, value_bytes) < 1:
+        raise DamagedImage(f"it declares {width} × {height} pixels of {channels} channels")
+    if channels > MAX_CHANNELS:
+        raise DamagedImage(f"it has {channels} channels, more than the limit of {MAX_CHANNELS}")
+    if width * height > MAX_PIXELS:
+        raise DamagedImage(f"{width} × {height} pixels are more than the limit of {MAX_PIXELS}")
+    if (size := width * height * channels * value_bytes) > MAX_ARRAY_BYTES:
+        raise DamagedImage(
+            f"{width} × {height} pixels of {channels} channels are {size} bytes, more than the limit of "
+            f"{MAX_ARRAY_BYTES}"
+        )
 
 
 def turn_upright(image: Image.Image, header: Image.Image) -> Image.Image:
@@ -122,6 +157,15 @@ def turn_upright(image: Image.Image, header: Image.Image) -> Image.Image:
     except Exception:  # broken EXIF raises many classes; the pixels can be used
         turn = None
     return image if turn is None else image.transpose(turn)
+
+
+def upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Pixels (H, W, C) rotated by an EXIF orientation, 1 to 8."""
+    if orientation in (5, 6, 7, 8):
+        pixels = pixels.transpose(1, 0, 2)
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    return pixels[::-1] if orientation in (3, 4, 7, 8) else pixels
 
 
 def raw_modes(image: ImageFile) -> list[str]:
@@ -134,7 +178,7 @@ def raw_modes(image: ImageFile) -> list[str]:
 
 
 def _open(data: bytes) -> ImageFile:
-    with _damage():
+    with raise_damage():
         image = Image.open(io.BytesIO(data), formats=_FORMATS)
         width, height = image.size
         if width * height > MAX_PIXELS:
@@ -144,18 +188,18 @@ def _open(data: bytes) -> ImageFile:
 
 def _load(data: bytes) -> Loaded:
     image = _open(data)
-    with _damage():
+    with raise_damage():
         white = 4095 if "I;12" in raw_modes(image) else 65535 if image.format == "PPM" else None
         image.load()
         return Loaded(turn_upright(image, image), white)
 
 
 @contextmanager
-def _damage() -> Iterator[None]:
+def raise_damage() -> Iterator[None]:
     """Raise DamagedImage for every exception: on hostile bytes, Pillow raises OSError, SyntaxError, struct.error ..."""
     try:
         yield
-    except DamagedImage:
+    except (DamagedImage, UserError):
         raise
     except Image.UnidentifiedImageError:
         raise DamagedImage("not an image file of a known format") from None

@@ -20,12 +20,13 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
-from PIL.Image import Image
 from torch import Tensor
 
+from selfvil.data.arrays import Pixels
 from selfvil.data.views import DINOCrop, Draw, RandomCropFlip
 from selfvil.errors import UserError
 
@@ -39,15 +40,30 @@ _CONTRAST, _SATURATION, _HUE = 2, 3, 4  # kinds; 1 is brightness, 0 no change
 
 
 def require_renderable(views: Sequence[object]) -> list[RandomCropFlip]:
-    """The same views. Raises UserError if this module cannot render one of them."""
-    crops = [view for view in views if type(view) in (RandomCropFlip, DINOCrop)]
+    """The same views. Raises UserError if this module cannot render one of them: it computes with 8 bits."""
+    crops: list[Any] = [view for view in views if type(view) in (RandomCropFlip, DINOCrop)]
     if len(crops) < len(views):
         other = next(view for view in views if type(view) not in (RandomCropFlip, DINOCrop))
         raise UserError(
             f"data.augment = device: {type(other).__name__} cannot be made on a device, only RandomCropFlip and "
             "DINOCrop can: set data.augment to workers"
         )
-    return crops  # type: ignore[return-value]
+    if len(crops[0].normalise.factor) not in (1, 3, 4) or any(crop.channel_drop for crop in crops):
+        raise UserError(
+            "data.augment = device is for images of 8 bits with 1, 3 or 4 channels, without data.channel_drop: set "
+            "data.augment to workers"
+        )
+    return crops
+
+
+def drawn_on(crop: RandomCropFlip, image: Pixels) -> Draw:
+    """The random numbers of a view of an image. Raises UserError for an array."""
+    if isinstance(image, np.ndarray):
+        raise UserError(
+            f"data.augment = device is for images of 8 bits with 1, 3 or 4 channels, and an image has {image.dtype} "
+            f"values in {image.shape[2]} channels: set data.augment to workers"
+        )
+    return crop.draw(*image.size, image.mode)
 
 
 @dataclass(frozen=True)
@@ -64,9 +80,9 @@ class Drawn:
 
     @classmethod
     def collate(
-        cls, images: Sequence[Image], draws: Sequence[Sequence[Draw]], views: Sequence[RandomCropFlip]
+        cls, images: Sequence[Any], draws: Sequence[Sequence[Draw]], views: Sequence[RandomCropFlip]
     ) -> "Drawn":
-        """From images of one mode, whose sizes may differ. `draws[v][b]` belongs to view v of image b.
+        """From images of Pillow of one mode, whose sizes may differ. `draws[v][b]` belongs to view v of image b.
 
         Images with a side longer than 1,024 pixels and than twice the largest view are reduced by an integer first.
         """

@@ -1,5 +1,8 @@
 """Views: callables from a decoded image to a normalised float32 tensor (C, H, W).
 
+A decoded image is one of Pillow, with 8 bits, or an array (`data/arrays.py`), which is augmented channel by channel
+(`data/array_views.py`).
+
 A view uses the global generators of torch, numpy and Python. The loader seeds them by (seed, position, view) before
 each call, so a view depends on nothing else: not on workers, ranks or resumes.
 
@@ -12,12 +15,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import blake2b
 from struct import pack
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from torch import Tensor
+
+from selfvil.data import array_views
+from selfvil.data.arrays import Pixels, divisor, size_of
+from selfvil.errors import UserError
 
 Size = int | Sequence[int]
 """Height and width in pixels; a single number means a square."""
@@ -44,23 +51,31 @@ def seed_randomness(seed: int, position: int, view: int) -> None:
 
 
 class _Normalise:
-    """8-bit pixels to (value / 255 - mean) / std, channels first."""
+    """Pixels to (value / divisor - mean) / std, channels first, where the divisor is 255 for 8 bits."""
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         if len(mean) != len(std) or min(std) <= 0:
             raise ValueError(f"mean {list(mean)} and std {list(std)} must have one value per channel, std above 0")
         centre, spread = np.array(mean, np.float64)[:, None, None], np.array(std, np.float64)[:, None, None]
+        self.spread, self.unit_scale = spread, min(mean) >= 0 and max(mean) <= 1
         self.factor = (1 / (255 * spread)).astype(np.float32)
         self.shift = (centre / spread).astype(np.float32)
 
-    def __call__(self, image: Image.Image, flip: bool = False) -> Tensor:
-        pixels = np.asarray(image)
+    def __call__(self, image: Pixels, flip: bool = False) -> Tensor:
+        pixels, factor = np.asarray(image), self.factor
+        if pixels.dtype != np.uint8:
+            factor = (1 / (divisor(pixels.dtype) * self.spread)).astype(np.float32)
+        elif not self.unit_scale:
+            raise UserError(
+                f"data.mean has the value {float((self.shift * self.spread).max()):g}, and an image has 8 bits, whose "
+                "values are on a scale of 0 to 1: divide mean and std by 255, or set data.stats to auto"
+            )
         pixels = pixels[:, :, None] if pixels.ndim == 2 else pixels
         if pixels.shape[2] != len(self.factor):
             raise ValueError(f"the image has {pixels.shape[2]} channels, mean and std have {len(self.factor)}")
         if flip:
             pixels = pixels[:, ::-1]
-        channels_first = np.multiply(pixels.transpose(2, 0, 1), self.factor, dtype=np.float32, order="C")
+        channels_first = np.multiply(pixels.transpose(2, 0, 1), factor, dtype=np.float32, order="C")
         channels_first -= self.shift
         return torch.from_numpy(channels_first)
 
@@ -85,6 +100,7 @@ class RandomCropFlip:
     MAE's augmentation (He et al., 2021). The share of the area is drawn from `scale`, the width/height ratio
     log-uniformly from `ratio` (Szegedy et al., 2015; torchvision's RandomResizedCrop draws the same way). flip=False
     never flips, for images whose mirror image means something else: letters, digits, organs.
+    channel_drop: probability that a channel of the view is 0 (see `array_views.drop_channels`).
     """
 
     def __init__(
@@ -95,15 +111,20 @@ class RandomCropFlip:
         std: Sequence[float],
         ratio: tuple[float, float] = (3 / 4, 4 / 3),
         flip: bool = True,
+        channel_drop: float = 0.0,
     ) -> None:
         if not (0 < scale[0] <= scale[1] <= 1 and 0 < ratio[0] <= ratio[1]):
             raise ValueError(f"scale {scale} must lie within (0, 1], ratio {ratio} above 0, both ascending")
         self.height, self.width = _pair(size)
-        self.scale, self.ratio, self.flip = tuple(scale), tuple(ratio), flip
+        self.scale, self.ratio, self.flip, self.channel_drop = tuple(scale), tuple(ratio), flip, channel_drop
         self.normalise = _Normalise(mean, std)
 
-    def __call__(self, image: Image.Image) -> Tensor:
-        return self.apply(image, self.draw(*image.size, image.mode))
+    def __call__(self, image: Pixels) -> Tensor:
+        if isinstance(image, Image.Image):
+            view = self.apply(image, self.draw(*image.size, image.mode))
+        else:
+            view = self._of_array(image)
+        return array_views.drop_channels(view, self.channel_drop)
 
     def draw(self, width: int, height: int, mode: str) -> Draw:
         """Draw a view of an image of this size in pixels and Pillow's mode (L, RGB or RGBA)."""
@@ -113,15 +134,20 @@ class RandomCropFlip:
         """The view (C, H, W) by `draw`, which was made for the size and mode of this image."""
         return self.normalise(self._crop(image, draw), flip=draw.flip)
 
+    def _of_array(self, image: np.ndarray) -> Tensor:
+        """Crop and flip of an array; subclasses distort it."""
+        draw = Draw(self._box(*size_of(image)), self._flips())
+        return self.normalise(self._crop(image, draw), flip=draw.flip)
+
     def _flips(self) -> bool:
         return self.flip and random.random() < 0.5
 
-    def _crop(self, image: Image.Image, draw: Draw) -> Image.Image:
+    def _crop(self, image: Pixels, draw: Draw) -> Any:
         left, top, width, height = draw.box
-        if (left, top, width, height) != (0, 0, *image.size):
-            image = image.crop((left, top, left + width, top + height))
+        if (left, top, width, height) != (0, 0, *size_of(image)):
+            image = array_views.crop(image, (left, top, left + width, top + height))
         if (width, height) != (self.width, self.height):
-            image = image.resize((self.width, self.height), Image.Resampling.BICUBIC)
+            image = array_views.resize(image, (self.width, self.height))
         return image
 
     def _box(self, width: int, height: int) -> tuple[int, int, int, int]:
@@ -144,7 +170,8 @@ class DINOCrop(RandomCropFlip):
     After crop and flip: with probability 0.8, brightness, contrast, saturation and hue change, in random order, by
     amounts up to `jitter`; with probability 0.2, colours become grey; with probability `blur`, a Gaussian blur of 0.1
     to 2 pixels; with probability `solarise`, values from 128 are inverted. Grey images (L) skip the changes that need
-    colours. An alpha channel (RGBA) is only cropped and resized.
+    colours. An alpha channel (RGBA) is only cropped and resized. Arrays have changes of contrast, gamma and brightness
+    of each channel instead of those of colours, and are neither made grey nor inverted.
     """
 
     def __init__(
@@ -158,8 +185,9 @@ class DINOCrop(RandomCropFlip):
         solarise: float = 0.0,
         jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1),
         flip: bool = True,
+        channel_drop: float = 0.0,
     ) -> None:
-        super().__init__(size, scale, mean, std, flip=flip)
+        super().__init__(size, scale, mean, std, flip=flip, channel_drop=channel_drop)
         if not (0 <= blur <= 1 and 0 <= solarise <= 1 and min(jitter) >= 0 and jitter[3] <= 0.5):
             raise ValueError(
                 f"blur {blur} and solarise {solarise} must lie within [0, 1], jitter {jitter} above 0, hue at most 0.5"
@@ -187,6 +215,13 @@ class DINOCrop(RandomCropFlip):
             image = self._distort(image, draw)
         return self.normalise(image, flip=draw.flip)
 
+    def _of_array(self, image: np.ndarray) -> Tensor:
+        view = super()._of_array(image)
+        if random.random() < 0.8:
+            brightness, contrast, gamma, _ = self.jitter
+            view = array_views.jitter(view, contrast, gamma, brightness)
+        return array_views.blur(view, random.uniform(0.1, 2.0)) if random.random() < self.blur else view
+
     def _distort(self, image: Image.Image, draw: Draw) -> Image.Image:
         for kind, amount in draw.changes:
             image = _change(image, kind, amount)
@@ -204,10 +239,12 @@ class ClassifierCrop(RandomCropFlip):
 
     Args:
         three_augment: grey, inverted from 128 or blurred by 0.1 to 2 pixels, one of the three at random (Touvron et
-            al., "DeiT III", 2022). Grey images (L) are not made grey, and stay as they are in that case.
-        jitter: largest change of brightness, contrast and saturation, in random order.
+            al., "DeiT III", 2022). Grey images (L) are not made grey, and stay as they are in that case. Arrays stay
+            as they are, have another gamma in each channel, or are blurred.
+        jitter: largest change of brightness, contrast and saturation, in random order; for arrays, of brightness and
+            contrast of each channel.
         randaugment: magnitude, 0 to 10, of timm's RandAugment (Cubuk et al., 2020), whose operations increase with it
-            ("rand-m9-mstd0.5-inc1" for 9); None leaves it out. Not for images with an alpha channel.
+            ("rand-m9-mstd0.5-inc1" for 9); None leaves it out. Only for images of 8 bits, grey or RGB.
         erasing: probability that a rectangle is replaced by noise (Zhong et al., 2017; timm's, "pixel").
     """
 
@@ -223,22 +260,23 @@ class ClassifierCrop(RandomCropFlip):
         randaugment: int | None = None,
         erasing: float = 0.0,
         flip: bool = True,
+        channel_drop: float = 0.0,
     ) -> None:
         from timm.data.auto_augment import rand_augment_transform  # slow: it imports all of timm
         from timm.data.random_erasing import RandomErasing
 
-        super().__init__(size, scale, mean, std, flip=flip)
+        super().__init__(size, scale, mean, std, flip=flip, channel_drop=channel_drop)
         if not (0 <= jitter <= 1 and 0 <= erasing <= 1 and 0 <= (randaugment or 0) <= 10):
             raise ValueError(
                 f"jitter {jitter} and erasing {erasing} must lie within [0, 1], randaugment {randaugment} in [0, 10]"
             )
-        if randaugment is not None and len(mean) == 4:
-            raise ValueError("RandAugment moves and rotates an image, and would leave its alpha channel in place")
+        if randaugment is not None and len(mean) not in (1, 3):
+            raise ValueError("RandAugment is for grey and RGB images; it would leave an alpha channel in place")
         self.three_augment, self.jitter = three_augment, jitter
         grey = tuple(round(255 * value) for value in mean)
         fill = {
             "translate_const": int(0.45 * min(self.height, self.width)),
-            "img_mean": grey[0] if len(grey) == 1 else grey,
+            "img_mean": grey[0] if len(grey) == 1 else grey,  # only for RandAugment
             "interpolation": Image.Resampling.BICUBIC,
             "magnitude_max": 9.99,  # at 10, timm asks Pillow for an image of 0 bits, which Pillow refuses
         }
@@ -246,8 +284,11 @@ class ClassifierCrop(RandomCropFlip):
         self.randaugment = None if randaugment is None else rand_augment_transform(name, fill)
         self.erase = RandomErasing(erasing, mode="pixel", device="cpu") if erasing else None
 
-    def __call__(self, image: Image.Image) -> Tensor:
-        draw = self.draw(*image.size, image.mode)
+    def __call__(self, image: Pixels) -> Tensor:
+        view = super().__call__(image)
+        return view if self.erase is None else self.erase(view)
+
+    def apply(self, image: Image.Image, draw: Draw) -> Tensor:
         image = self._crop(image, draw)
         if draw.flip:
             image = ImageOps.mirror(image)
@@ -256,8 +297,21 @@ class ClassifierCrop(RandomCropFlip):
             image.putalpha(alpha)
         else:
             image = self._distort(image)
-        view = self.normalise(image)
-        return view if self.erase is None else self.erase(view)
+        return self.normalise(image)
+
+    def _of_array(self, image: np.ndarray) -> Tensor:
+        if self.randaugment is not None:
+            raise UserError(
+                "objective.randaugment is for images of 8 bits, and an image has more: set it to null, and "
+                "objective.three_augment or objective.color_jitter instead"
+            )
+        view = super()._of_array(image)
+        choice = random.randrange(3) if self.three_augment else 0
+        if choice == 1:
+            view = array_views.jitter(view, contrast=0, gamma=0.5, brightness=0)
+        elif choice == 2:
+            view = array_views.blur(view, random.uniform(0.1, 2.0))
+        return array_views.jitter(view, self.jitter, 0, self.jitter) if self.jitter else view
 
     def _distort(self, image: Image.Image) -> Image.Image:
         if self.three_augment:
@@ -309,8 +363,8 @@ class CenterCrop:
         self.crop_pct = crop_pct
         self.normalise = _Normalise(mean, std)
 
-    def __call__(self, image: Image.Image) -> Tensor:
-        width, height = image.size
+    def __call__(self, image: Pixels) -> Tensor:
+        width, height = size_of(image)
         factor = max(round(self.width / self.crop_pct) / width, round(self.height / self.crop_pct) / height)
         resized = max(self.width, round(width * factor)), max(self.height, round(height * factor))
         left, top = (resized[0] - self.width) // 2, (resized[1] - self.height) // 2
@@ -321,12 +375,11 @@ class CenterCrop:
             # The same pixels up to rounding: a box has coordinates in single precision.
             across, down = width / resized[0], height / resized[1]
             box = left * across, top * down, (left + self.width) * across, (top + self.height) * down
-            image = image.resize((self.width, self.height), Image.Resampling.BICUBIC, box)
-            return self.normalise(image)
-        if resized != image.size:
-            image = image.resize(resized, Image.Resampling.BICUBIC)
+            return self.normalise(array_views.resize(image, (self.width, self.height), box))
+        if resized != (width, height):
+            image = array_views.resize(image, resized)
         if resized != (self.width, self.height):
-            image = image.crop((left, top, left + self.width, top + self.height))
+            image = array_views.crop(image, (left, top, left + self.width, top + self.height))
         return self.normalise(image)
 
 

@@ -16,9 +16,10 @@ from PIL import Image
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
 from torch import Tensor
 
+from selfvil.data.arrays import Pixels, decode_pixels
 from selfvil.data.images import open_images
 from selfvil.data.loader import ordered_batches
-from selfvil.data.read import DamagedImage, Loaded, convert_image, decode_image, turn_upright
+from selfvil.data.read import DamagedImage, Loaded, convert_image, turn_upright
 from selfvil.embedding.encoder import Encoder, load_encoder
 from selfvil.errors import UserError, shorten
 
@@ -71,8 +72,9 @@ class Embedder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator)
     def transform(self, X: Any) -> np.ndarray:
         """Embeddings of images, float32 (N, D), in their order.
 
-        X: a list of paths, PIL images and arrays; or the path of a folder of images, or of shards. Arrays are uint8,
-        (height, width) or (height, width, channels); an array (N, height, width, channels) is N of them.
+        X: a list of paths, PIL images and arrays; or the path of a folder of images, or of shards. Arrays are
+        (height, width) or (height, width, channels), on the scale of files (`selfvil.data.arrays`): uint8 and uint16
+        use their whole range. An array (N, height, width, channels) is N of them.
 
         Raises UserError: X is none of these, or an image cannot be read. No row is left out, since rows belong to
         labels; to leave out damaged images, use `selfvil.embed`.
@@ -144,7 +146,7 @@ def _as_list(images: Any) -> Sequence[Any]:
         )
     if isinstance(images, np.ndarray) and images.dtype != object and images.dtype.kind not in "US" and images.ndim < 3:
         raise UserError(
-            f"Embedder got an array of shape {list(images.shape)}; expected uint8 images (N, height, width, channels), "
+            f"Embedder got an array of shape {list(images.shape)}; expected images (N, height, width, channels), "
             "or a list of paths, PIL images or arrays"
         )
     return list(images)
@@ -170,20 +172,35 @@ def _from_list(images: Sequence[Any], encoder: Encoder, batch_size: int, workers
             yield torch.stack([future.result() for future in now])
 
 
-def _decode(number: int, item: Any, channels: int) -> Image.Image:
-    """An image with 8 bits in each of `channels`. Raises UserError."""
+def _decode(number: int, item: Any, channels: int) -> Pixels:
+    """An image of `channels`. Raises UserError."""
     try:
         if isinstance(item, (str, os.PathLike)):
             name = os.fspath(item)
-            return decode_image(Path(item).expanduser().read_bytes(), channels)
+            return decode_pixels(Path(item).expanduser().read_bytes(), channels)
         name = f"image {number}"
         if isinstance(item, Image.Image):
             return convert_image(Loaded(turn_upright(item, item), None), channels)
+        if isinstance(item, np.ndarray) and (item.dtype != np.uint8 or channels not in (1, 3, 4)):
+            return _channels_last(item, name, channels)
         if isinstance(item, np.ndarray):
             return convert_image(Loaded(_from_array(item, name), None), channels)
     except (OSError, DamagedImage) as error:
         raise UserError(f"{name} cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    raise UserError(f"image {number} is a {type(item).__name__}; expected a path, a PIL image or a uint8 array")
+    raise UserError(f"image {number} is a {type(item).__name__}; expected a path, a PIL image or an array")
+
+
+def _channels_last(array: np.ndarray, name: str, channels: int) -> np.ndarray:
+    """An array that is not an image of Pillow, as (H, W, C)."""
+    pixels = array[:, :, None] if array.ndim == 2 else array
+    if array.dtype.kind not in "uif" or pixels.ndim != 3 or pixels.shape[2] != channels or not array.size:
+        expected = "(height, width)" if channels == 1 else f"(height, width, {channels})"
+        raise UserError(
+            f"{name} is an array of {array.dtype}, shape {list(array.shape)}; expected {expected}, integers or floats"
+        )
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise UserError(f"{name} holds NaN or infinite values: replace them")
+    return pixels
 
 
 def _from_array(array: np.ndarray, name: str) -> Image.Image:

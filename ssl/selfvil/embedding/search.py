@@ -16,7 +16,8 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
-from selfvil.data.read import DamagedImage, decode_image
+from selfvil.data.arrays import decode_pixels
+from selfvil.data.read import DamagedImage
 from selfvil.embedding.encoder import Encoder, load_encoder
 from selfvil.embedding.reader import EmbeddingFile
 from selfvil.errors import UserError, shorten
@@ -138,7 +139,7 @@ def _same_encoder(file: EmbeddingFile, model: str | None, device: torch.device |
 def _embed_image(encoder: Encoder, name: str) -> np.ndarray:
     path = Path(name).expanduser()
     try:
-        image = decode_image(path.read_bytes(), encoder.normalisation.channels)
+        image = decode_pixels(path.read_bytes(), encoder.normalisation.channels)
     except (OSError, DamagedImage) as error:
         raise UserError(f"the image {path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     feature = encoder.encode(encoder.view(image)[None]).features[0]

@@ -9,8 +9,9 @@ from typing import Any
 import matplotlib
 from PIL import Image, ImageDraw, ImageFont
 
+from selfvil.data.arrays import decode_pixels, to_rgb
 from selfvil.data.images import open_images
-from selfvil.data.read import DamagedImage, decode_image
+from selfvil.data.read import DamagedImage
 from selfvil.embedding.keys import image_keys
 from selfvil.embedding.reader import EmbeddingFile
 from selfvil.embedding.search import Duplicates, Neighbour, Query, keys_of
@@ -71,7 +72,7 @@ class Pictures:
 
 def _thumbnail(data: bytes) -> Image.Image:
     """An image within a tile, its aspect ratio kept; small images are enlarged by a whole factor without smoothing."""
-    image = decode_image(data)
+    image = to_rgb(decode_pixels(data, None))
     if max(image.size) * 2 <= _TILE:
         factor = _TILE // max(image.size)
         return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)

@@ -14,7 +14,16 @@ from selfvil.evaluate.task import Task
 from selfvil.files import write_text
 from selfvil.manifest import renew_entry
 from selfvil.models.adapter import CLASSIFIERS
-from selfvil.timm_folder import atomic_folder, card, describe, inline, require_new_folder, write_network
+from selfvil.timm_folder import (
+    MODES,
+    atomic_folder,
+    card,
+    describe,
+    inline,
+    require_new_folder,
+    view_lines,
+    write_network,
+)
 from selfvil.weights import CONFIG, Network, load_export, model_arguments
 
 _NOT_SCORED = "not scored yet"
@@ -90,10 +99,16 @@ def export_classifier(
     }
     load = [
         'model = selfvil.load_backbone("PATH_OF_THIS_FOLDER")  # with its classifier; verifies the files first',
-        "view = timm.data.create_transform(**timm.data.resolve_model_data_config(model))",
+        *view_lines(network.normalisation, "model"),
         "name = model.pretrained_cfg['label_names'][model(view(image)[None]).argmax()]",
     ]
-    text = card(f"{architecture}, fine-tuned", ["image-classification", "vision-lstm"], load, facts)
+    text = card(
+        f"{architecture}, fine-tuned",
+        ["image-classification", "vision-lstm"],
+        load,
+        facts,
+        photo=network.normalisation.channels in MODES,
+    )
     out = require_new_folder(out)
     with atomic_folder(out) as partial:
         write_network(partial, model, arguments, network.normalisation, origin, text, label_names)

@@ -27,6 +27,7 @@ from rich.progress import track
 from torch import Tensor
 
 from selfvil import terminal
+from selfvil.data.arrays import Pixels, size_of
 from selfvil.data.base import DamagedSample
 from selfvil.errors import UserError
 from selfvil.evaluate.dense import pictures
@@ -336,9 +337,10 @@ def _choose_logistic(
 class _Prepared:
     """A test image and its features, computed once for all protocols where they use the whole image."""
 
-    def __init__(self, features: PatchFeatures, image: Image.Image) -> None:
+    def __init__(self, features: PatchFeatures, image: Pixels) -> None:
+        width, height = size_of(image)
         self.features = features
-        self.size = features.size_of(image.height, image.width)
+        self.size = features.size_of(height, width)
         self.pixels = features.prepare(image, self.size)
         self._whole: Tensor | None = None
 

@@ -10,7 +10,17 @@ from selfvil.checkpoint import Checkpoint
 from selfvil.exporting import exported_program, onnx, published, quantise
 from selfvil.models.adapter import adapt
 from selfvil.records import METRICS, SCORE_COLUMNS, RunRecord, read_metrics, read_record, read_scores
-from selfvil.timm_folder import FOLDER, card, describe, fact_lines, header, inline, licence_lines
+from selfvil.timm_folder import (
+    FOLDER,
+    MODES,
+    card,
+    describe,
+    fact_lines,
+    header,
+    inline,
+    licence_lines,
+    view_lines,
+)  # fmt: skip
 from selfvil.weights import CONFIG, HEADS, WEIGHTS, Normalisation
 
 TAGS = ["image-feature-extraction", "self-supervised-learning", "vision-lstm"]
@@ -56,8 +66,7 @@ def run_card(
     }
     load = [
         f'backbone = selfvil.load_backbone("{FOLDER}")  # verifies weights and config.json first',
-        "view = timm.data.create_transform(**timm.data.resolve_model_data_config(backbone))",
-        *([] if normalisation.channels == 3 else [f'image = image.convert("{_mode(normalisation)}")']),
+        *view_lines(normalisation, "backbone"),
         "features = backbone.forward_features(view(image)[None])"
         if head is None
         else "name = backbone.pretrained_cfg['label_names'][backbone(view(image)[None]).argmax()]",
@@ -72,12 +81,13 @@ def run_card(
         *format_lines(files, normalisation),
         *_limit_lines(backbone, normalisation, scores, data["num_samples"]),
     ]
+    photo = normalisation.channels in MODES
     if head is not None:
         intro = "A classifier: a backbone with a linear layer, trained on images with labels."
         tags = ["image-classification", "vision-lstm"]
-        return card(f"{name}, trained with labels", tags, load, facts, intro, more, licence)
+        return card(f"{name}, trained with labels", tags, load, facts, intro, more, licence, photo)
     intro = "A backbone pretrained on images without labels. It has no classifier: use its features, or fine-tune it."
-    return card(f"{name}, pretrained by {method}", TAGS, load, facts, intro, more, licence)
+    return card(f"{name}, pretrained by {method}", TAGS, load, facts, intro, more, licence, photo)
 
 
 def files_card(config: Mapping[str, Any], normalisation: Normalisation, files: Files, licence: str | None) -> str:
@@ -225,20 +235,25 @@ def _onnx_code(facts: Mapping[str, Any], shown: Normalisation) -> list[str]:
     shape = "pixels.transpose(2, 0, 1)[None]" if shown.channels > 1 else "pixels[None, None]"
     mean, std = ([round(v, 6) for v in values] for values in (shown.mean, shown.std))
     outputs = ", ".join(facts["outputs"]) + ("," if len(facts["outputs"]) == 1 else "")
+    if shown.channels in MODES:
+        pixels = [
+            f'image = Image.open("photo.jpg").convert("{MODES[shown.channels]}").resize(({width}, {height}), '
+            "Image.BICUBIC)",
+            f"pixels = (np.asarray(image, np.float32) / 255 - np.float32({mean})) / np.float32({std})",
+        ]
+    else:
+        pixels = [
+            f'values = np.load("tile.npy")  # ({height}, {width}, {shown.channels}); uint8 / 255, uint16 / 65535',
+            f"pixels = (np.float32(values) - np.float32({mean})) / np.float32({std})",
+        ]
     return [
         "import numpy as np, onnxruntime",
-        "from PIL import Image",
+        *(["from PIL import Image"] if shown.channels in MODES else []),
         f'folder = "{FOLDER}"',
         f'session = onnxruntime.InferenceSession(f"{{folder}}/{onnx.FILE}")',
-        f'image = Image.open("photo.jpg").convert("{_mode(shown)}").resize(({width}, {height}), Image.BICUBIC)',
-        f"pixels = (np.asarray(image, np.float32) / 255 - np.float32({mean})) / np.float32({std})",
+        *pixels,
         f'{outputs} = session.run(None, {{"{facts["input"]}": {shape}}})',
     ]
-
-
-def _mode(shown: Normalisation) -> str:
-    """The mode of PIL's images with so many channels."""
-    return {1: "L", 3: "RGB", 4: "RGBA"}.get(shown.channels, "RGB")
 
 
 def _int8_lines(facts: Mapping[str, Any]) -> list[str]:

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from selfvil.optim import Progress as Progress
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    from selfvil.data.arrays import Pixels
 
-View = Callable[["Image"], Tensor]
+View = Callable[["Pixels"], Tensor]
 """One augmented view of a decoded image: float32 (C, H, W), normalised."""
 
 
@@ -36,6 +36,8 @@ class ImageSpec:
     """The images of an objective: height and width in pixels, side of a patch in pixels, statistics for each channel.
 
     `patch_size` is 1 for a backbone without patches; objectives that need patches refuse such a backbone.
+    channel_drop: probability that a channel of a view is set to its mean. shown: the channels of pictures, as red,
+    green and blue.
     """
 
     size: tuple[int, int]
@@ -43,6 +45,24 @@ class ImageSpec:
     in_chans: int
     mean: Sequence[float]
     std: Sequence[float]
+    channel_drop: float = 0.0
+    shown: tuple[int, int, int] = (0, 1, 2)
+
+    def rgb(self, images: Tensor) -> Tensor:
+        """Normalised images (..., C, H, W) as pictures (..., 3, H, W) in [0, 1].
+
+        Channels in physical units, and those that use a small part of their range, are shown from 2.5 standard
+        deviations below their mean to 2.5 above it.
+        """
+        mean, std = (torch.tensor(each, device=images.device).view(-1, 1, 1) for each in (self.mean, self.std))
+        brightest = [centre + 2 * spread for centre, spread in zip(self.mean, self.std)]
+        if self.in_chans in (1, 3, 4) and min(self.mean) >= 0 and min(brightest) >= 0.4 and max(self.mean) <= 1:
+            pictures = (images.float() * std + mean).clamp(0, 1)
+        else:
+            pictures = (images.float() / 5 + 0.5).clamp(0, 1)
+        if self.in_chans < 3:
+            return pictures[..., :1, :, :].expand(*pictures.shape[:-3], 3, -1, -1)
+        return pictures[..., self.shown, :, :]
 
 
 class StepOutput(NamedTuple):

@@ -93,7 +93,10 @@ def multi_crop(settings: CropSettings, image: ImageSpec) -> list[View]:
 
     def crop(size: Any, scale: tuple[float, float], blur: float, solarise: float = 0.0) -> View:
         blur = blur if settings.blur else 0.0
-        return DINOCrop(size, scale, image.mean, image.std, blur=blur, solarise=solarise, flip=settings.flip)
+        return DINOCrop(
+            size, scale, image.mean, image.std, blur=blur, solarise=solarise, flip=settings.flip,
+            channel_drop=image.channel_drop,
+        )  # fmt: skip
 
     large, small = settings.global_crop_scale, settings.local_crop_scale
     return [
@@ -115,10 +118,8 @@ def crops_picture(crops: Sequence[Tensor], image: ImageSpec) -> Tensor:
     crops: each (B, C, H, W).
     """
     height, width = (max(crop.shape[axis] for crop in crops) + 2 for axis in (-2, -1))
-    mean, std = (torch.tensor(values, device=crops[0].device).view(-1, 1, 1) for values in (image.mean, image.std))
     columns = []
     for crop in crops:
-        shown = (crop[:8].float() * std + mean).clamp(0, 1)
+        shown = image.rgb(crop[:8])
         columns.append(F.pad(shown, (0, width - shown.shape[-1], 0, height - shown.shape[-2]), value=1.0))
-    sheet = torch.cat(list(torch.cat(columns, dim=-1)), dim=-2)[:3]
-    return sheet.expand(3, -1, -1)
+    return torch.cat(list(torch.cat(columns, dim=-1)), dim=-2)

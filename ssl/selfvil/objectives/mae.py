@@ -211,10 +211,8 @@ def reconstruction(images: Tensor, hidden: Tensor, predicted: Tensor, image: Ima
         unpatchify(tokens, grid, image.patch_size)
         for tokens in (patches, patches * (1 - hidden), patches * (1 - hidden) + predicted * hidden)
     ]
-    mean, std = (torch.tensor(values, device=images.device).view(-1, 1, 1) for values in (image.mean, image.std))
-    rows = torch.cat([column * std + mean for column in columns], dim=-1)  # (B, C, H, 3·W)
-    sheet = torch.cat(list(rows), dim=-2)[:3]
-    return sheet.expand(3, -1, -1).clamp(0, 1)
+    rows = torch.cat([image.rgb(column) for column in columns], dim=-1)  # (B, 3, H, 3·W)
+    return torch.cat(list(rows), dim=-2)
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:

@@ -99,9 +99,10 @@ class Supervised(Objective):
         labels = settings.labels()
         if not labels:
             raise UserError("objective.classes = null: the classes of data.train are not known here; give their number")
-        if settings.randaugment is not None and image.in_chans == 4:
+        if settings.randaugment is not None and image.in_chans not in (1, 3):
             raise UserError(
-                "objective.randaugment is for images without an alpha channel, and model.in_chans is 4: set it to null"
+                f"objective.randaugment is for grey and RGB images, and model.in_chans is {image.in_chans}: set it to "
+                "null, and objective.three_augment or objective.color_jitter instead"
             )
         readouts = adapt(backbone).classifier_readouts()
         self.readout = settings.readout or readouts[0]
@@ -127,11 +128,17 @@ class Supervised(Objective):
     def views(self) -> list[View]:
         chosen, image = self.settings, self.image
         if not (chosen.three_augment or chosen.color_jitter or chosen.erasing or chosen.randaugment is not None):
-            return [RandomCropFlip(image.size, chosen.crop_scale, image.mean, image.std, flip=chosen.flip)]
+            return [
+                RandomCropFlip(
+                    image.size, chosen.crop_scale, image.mean, image.std, flip=chosen.flip,
+                    channel_drop=image.channel_drop,
+                )
+            ]  # fmt: skip
         return [
             ClassifierCrop(
                 image.size, chosen.crop_scale, image.mean, image.std, three_augment=chosen.three_augment,
                 jitter=chosen.color_jitter, randaugment=chosen.randaugment, erasing=chosen.erasing, flip=chosen.flip,
+                channel_drop=image.channel_drop,
             )
         ]  # fmt: skip
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from selfvil.build import build_objective
+from selfvil.build import build_objective, image_spec
 from selfvil.checkpoint import Checkpoint
 from selfvil.diagnostics.checkup import Record, training_images
 from selfvil.diagnostics.gates import horizons, record_forget_gates
@@ -118,8 +118,7 @@ def feature_strips(backbone: Backbone) -> list[Element]:
         raise UserError(f"{record.recipe.model.name} has no patches")
     (batch,) = training_images(record, IMAGES)
     images = batch.views[0]
-    shift, scale = (torch.tensor(values).view(-1, 1, 1) for values in (record.recipe.data.mean, record.recipe.data.std))
-    shown = (images * scale + shift).clamp(0, 1)[:, :3].expand(-1, 3, -1, -1)
+    shown = image_spec(record.recipe).rgb(images)
     size = max(48, *images.shape[-2:])
     heat, captioned = _heat(readout_saliency(backbone.network, images)), backbone.run.captioned
     rows = [

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
-from PIL import Image
 
+from selfvil.data.arrays import Pixels, array_extension, decode_pixels, size_of
 from selfvil.data.base import DamagedSample, Images
 from selfvil.data.classes import class_names
 from selfvil.data.index import Shards, group_members, order_images
-from selfvil.data.read import MAX_BYTES, DamagedImage, decode_image, open_image
+from selfvil.data.read import MAX_BYTES, DamagedImage, open_image
 from selfvil.data.sources import MASK
 from selfvil.errors import UserError, shorten
 
@@ -52,11 +52,11 @@ class Masked:
         """The files of image and mask i. Raises DamagedImage if they cannot be read."""
         return self.shards.read(i), _read_mask(self.shards, self.places[i])
 
-    def decode(self, data: tuple[bytes, bytes], channels: int) -> tuple[Image.Image, np.ndarray]:
+    def decode(self, data: tuple[bytes, bytes], channels: int) -> tuple[Pixels, np.ndarray]:
         """Image and mask, uint8 (H, W), of what `read` returns. Raises DamagedImage."""
-        image, mask = decode_image(data[0], channels), decode_mask(data[1])
-        if image.size != mask.shape[::-1]:
-            raise DamagedImage(f"its mask has {_pixels(mask.shape[::-1])}, the image {_pixels(image.size)}")
+        image, mask = decode_pixels(data[0], channels), decode_mask(data[1])
+        if size_of(image) != mask.shape[::-1]:
+            raise DamagedImage(f"its mask has {_pixels(mask.shape[::-1])}, the image {_pixels(size_of(image))}")
         return image, mask
 
 
@@ -199,6 +199,8 @@ def _read_mask(shards: Shards, place: tuple[int, int, int]) -> bytes:
 
 
 def _upright_size(data: bytes) -> tuple[int, int]:
+    if array_extension(data) is not None:
+        return size_of(decode_pixels(data, None))
     image = open_image(data)
     try:
         turned = image.getexif().get(_ORIENTATION, 1) >= 5
@@ -276,10 +278,10 @@ def _require_new_images(train: Images, test: Images) -> None:
 
 def readable(
     part: Masked, indices: Iterable[int], channels: int, bad: list[DamagedSample], threads: int = 2
-) -> Iterator[tuple[int, Image.Image, np.ndarray]]:
+) -> Iterator[tuple[int, Pixels, np.ndarray]]:
     """Index, image and mask of each readable image of `indices`, decoded in threads; the others are added to `bad`."""
 
-    def decode(item: tuple[int, tuple[bytes, bytes] | str]) -> tuple[int, tuple[Image.Image, np.ndarray] | str]:
+    def decode(item: tuple[int, tuple[bytes, bytes] | str]) -> tuple[int, tuple[Pixels, np.ndarray] | str]:
         i, data = item
         if isinstance(data, str):
             return i, data

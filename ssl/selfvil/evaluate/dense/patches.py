@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from selfvil.data.array_views import resize
+from selfvil.data.arrays import Pixels, divisor, size_of
 from selfvil.data.base import DamagedSample
 from selfvil.errors import UserError
 from selfvil.evaluate.dense.masks import Classes, Masked, readable
@@ -69,13 +71,14 @@ class PatchFeatures:
         return tuple(max(1, round(side * scale / cell)) * cell for side, cell in zip((height, width), self.cell))  # type: ignore[return-value]
 
     def prepare(
-        self, image: Image.Image, size: tuple[int, int], box: tuple[float, float, float, float] | None = None
+        self, image: Pixels, size: tuple[int, int], box: tuple[float, float, float, float] | None = None
     ) -> Tensor:
         """An image, or the `box` (left, top, right, bottom) of it, as a normalised tensor (C, *size), bicubic."""
-        if box is not None or image.size != size[::-1]:
-            image = image.resize(size[::-1], Image.Resampling.BICUBIC, box=box)
-        pixels = np.asarray(image, np.float32)
-        x = torch.from_numpy(pixels[:, :, None] if pixels.ndim == 2 else pixels).permute(2, 0, 1) / 255
+        if box is not None or size_of(image) != size[::-1]:
+            image = resize(image, size[::-1], box)
+        pixels = np.asarray(image)
+        values = torch.from_numpy((pixels[:, :, None] if pixels.ndim == 2 else pixels).astype(np.float32))
+        x = values.permute(2, 0, 1) / divisor(pixels.dtype)
         if self.backbone is None:
             return x
         mean, std = (torch.tensor(each).view(-1, 1, 1) for each in (self.normalisation.mean, self.normalisation.std))

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from selfvil.data.arrays import Pixels, to_rgb
+
 _WIDTH = 480  # pixels of an image in a picture, at most
 
 
@@ -22,9 +24,9 @@ def colours(num_classes: int) -> np.ndarray:
     return (255 * table).round().astype(np.uint8)
 
 
-def small(image: Image.Image) -> np.ndarray:
+def small(pixels: Pixels) -> np.ndarray:
     """An image as uint8 (H, W, 3), for a row of `draw`."""
-    image = image.convert("RGB")
+    image = to_rgb(pixels)
     image.thumbnail((_WIDTH, _WIDTH))
     return np.asarray(image)
 
