@@ -275,7 +275,7 @@ def draw_crops(objective: Objective, recipe: Recipe, shards: Shards, path: Path)
     )
     batches = train_batches(
         shards, objective.views(), seed=recipe.run.seed, batch_size=min(8, len(shards)), stop_step=1,
-        channels=recipe.model.in_chans, augment=recipe.data.augment,
+        channels=recipe.model.in_chans, augment=recipe.data.augment, decode=recipe.data.decode,
     )  # fmt: skip
     with closing(batches):
         sheet = crops_picture(next(batches).to("cpu").views, image)
@@ -291,7 +291,7 @@ def run_trial(objective: Objective, plan: Plan, shards: Shards, device: torch.de
     optimizer = optim.adamw(parameter_groups(recipe, objective), recipe.optim.betas)
     batches = train_batches(
         shards, objective.views(), seed=recipe.run.seed, batch_size=plan.micro_batch, stop_step=_TRIAL_STEPS,
-        channels=recipe.model.in_chans, augment=recipe.data.augment,
+        channels=recipe.model.in_chans, augment=recipe.data.augment, decode=recipe.data.decode,
     )  # fmt: skip
     seconds: list[tuple[float, float, float]] = []
     damaged = 0

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from selfvil.data.index import Shards
+from selfvil.data.jpeg import allowed_reduction
 from selfvil.data.ledger import BadSample
 from selfvil.data.order import Order
 from selfvil.data.read import DamagedImage, decode_image
@@ -113,6 +114,7 @@ def train_batches(
     workers: int = 0,
     channels: int = 3,
     augment: Literal["workers", "device"] = "workers",
+    decode: Literal["scaled", "exact"] = "scaled",
 ) -> Generator[Batch, None, None]:
     """Micro-batches of steps [start_step, stop_step) for one rank, in order: `accumulate` of them for each step.
 
@@ -124,6 +126,8 @@ def train_batches(
         channels: of the decoded images: 1 (grey), 3 (RGB) or 4 (RGBA).
         augment: where augmentation runs: in the workers, or on the device in `Batch.to`, with the images and random
             numbers of the workers. Both give the same views to the rounding of 8 bits.
+        decode: "scaled" decodes a large JPEG to a half, a quarter or an eighth of its size if every crop stays twice as
+            large as its view (`selfvil.data.jpeg`); only where augmentation runs in the workers.
 
     If a worker dies, this process makes the next batches itself, more slowly, with the reason in `problem`. All
     processes of a run can then finish the step, save and stop together.
@@ -139,7 +143,10 @@ def train_batches(
             "micro-batches); change optim.batch_size, optim.accumulate or the number of processes"
         )
     crops = require_renderable(views) if augment == "device" else None
-    samples = _Samples(shards, views, channels, seed, Order(len(shards), seed), crops)
+    scaled = [] if crops or decode == "exact" else [view for view in views if isinstance(view, RandomCropFlip)]
+    samples = _Samples(
+        shards, views, channels, seed, Order(len(shards), seed), crops, scaled if len(scaled) == len(views) else []
+    )
     share = batch_size // world_size
     micro = micro_batch or share // accumulate
 
@@ -193,6 +200,7 @@ class _Samples(Dataset):
     """Map-style data set whose item is a whole batch: positions [first, last) of the order, or of the shards.
 
     crops: the same views, if the device makes them; then only their random numbers are drawn here.
+    scaled: the same views, if a JPEG may be decoded to a smaller size.
     skip_damaged: leave damaged samples out instead of replacing them.
     """
 
@@ -202,6 +210,7 @@ class _Samples(Dataset):
     seed: int
     order: Order | None
     crops: Sequence[RandomCropFlip] | None = None
+    scaled: Sequence[RandomCropFlip] = ()
     skip_damaged: bool = False
 
     def __getitem__(self, span: tuple[int, int]) -> Batch | UserError:
@@ -214,7 +223,7 @@ class _Samples(Dataset):
         with preserved_randomness():
             for row, position in enumerate(positions.tolist()):
                 try:
-                    image, ids[row] = self._image(position, int(ids[row]), bad)
+                    image, size, ids[row] = self._image(position, int(ids[row]), bad)
                 except UserError as error:  # DataLoader would add the traceback of the worker to a raised error
                     return error
                 except DamagedImage as damage:  # only with skip_damaged
@@ -223,8 +232,14 @@ class _Samples(Dataset):
                 kept.append(row)
                 for number, view in enumerate(self.views):
                     seed_randomness(self.seed, position, number)
-                    crop = self.crops and self.crops[number]
-                    made[number].append(crop.draw(*image.size, image.mode) if crop else view(image))
+                    if self.crops:
+                        made[number].append(self.crops[number].draw(*size, image.mode))
+                    elif image.size != size:
+                        draw = self.scaled[number].draw(*size, image.mode)
+                        draw = draw.scaled(image.width / size[0], image.height / size[1])
+                        made[number].append(self.scaled[number].apply(image, draw))
+                    else:
+                        made[number].append(view(image))
                 if self.crops:
                     images.append(image)
         positions, ids = positions[kept], ids[kept]
@@ -233,14 +248,17 @@ class _Samples(Dataset):
         stacked = [] if drawn else [torch.stack(rows) if rows else torch.zeros(0) for rows in made]
         return Batch(stacked, torch.from_numpy(positions), torch.from_numpy(ids), torch.from_numpy(labels), bad, drawn)
 
-    def _image(self, position: int, first: int, bad: list[BadSample]) -> tuple[Image, int]:
-        """The image for a position, and its id. A damaged sample is replaced by the sample that the order of another
-        seed has at this position, which is the same for any number of processes."""
+    def _image(self, position: int, first: int, bad: list[BadSample]) -> tuple[Image, tuple[int, int], int]:
+        """The image for a position, its size before it was reduced, and its id.
+
+        A damaged sample is replaced by the sample that the order of another seed has at this position, which is the
+        same for any number of processes.
+        """
         failed: list[tuple[int, str]] = []
         id = first
         for hop in range(_TRIES):
             try:
-                image = decode_image(self.shards.read(id), self.channels)
+                image, size = self._decode(position, self.shards.read(id))
             except DamagedImage as damage:
                 if self.skip_damaged:
                     raise
@@ -249,11 +267,28 @@ class _Samples(Dataset):
                 continue
             for each, reason in failed:
                 bad.append(self._bad(position, each, reason, id))
-            return image, id
+            return image, size, id
         raise UserError(
             f"{_TRIES} samples in a row could not be read, the first from {self.shards.shard_of(first)}: "
             f"{failed[0][1]}; repair the shards or leave out the damaged ones"
         )
+
+    def _decode(self, position: int, data: bytes) -> tuple[Image, tuple[int, int]]:
+        """The image, reduced if all its views allow that, and the size that it would have otherwise."""
+        full: list[tuple[int, int]] = []
+
+        def reduction(width: int, height: int) -> int:
+            full.append((width, height))
+            crops = []
+            for number, view in enumerate(self.scaled):
+                if allowed_reduction([(width, height, view.width, view.height)]) == 1:  # even for all of the image
+                    return 1
+                seed_randomness(self.seed, position, number)
+                crops.append((*view.draw(width, height, "RGB").box[2:], view.width, view.height))
+            return allowed_reduction(crops)
+
+        image = decode_image(data, self.channels, reduction if self.scaled else None)
+        return image, full[-1] if full else image.size
 
     def _bad(self, position: int, id: int, reason: str, replaced_by: int) -> BadSample:
         return BadSample(position, id, str(self.shards.shard_of(id)), self.shards.key(id), reason, replaced_by)

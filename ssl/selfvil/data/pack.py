@@ -8,29 +8,25 @@ OUT/skipped.txt           files that were not packed, and why
 OUT/warnings.txt          images that were packed although their files have a problem
 """
 
-import itertools
 import os
 import shutil
-import signal
 from array import array
-from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from dataclasses import dataclass, field
-from multiprocessing import get_context
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-import torch
 from webdataset import TarWriter
 
 from selfvil.data.check import SEVERAL_PAGES, Checked, Checker, decoding_rates
 from selfvil.data.classes import CLASSES
 from selfvil.data.index import Pattern, Progress, index_shards
 from selfvil.data.order import Order
+from selfvil.data.processes import map_processes
 from selfvil.data.sources import MASK, Source, open_source
 from selfvil.errors import UserError, shorten
 
@@ -219,40 +215,11 @@ def _check_all(
     """Each id with its checked image, in the order of `ids`."""
     chunks = [ids[start : start + _CHUNK] for start in range(0, len(ids), _CHUNK)]
     done = 0
-    for chunk, checked in zip(chunks, _map_processes(check, chunks, min(workers or os.cpu_count() or 1, len(chunks)))):
+    for chunk, checked in zip(chunks, map_processes(check, chunks, workers)):
         yield from zip(chunk, checked)
         done += len(chunk)
         if progress is not None:
             progress(done, len(ids))
-
-
-def _map_processes(check: _Check, chunks: Iterable[list[int]], workers: int) -> Iterator[list[Checked]]:
-    """`map` over processes, in order, with a bounded number of results in memory."""
-    # A single worker is a process too: the checker redirects standard error, and a decoder may crash. Forked workers
-    # inherit the list of files, so it is not sent to them.
-    pool = ProcessPoolExecutor(workers, get_context("fork"), initializer=_begin_worker, initargs=(check,))
-    waiting = iter(chunks)
-    try:
-        pending = deque(pool.submit(_call_worker, chunk) for chunk in itertools.islice(waiting, 4 * workers))
-        while pending:
-            yield pending.popleft().result()
-            pending.extend(pool.submit(_call_worker, chunk) for chunk in itertools.islice(waiting, 1))
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-_worker_check: _Check  # set in worker processes only
-
-
-def _begin_worker(check: _Check) -> None:
-    global _worker_check
-    _worker_check = check
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C interrupts all processes; the main one ends the workers
-
-
-def _call_worker(chunk: list[int]) -> list[Checked]:
-    return [_worker_check(i) for i in chunk]
 
 
 # --- the report ---------------------------------------------------------------------------------------------------

@@ -19,6 +19,8 @@ import torch
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from torch import Tensor
 
+from selfvil.ops.cpu.build import kernels
+
 Size = int | Sequence[int]
 """Height and width in pixels; a single number means a square."""
 
@@ -68,8 +70,8 @@ class _Normalise:
 class Draw(NamedTuple):
     """All random numbers of one view of one image."""
 
-    box: tuple[int, int, int, int]
-    """Left, top, width and height of the crop, in pixels of the image."""
+    box: tuple[float, float, float, float]
+    """Left, top, width and height of the crop, in pixels of the image; integers, unless it was scaled."""
     flip: bool
     changes: tuple[tuple[int, float], ...] = ()
     """Changes of colour in their order: 0 brightness, 1 contrast, 2 saturation or 3 hue, each with its amount."""
@@ -77,6 +79,11 @@ class Draw(NamedTuple):
     blur: float = 0.0
     """Standard deviation of the Gaussian blur, in pixels of the view; 0 for none."""
     solarise: bool = False
+
+    def scaled(self, across: float, down: float) -> "Draw":
+        """The same view of an image whose width and height were multiplied by these factors."""
+        left, top, width, height = self.box
+        return self._replace(box=(left * across, top * down, width * across, height * down))
 
 
 class RandomCropFlip:
@@ -118,8 +125,11 @@ class RandomCropFlip:
 
     def _crop(self, image: Image.Image, draw: Draw) -> Image.Image:
         left, top, width, height = draw.box
+        if not all(isinstance(side, int) for side in draw.box):
+            box = left, top, min(left + width, image.width), min(top + height, image.height)
+            return image.resize((self.width, self.height), Image.Resampling.BICUBIC, box)
         if (left, top, width, height) != (0, 0, *image.size):
-            image = image.crop((left, top, left + width, top + height))
+            image = image.crop((left, top, left + width, top + height))  # type: ignore[arg-type]
         if (width, height) != (self.width, self.height):
             image = image.resize((self.width, self.height), Image.Resampling.BICUBIC)
         return image
@@ -246,8 +256,7 @@ class ClassifierCrop(RandomCropFlip):
         self.randaugment = None if randaugment is None else rand_augment_transform(name, fill)
         self.erase = RandomErasing(erasing, mode="pixel", device="cpu") if erasing else None
 
-    def __call__(self, image: Image.Image) -> Tensor:
-        draw = self.draw(*image.size, image.mode)
+    def apply(self, image: Image.Image, draw: Draw) -> Tensor:
         image = self._crop(image, draw)
         if draw.flip:
             image = ImageOps.mirror(image)
@@ -285,7 +294,11 @@ def _change(image: Image.Image, kind: int, amount: float) -> Image.Image:
 
 
 def _hue(image: Image.Image, amount: float) -> Image.Image:
-    """Rotate the hue by `amount` turns of the colour wheel."""
+    """Rotate the hue by `amount` turns of the colour wheel, in Pillow's HSV of 8 bits."""
+    if (library := kernels()) is not None:
+        pixels = np.array(image)  # a copy, which is changed in place
+        library.call("turn_hue", pixels.ctypes.data, image.width * image.height, int(amount * 255) % 256)
+        return Image.fromarray(pixels)
     hue, saturation, value = image.convert("HSV").split()
     turned = Image.fromarray(np.asarray(hue) + np.uint8(int(amount * 255) % 256))  # the hue is periodic
     return Image.merge("HSV", (turned, saturation, value)).convert("RGB")
