@@ -124,7 +124,7 @@ def test_views_of_reduced_images_are_those_of_the_full_image_within_the_bound(si
     assert set(factors) == {1}
     factors.clear()
     scaled = views_of(picture, views, "scaled")
-    assert {250: {1}, 520: {1, 2}, 1040: {2, 4}}[side] == set(factors)
+    assert max(factors) == {250: 1, 520: 4, 1040: 8}[side]
     for one, other in zip(exact, scaled):
         assert np.abs(one - other).mean() < 1, "levels of 255"
         assert (np.abs(one - other).max() == 0) == (side == 250)

@@ -1,4 +1,4 @@
-"""Commands for images: `selfvil pack`, `index`."""
+"""Commands for images: `selfvil pack`, `index`, `inspect`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from selfvil.errors import shorten
+from selfvil.files import require_writable, write_text
 from selfvil.terminal import progress_bar
 
 Shards = Annotated[str, typer.Argument(help="Shards: a path, a glob, a folder, or a pattern with {000000..000009}.")]
@@ -54,3 +55,34 @@ def index(
     with progress_bar("indexing") as progress:
         report = index_shards(shards, progress, image)
     print(report)
+
+
+def inspect(
+    source: Annotated[str, typer.Argument(help="Folder of images, or shards.")],
+    against: Annotated[str | None, typer.Option(help="Another source, to find shared images: test images.")] = None,
+    image: Annotated[str | None, typer.Option(help="Extension of the image if samples have several.")] = None,
+    json: Annotated[Path | None, typer.Option(help="File for all findings, as JSON.")] = None,
+    sheet: Annotated[Path | None, typer.Option(help="PNG of random, damaged, equal and similar images.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; default: one per core.")] = None,
+) -> None:
+    """Examine every image: sizes, formats, classes, damage, equal and similar images.
+
+    Exit status 1: images are damaged, or files occur more than once, in the source or in --against.
+    """
+    from json import dumps
+
+    from selfvil.data.inspect import inspect
+    from selfvil.data.sheet import inspection_sheet
+
+    for file in (json, sheet):
+        if file is not None:
+            require_writable(file)
+    with progress_bar("inspecting") as progress:
+        found = inspect(source, against=against, image=image, workers=workers, progress=progress)
+    print(found.report)
+    if json is not None:
+        write_text(json, dumps(found.report.to_json(), indent=2, ensure_ascii=False) + "\n")
+    if sheet is not None:
+        print(f"pictures: {inspection_sheet(sheet, found)}")
+    if found.report.problems:
+        raise typer.Exit(1)

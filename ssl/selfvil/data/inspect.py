@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -123,11 +122,12 @@ class Inspection:
 class Findings:
     """An inspection, and what a picture sheet needs: the source, and the numbers of images in it.
 
-    random, damaged, repaired: numbers of images. duplicates, near: groups of them.
+    name: returns the name of image i. random, damaged, repaired: numbers of images. duplicates, near: groups of them.
     """
 
     report: Inspection
     images: Images
+    name: Callable[[int], str]
     random: list[int]
     damaged: list[int]
     repaired: list[int]
@@ -184,7 +184,7 @@ def inspect(
     sound = [i for i, each in enumerate(seen) if not each.reason]
     random = np.random.default_rng(0).permutation(sound)[:20].tolist() if sound else []
     return Findings(
-        report, opened, random, [i for i, each in enumerate(seen) if each.reason],
+        report, opened, name, random, [i for i, each in enumerate(seen) if each.reason],
         [i for i, each in enumerate(seen) if each.damage], duplicates, near_own,
     )  # fmt: skip
 
@@ -192,9 +192,7 @@ def inspect(
 # --- examining images, in parallel --------------------------------------------------------------------------------
 
 
-def _examine_all(
-    images: Images, workers: int | None, progress: Progress | None, done: int, total: int
-) -> list[_Seen]:
+def _examine_all(images: Images, workers: int | None, progress: Progress | None, done: int, total: int) -> list[_Seen]:
     def look(i: int) -> _Seen:
         return _examine(images, i)
 
@@ -207,8 +205,8 @@ def _examine_all(
                 progress(done + len(seen), total)
     except BrokenProcessPool:
         raise UserError(
-            f"a worker died while it examined one of the images {len(seen):,} to {min(len(seen) + 8 * _CHUNK, total):,} "
-            "of the source, most often because memory ran out; inspect with fewer workers (--workers 1)"
+            f"a worker died while it examined one of the images from number {len(seen):,} on, most often because "
+            "memory ran out; inspect with fewer workers (--workers 1)"
         ) from None
     return seen
 
@@ -257,7 +255,7 @@ def _near(seen: Sequence[_Seen], equal: Sequence[Sequence[int]]) -> list[list[in
         return []
     joined = b"".join(seen[i].picture for i in members)
     pictures = np.frombuffer(joined, np.uint8).reshape(len(members), HEIGHT * WIDTH * 3)
-    return [[members[i] for i in group] for group in near_groups(pictures, np.arange(len(members)))]
+    return [[members[i] for i in group] for group in near_groups(pictures)]
 
 
 def _across(
@@ -307,7 +305,7 @@ def _summary(
     remarks = list(images.notes) if isinstance(images, FolderImages) else []
     if getattr(images, "ignored", 0):
         remarks.append(f"{images.ignored:,} samples have no image")
-    empty = [str(label) if not text else text for label, text, count in report.classes if not count]
+    empty = [text or str(label) for label, text, count in report.classes if not count]
     if empty:
         remarks.append(f"{len(empty):,} classes have no image: {', '.join(empty[:_SHOWN])}")
     report.notes += [("", remark) for remark in remarks]

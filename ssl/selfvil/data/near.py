@@ -4,9 +4,9 @@ The fingerprint of an image is its picture of 9 × 8 pixels. From its grey value
 pixel is brighter than its left neighbour (difference hash). Two images are near-duplicates if their hashes differ in at
 most BITS bits, and their small pictures by at most LEVELS of 255 on average.
 
-The first condition finds candidates without comparing all pairs: the hash is divided into BITS + 1 parts, of which one
-must then be equal. The second one rejects different images with the same hash, such as plain ones. Mirrored and cropped
-copies are not found; `selfvil duplicates` compares embeddings of a network, which may find them.
+The first condition finds candidates without comparing all pairs: of the four quarters of two such hashes, one differs
+in at most one bit. The second condition rejects different images with similar hashes, such as plain ones. Mirrored and
+cropped copies are not found; `selfvil duplicates` compares embeddings of a network, which may find them.
 """
 
 import numpy as np
@@ -17,12 +17,11 @@ from scipy.sparse.csgraph import connected_components
 WIDTH, HEIGHT = 9, 8
 """Pixels of the small picture."""
 
-BITS = 3
-LEVELS = 6.0
+BITS = 7
+LEVELS = 8.0
 
-_PART = 64 // (BITS + 1)
-_SMALL_BUCKET = 256  # images whose pairs are all compared
-_NEIGHBOURS = 16  # of an image in a larger bucket, in the order of the whole hash
+_QUARTER = 16  # bits
+_WINDOW = 32  # hashes with the same quarter that are compared, the nearest in the order of the whole hash
 _PAIRS = 1 << 18  # compared at a time
 
 
@@ -33,16 +32,12 @@ def small_picture(image: Image.Image) -> bytes:
     return image.resize((WIDTH, HEIGHT), Image.Resampling.BOX, reducing_gap=4.0).tobytes()
 
 
-def near_groups(pictures: np.ndarray, apart: np.ndarray) -> list[list[int]]:
+def near_groups(pictures: np.ndarray) -> list[list[int]]:
     """Groups of near-duplicates, each ascending: images that are connected by pairs.
 
-    Args:
-        pictures: uint8 (N, HEIGHT * WIDTH * 3), from `small_picture`.
-        apart: integers (N,): images of equal value are one image already, such as exact duplicates, and make no pair.
+    pictures: uint8 (N, HEIGHT * WIDTH * 3), from `small_picture`.
     """
     first, second = _candidates(_hashes(pictures))
-    keep = apart[first] != apart[second]
-    first, second = first[keep], second[keep]
     near = np.zeros(len(first), bool)
     for start in range(0, len(first), _PAIRS):
         part = slice(start, start + _PAIRS)
@@ -68,33 +63,43 @@ def _hashes(pictures: np.ndarray) -> np.ndarray:
     return found
 
 
+_BITS_OF = np.unpackbits(np.arange(1 << _QUARTER, dtype=">u2").view(np.uint8)).reshape(-1, _QUARTER).sum(axis=1)
+
+
 def _count_bits(values: np.ndarray) -> np.ndarray:
-    return np.unpackbits(values.view(np.uint8)).reshape(-1, 64).sum(axis=1)
+    return sum(_BITS_OF[values >> np.uint64(shift) & np.uint64(0xFFFF)] for shift in range(0, 64, _QUARTER))
 
 
 def _candidates(hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Pairs (i, j), i != j, each once, whose hashes differ in at most BITS bits.
+    """Pairs i < j, each once, whose hashes differ in at most BITS bits.
 
-    In a bucket of many images with one part in common, such as thousands of plain ones, an image is compared only with
-    the next ones in the order of the whole hash, so that the number of pairs stays linear.
+    Where many images have one quarter in common, such as thousands of plain ones, only a window of them is compared
+    with each image, so that the number of pairs stays linear.
     """
     pairs = [np.zeros((0, 2), np.int64)]
-    for part in range(BITS + 1):
-        # The part becomes the highest bits, so that sorting also orders the rest of the hash within a bucket.
-        shift = np.uint64(part * _PART)
-        turned = hashes << shift | hashes >> (np.uint64(64) - shift) if part else hashes
+    for quarter in range(4):
+        # The quarter becomes the highest bits, so that sorting also orders the rest of the hash.
+        shift = np.uint64(quarter * _QUARTER)
+        turned = hashes << shift | hashes >> (np.uint64(64) - shift) if quarter else hashes
         order = np.argsort(turned, kind="stable")
-        keys = turned[order] >> np.uint64(64 - _PART)
-        starts = np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1]]))
-        sizes = np.diff(np.append(starts, len(keys)))
-        reach = np.repeat(np.where(sizes <= _SMALL_BUCKET, sizes, _NEIGHBOURS + 1), sizes)
-        end = np.repeat(starts + sizes, sizes)
-        for step in range(1, int(reach.max(initial=1))):
-            here = np.flatnonzero((reach > step) & (np.arange(len(keys)) + step < end))
-            if not len(here):
-                continue
-            i, j = order[here], order[here + step]
-            close = _count_bits(hashes[i] ^ hashes[j]) <= BITS
-            pairs.append(np.stack([i[close], j[close]], 1))
+        ascending = turned[order]
+        keys = (ascending >> np.uint64(64 - _QUARTER)).astype(np.int64)
+        starts = np.searchsorted(keys, np.arange((1 << _QUARTER) + 1))
+        for bit in (0, *(1 << place for place in range(_QUARTER))):
+            rows = np.flatnonzero(keys & bit == 0)  # each pair once: from the key without the bit to the one with it
+            target = keys[rows] | bit
+            low, high = starts[target], starts[target + 1]
+            if bit:
+                place = np.searchsorted(ascending, ascending[rows] | np.uint64(bit << 64 - _QUARTER))
+                low = np.clip(place - _WINDOW // 2, low, np.maximum(low, high - _WINDOW))
+            else:
+                low = rows + 1
+            reach = np.minimum(high - low, _WINDOW)
+            for step in range(int(reach.max(initial=0))):
+                inside = reach > step
+                rows, low, reach = rows[inside], low[inside], reach[inside]
+                i, j = order[rows], order[low + step]
+                close = _count_bits(hashes[i] ^ hashes[j]) <= BITS
+                pairs.append(np.stack([i[close], j[close]], 1))
     unique = np.unique(np.sort(np.concatenate(pairs), axis=1), axis=0)
     return unique[:, 0], unique[:, 1]

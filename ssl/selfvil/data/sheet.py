@@ -4,13 +4,16 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 from PIL import Image, ImageDraw, ImageFont
 
-from selfvil.data.read import decode_image
+from selfvil.data.read import DamagedImage, decode_image
 from selfvil.errors import UserError
+
+if TYPE_CHECKING:
+    from selfvil.data.inspect import Findings
 
 _TILE = 128
 _GAP = 10
@@ -18,6 +21,7 @@ _LINE = 14  # height of a line of a caption
 _HEAD = 30
 _INK, _PALE, _PAPER, _EMPTY = (20, 20, 20), (110, 110, 110), (255, 255, 255), (226, 226, 226)
 _MOST_ROWS, _MOST_COLUMNS = 400, 60
+_GROUPS, _IN_ROW = 12, 10  # of the sheet of an inspection
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,28 @@ def thumbnail(data: bytes) -> Image.Image:
         return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
     image.thumbnail((_TILE, _TILE), Image.Resampling.LANCZOS, reducing_gap=2.0)
     return image
+
+
+def inspection_sheet(out: Path, found: "Findings") -> Path:
+    """Random images, damaged ones, and groups of equal and similar ones, a row each. Raises UserError."""
+    reasons = dict(found.report.damaged + found.report.repaired)
+
+    def cell(i: int, bold: str) -> Cell:
+        key = found.name(i)
+        try:
+            image = thumbnail(found.images.read(i))
+        except DamagedImage:
+            image = None
+        return Cell(image, bold, reasons.get(key, key) if bold == "damaged" else key)
+
+    rows = [[cell(i, "random") for i in found.random[start : start + _IN_ROW]] for start in (0, _IN_ROW)]
+    broken = found.damaged + found.repaired
+    for start in range(0, min(len(broken), 3 * _IN_ROW), _IN_ROW):
+        rows.append([cell(i, "damaged") for i in broken[start : start + _IN_ROW]])
+    for title, groups in (("equal", found.duplicates), ("near", found.near)):
+        for number, group in enumerate(groups[:_GROUPS]):
+            rows.append([cell(i, f"{title} {number}") for i in group[:_IN_ROW]])
+    return draw(out, f"{found.report.source}: {found.report.images:,} images", [row for row in rows if row])
 
 
 def draw(out: Path, title: str, rows: Sequence[Sequence[Cell]], rule: bool = False) -> Path:
