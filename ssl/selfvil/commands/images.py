@@ -27,22 +27,37 @@ def pack(
         int | None, typer.Option(help="White in 16-bit grey images: 4095 if 12 bits are used.")
     ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Leave out images that decode with warnings.")] = False,
+    shard_bytes: Annotated[int, typer.Option(min=1, help="Bytes of images in a shard, at most.")] = 1 << 30,
+    verify: Annotated[bool, typer.Option("--verify", help="Read everything back afterwards.")] = False,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; default: one per core.")] = None,
 ) -> None:
-    """Pack images into WebDataset shards, and index them."""
+    """Pack images into WebDataset shards, and index them.
+
+    After an interruption, the same command continues. Exit status 1: --verify found a problem.
+    """
     from selfvil.data.classes import read_classes
     from selfvil.data.pack import pack
+    from selfvil.data.verify import verify_pack
 
     names = None if classes is None else read_classes(classes)
     with progress_bar("packing") as progress:
         report = pack(
-            source, out, name=name, samples_per_shard=samples_per_shard, size=size, classes=names, labels=not no_labels,
+            source, out, name=name, samples_per_shard=samples_per_shard, shard_bytes=shard_bytes, size=size,
+            classes=names, labels=not no_labels,
             image=image, mask=mask, max_value=max_value, strict=strict, seed=seed, workers=workers, progress=progress,
         )  # fmt: skip
     print(report)
     for what, found in (("skipped", report.skipped), ("warning:", report.warnings)):
         for file, reason in found[:5]:
             print(shorten(f"  {what} {file}: {reason}", 300))
+    if verify:
+        with progress_bar("verifying") as progress:
+            verification = verify_pack(out, workers, progress)
+        print(verification)
+        for key, problem in verification.problems[:5]:
+            print(shorten(f"  {key}: {problem}", 300))
+        if verification.problems:
+            raise typer.Exit(1)
 
 
 def index(

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from hashlib import sha256
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
@@ -77,6 +78,7 @@ class Checked(NamedTuple):
         damage: warnings of decoders that returned pixels nevertheless.
         notes: remarks about the file that do not affect the pixels.
         size: (width, height) as stored.
+        origin: 16 hex digits of the SHA-256 of the source file; they stay the same if the image is resized.
         deepest: the largest value of 16-bit grey whose file does not declare its range; 0 for other images.
     """
 
@@ -88,6 +90,7 @@ class Checked(NamedTuple):
     notes: tuple[str, ...] = ()
     size: tuple[int, int] = (0, 0)
     deepest: int = 0
+    origin: str = ""
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,7 @@ class Checker:
         return checked
 
     def _check(self, i: int) -> Checked:
-        data = self.read(i)
+        data = original = self.read(i)
         examined = examine(data, self.max_value)
         image, kind, deepest, damage = examined.image, examined.kind, examined.deepest, list(examined.damage)
         if self.max_value is not None and examined.deep_colour:
@@ -134,7 +137,7 @@ class Checker:
             data, kind = _encode(image, "PNG")
         return Checked(
             data, _MEMBERS[kind], mask=mask or b"", damage=_short(damage), notes=examined.notes, size=image.size,
-            deepest=deepest,
+            deepest=deepest, origin=sha256(original).hexdigest()[:16],
         )  # fmt: skip
 
 
