@@ -218,9 +218,18 @@ def reduced_decoding(files: list[bytes], side: int, rounds: int) -> dict[str, An
     }
 
 
+def save(figures: dict[str, Any], file: Path | None) -> None:
+    """Print the last figures, and write all of them: a run that is stopped early keeps what it has measured."""
+    name, row = list(figures.items())[-1]
+    print(name, json.dumps(row), flush=True)
+    if file:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(figures, indent=2) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--photos", type=Path, required=True, help="folder of shards of photographs")
+    parser.add_argument("--photos", required=True, help="shards of photographs")
     parser.add_argument("--cifar", type=Path, required=True, help="folder of shards of CIFAR-10, train and test")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path, help="file to write the figures to")
@@ -241,16 +250,23 @@ def main() -> None:
     figures["mae_224"] = interleaved(
         {"ours": lambda: ours(photos, mae, 1), "webdataset": lambda: plain(paths, with_tv, 1)}, args.rounds
     )
+    save(figures, args.json)
     figures["dino_2_8"] = interleaved(
         {"ours": lambda: ours(photos, dino, 1), "lightly": lambda: plain(paths, with_lightly, 1)}, args.rounds
     )
-    files = {"photos": [photos.read(i) for i in range(300)], "cifar10": [cifar.read(i) for i in range(3000)]}
+    save(figures, args.json)
+    files = {
+        "photos": [photos.read(i) for i in range(min(300, len(photos)))],
+        "cifar10": [cifar.read(i) for i in range(3000)],
+    }
     for name, images in files.items():
         for workers in (0, 1, 2):
             ways = {key: (lambda d=d, w=workers, f=images: decode_all(f, d, w)) for key, d in DECODERS.items()}
             figures[f"decoders, {name}, {workers} workers"] = interleaved(ways, args.rounds)
+            save(figures, args.json)
     for side in (1024, 2048):
         figures[f"reduced decoding, {side}"] = reduced_decoding(files["photos"][:8], side, args.rounds)
+        save(figures, args.json)
     begin, wall = processor_seconds(), time.perf_counter()
     report = inspect(args.cifar, workers=2).report
     taken = processor_seconds() - begin
@@ -258,11 +274,7 @@ def main() -> None:
         "images": report.images, "near_groups": len(report.near), "processor_s": round(taken, 1),
         "wall_s": round(time.perf_counter() - wall, 1),
     }  # fmt: skip
-    for name, row in figures.items():
-        print(name, json.dumps(row))
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(figures, indent=2) + "\n")
+    save(figures, args.json)
 
 
 if __name__ == "__main__":
