@@ -2,7 +2,7 @@
 
 Pillow uses the same library, with the same inverse DCT and upsampling, so pixels are equal bit for bit. A file for
 which libjpeg has a warning, and a file of an unusual kind (CMYK, 12 bits), is left to Pillow. Which images are accepted
-as undamaged therefore does not depend on this module. `benchmarks/data.py` compares the decoders.
+as undamaged therefore does not depend on this module. `benchmarks/data_layer.py` compares the decoders.
 
 Reduced decoding: libjpeg can compute an image of a half, a quarter or an eighth of the width and height from the low
 frequencies of each block, in a fraction of the time. `allowed_reduction` states when this is used.
@@ -20,7 +20,7 @@ REMAINING = 2
 """A reduced crop keeps at least this many times the width and the height of its view.
 
 The view is then made by bicubic interpolation with antialiasing, as from the full image. On photographs, its pixels
-differ from those by less than 1 level of 255 on average (`tests/data/test_jpeg.py`, `benchmarks/data.py`)."""
+differ from those by less than 1 level of 255 on average (`tests/data/test_jpeg.py`, `benchmarks/data_layer.py`)."""
 
 _REDUCTIONS = (8, 4, 2)  # libjpeg has others, without SIMD instructions
 _SPACES = {"YCbCr": "RGB", "RGB": "RGB", "Gray": "GRAY"}

@@ -1,6 +1,6 @@
 """The data layer against other pipelines, on the same images: whole epochs, decoders, and `selfvil inspect`.
 
-    python benchmarks/data.py --photos ../shared/data/photos --cifar ../shared/data/cifar10 \
+    python benchmarks/data_layer.py --photos ../shared/data/photos --cifar ../shared/data/cifar10 \
         --json benchmarks/results/data_cpu.json
 
 Each round times every pipeline once, one after the other. Since other programs may use the machine, the figures are
