@@ -131,7 +131,8 @@ def cli_page() -> str:
     root: Any = typer.main.get_command(app)
     lines = ["# Command line", "", root.help or "", "", "Exit status:", ""]
     lines += [
-        "- 0: success", "- 2: a mistake, with one message that names the file or key and what to do",
+        "- 0: success", "- 1: `inspect` or `pack --verify` found a problem",
+        "- 2: a mistake, with one message that names the file or key and what to do",
         "- 3: a run stopped by its doctor (`monitor.on_collapse: stop`)",
         "- 4: a run without progress (`run.stall_minutes`)",
         "- 75: a run stopped early with its state saved; the same command continues it", "- 130: interrupted", "",

@@ -19,6 +19,7 @@ app = typer.Typer(
 COMMANDS = (
     images.pack,
     images.index,
+    images.inspect,
     runs.plan,
     runs.pretrain,
     runs.doctor,
@@ -43,9 +44,9 @@ app.command("eval", context_settings={"ignore_unknown_options": True, "help_opti
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command line and exit.
 
-    Exit status: 0: success. 2: an error of the user, with a message. 3: a run stopped by its doctor. 4: a run without
-    progress (run.stall_minutes). 75: a run stopped early with its state saved; the same command continues it. 130:
-    interrupted by Ctrl-C, without saving.
+    Exit status: 0: success. 1: `selfvil inspect` or `pack --verify` found a problem. 2: an error of the user, with a
+    message. 3: a run stopped by its doctor. 4: a run without progress (run.stall_minutes). 75: a run stopped early with
+    its state saved; the same command continues it. 130: interrupted by Ctrl-C, without saving.
     """
     logging.basicConfig(level=logging.WARNING, format="selfvil: %(message)s", stream=sys.stderr)
     try:

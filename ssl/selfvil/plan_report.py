@@ -275,7 +275,7 @@ def draw_crops(objective: Objective, recipe: Recipe, shards: Images, path: Path)
     """Draw the crops of the first 8 images of the run, one row for each image, to a PNG file."""
     batches = train_batches(
         shards, objective.views(), seed=recipe.run.seed, batch_size=min(8, len(shards)), stop_step=1,
-        channels=recipe.model.in_chans, augment=recipe.data.augment,
+        channels=recipe.model.in_chans, augment=recipe.data.augment, decode=recipe.data.decode,
         balanced=recipe.data.order == "class_balanced",
     )  # fmt: skip
     with closing(batches):
@@ -292,7 +292,7 @@ def run_trial(objective: Objective, plan: Plan, shards: Images, device: torch.de
     optimizer = optim.adamw(parameter_groups(recipe, objective), recipe.optim.betas)
     batches = train_batches(
         shards, objective.views(), seed=recipe.run.seed, batch_size=plan.micro_batch, stop_step=_TRIAL_STEPS,
-        channels=recipe.model.in_chans, augment=recipe.data.augment,
+        channels=recipe.model.in_chans, augment=recipe.data.augment, decode=recipe.data.decode,
         balanced=recipe.data.order == "class_balanced",
     )  # fmt: skip
     seconds: list[tuple[float, float, float]] = []

@@ -84,7 +84,7 @@ def train(recipe: Recipe, engine: Engine, folder: RunFolder, shards: Images, sta
         shards, objective.views(), seed=recipe.run.seed, batch_size=recipe.optim.batch_size, rank=rank,
         world_size=engine.world_size, accumulate=accumulate, start_step=first_step, stop_step=plan.total_steps,
         workers=recipe.data.workers, channels=recipe.model.in_chans, augment=recipe.data.augment,
-        balanced=recipe.data.order == "class_balanced",
+        balanced=recipe.data.order == "class_balanced", decode=recipe.data.decode,
     )  # fmt: skip
     greet(journal, recipe, engine, objective, shards, first_step, plan.total_steps)
     head = classifier(recipe, objective.backbone, shards)

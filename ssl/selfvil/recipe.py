@@ -138,11 +138,7 @@ class ModelSection(Section):
 
     def create_kwargs(self) -> dict[str, Any]:
         """Arguments for `timm.create_model(self.name, ...)`: a backbone without a classifier."""
-        kwargs: dict[str, Any] = {
-            "in_chans": self.in_chans,
-            "num_classes": 0,
-            "drop_path_rate": self.drop_path_rate,
-        }
+        kwargs: dict[str, Any] = {"in_chans": self.in_chans, "num_classes": 0, "drop_path_rate": self.drop_path_rate}
         if self.patch_size is not None:  # a network without patches is built for no size of image
             kwargs = {"img_size": list(self.img_size), "patch_size": self.patch_size} | kwargs
         optional = (
@@ -210,6 +206,9 @@ class DataSection(Section):
     augment: Literal["workers", "device"] = "workers"
     """Where augmentation runs: in the workers, or on the device for a whole batch; the latter is for small images (32
     pixels, not 500) and a GPU that is faster than the workers. Both give the same views to the rounding of 8 bits."""
+    decode: Literal["scaled", "exact"] = "scaled"
+    """scaled: a large JPEG is decoded to 1/2, 1/4 or 1/8 of its size where every crop stays at least twice as large as
+    its view, which is faster; views differ by less than 1 level of 255 on average. exact: always the full size."""
     max_bad: float = Field(0.001, ge=0, le=1)
     """Share of samples that may be damaged before the run saves and stops, but at least 10 samples, counted over all
     processes and launches. They are replaced and listed in ledger*.jsonl. 0 allows none."""

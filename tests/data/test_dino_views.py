@@ -10,6 +10,8 @@ from torchvision.transforms import functional as F
 
 from selfvil.data import views
 from selfvil.data.views import DINOCrop, seed_randomness
+from selfvil.ops.cpu import build
+from selfvil.ops.cpu.build import kernels
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
 
@@ -153,3 +155,34 @@ def test_a_view_is_a_function_of_its_key():
 def test_impossible_settings_are_refused(settings):
     with pytest.raises(ValueError, match="must lie within"):
         DINOCrop(32, (0.4, 1), MEAN, STD, **settings)
+
+
+def pillows_hue(image: Image.Image, shift: int) -> np.ndarray:
+    hue, saturation, value = image.convert("HSV").split()
+    turned = Image.fromarray(np.asarray(hue) + np.uint8(shift))
+    return np.asarray(Image.merge("HSV", (turned, saturation, value)).convert("RGB"))
+
+
+def test_the_native_hue_is_pillows_bit_for_bit():
+    if kernels() is None:
+        pytest.skip("the CPU kernels cannot be built here")
+    levels = np.arange(0, 256, dtype=np.uint8)
+    for blue in (0, 1, 37, 128, 200, 254, 255):
+        colours = np.stack([*np.meshgrid(levels, levels), np.full((256, 256), blue, np.uint8)], 2)
+        for amount in (0.0, 0.004, 0.1, -0.1, 0.37, -0.5, 0.5):
+            image = Image.fromarray(colours[:255])  # no whole number of blocks
+            expected = pillows_hue(image, int(amount * 255) % 256)
+            np.testing.assert_array_equal(np.asarray(views._hue(image, amount)), expected)
+
+
+@pytest.mark.slow
+def test_the_native_hue_is_pillows_for_all_colours_and_instruction_sets():
+    levels = np.arange(0, 256, dtype=np.uint8)
+    for level in build._levels(""):
+        library = build.Kernels(build._load(level))
+        for blue in range(256):
+            colours = np.stack([*np.meshgrid(levels, levels), np.full((256, 256), blue, np.uint8)], 2)
+            for shift in (0, 1, 25, 43, 128, 230):
+                pixels = colours.copy()
+                library.call("turn_hue", pixels.ctypes.data, pixels.size // 3, shift)
+                np.testing.assert_array_equal(pixels, pillows_hue(Image.fromarray(colours), shift))

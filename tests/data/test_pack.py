@@ -1,5 +1,6 @@
 """Packing: the round trip, the same bytes for the same input, and no partial output."""
 
+import hashlib
 import io
 import multiprocessing
 import os
@@ -16,6 +17,8 @@ from selfvil.data import pack as pack_module
 from selfvil.data.index import open_shards
 from selfvil.data.pack import pack
 from selfvil.data.read import decode_image
+from selfvil.data.unfinished import Unfinished
+from selfvil.data.verify import verify_pack
 from selfvil.errors import UserError
 
 
@@ -61,7 +64,7 @@ def test_round_trip_of_a_folder_with_classes(classes_folder, tmp_path):
     assert "2 unreadable" in str(report)
 
     shards = open_shards(f"{out}/train-{{000000..000002}}.tar")
-    sources = dict(line.split("\t") for line in (out / "sources.tsv").read_text().splitlines())
+    sources = dict(line.split("\t")[:2] for line in (out / "sources.tsv").read_text().splitlines())
     assert len(shards) == len(sources) == 90
     for i in range(90):
         source = classes_folder / sources[shards.key(i)]
@@ -144,7 +147,7 @@ def test_members_have_the_extension_of_their_format(tmp_path):
     image(2, mode="L").save(tmp_path / "in" / "grey.pgm")
     image(3).save(tmp_path / "in" / "photo.mpo.jpg", "MPO", save_all=True, append_images=[image(4)])
     pack(tmp_path / "in", tmp_path / "out", workers=1)
-    sources = dict(line.split("\t") for line in (tmp_path / "out" / "sources.tsv").read_text().splitlines())
+    sources = dict(line.split("\t")[:2] for line in (tmp_path / "out" / "sources.tsv").read_text().splitlines())
     with tarfile.open(tmp_path / "out" / "shard-000000.tar") as tar:
         extensions = {sources[Path(name).stem]: Path(name).suffix for name in tar.getnames()}
     assert extensions == {"wrong.jpg": ".png", "right.JPEG": ".jpg", "grey.pgm": ".ppm", "photo.mpo.jpg": ".jpg"}
@@ -248,19 +251,101 @@ def test_classes_do_not_rename_the_labels_of_shards(classes_folder, tmp_path):
         pack(tmp_path / "out", tmp_path / "again", classes=["x"])
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
-def test_an_interrupted_pack_leaves_nothing(classes_folder, tmp_path, monkeypatch, workers, error):
-    monkeypatch.setattr(pack_module, "_CHUNK", 5)
-
+def stopping(error: BaseException, after: int):
     def stop(done: int, total: int) -> None:
-        if done > 40:
+        if done > after:
             raise error
 
-    with pytest.raises(KeyboardInterrupt if error is KeyboardInterrupt else UserError):
-        pack(classes_folder, tmp_path / "out", samples_per_shard=10, workers=workers, progress=stop)
-    assert [path.name for path in tmp_path.iterdir()] == ["source"]
-    assert multiprocessing.active_children() == []
+    return stop
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
+def test_an_interrupted_pack_continues_and_its_result_is_the_same(
+    classes_folder, tmp_path, monkeypatch, workers, error
+):
+    monkeypatch.setattr(pack_module, "_CHUNK", 5)
+    whole = pack(classes_folder, tmp_path / "whole", samples_per_shard=10, workers=1)
+    checked, steps = [], []
+    for after in (0, 40, 62):
+        stop = stopping(error, after)
+        with pytest.raises(KeyboardInterrupt if error is KeyboardInterrupt else UserError):
+            pack(classes_folder, tmp_path / "out", samples_per_shard=10, workers=workers, progress=stop)
+        assert not (tmp_path / "out").exists()
+        assert multiprocessing.active_children() == []
+        checked.append(sorted(path.name for path in (tmp_path / ".out.packing").glob("*.tar")) if after else [])
+    assert len(checked[1]) >= 4
+    assert len(checked[2]) > len(checked[1])
+    progress = lambda *step: steps.append(step)  # noqa: E731
+    report = pack(classes_folder, tmp_path / "out", samples_per_shard=10, workers=workers, progress=progress)
+    assert steps[0][0] > 50, "it continued"
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert (report.samples, report.skipped, report.warnings) == (whole.samples, whole.skipped, whole.warnings)
+    assert str(report).splitlines()[1:] == str(whole).splitlines()[1:]
+    assert not (tmp_path / ".out.packing").exists()
+
+
+def test_an_interrupted_pack_of_another_source_or_with_other_options_begins_anew(classes_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(pack_module, "_CHUNK", 5)
+    for change in ("options", "images", "record", "shard"):
+        aside = tmp_path / f".{change}.packing"
+        stop = stopping(KeyboardInterrupt(), 60)
+        with pytest.raises(KeyboardInterrupt):
+            pack(classes_folder, tmp_path / change, samples_per_shard=10, workers=1, progress=stop)
+        assert aside.exists()
+        if change == "images":
+            image(777).save(classes_folder / "ant" / "new.png")
+        if change == "record":
+            record = aside / "progress.jsonl"
+            record.write_bytes(record.read_bytes()[:-7])
+        if change == "shard":
+            os.truncate(max(aside.glob("*.tar")), 512)
+            os.truncate(min(aside.glob("*.tar")), 512)
+        options = {"samples_per_shard": 10, "workers": 1, "strict": change == "options"}
+        pack(classes_folder, tmp_path / change, **options)
+        pack(classes_folder, tmp_path / f"{change} again", **options)
+        assert contents(tmp_path / change) == contents(tmp_path / f"{change} again")
+        assert not aside.exists()
+
+
+def test_two_processes_do_not_pack_into_one_folder(classes_folder, tmp_path):
+    (tmp_path / ".out.packing").mkdir()
+    with Unfinished(tmp_path / ".out.packing", "x"), pytest.raises(UserError, match="another process packs"):
+        pack(classes_folder, tmp_path / "out", workers=1)
+
+
+def test_the_source_of_each_sample_is_recorded_with_its_hash(classes_folder, tmp_path):
+    pack(classes_folder, tmp_path / "out", size=5, workers=1)
+    for line in (tmp_path / "out" / "sources.tsv").read_text().splitlines():
+        _, name, origin = line.split("\t")
+        assert hashlib.sha256((classes_folder / name).read_bytes()).hexdigest().startswith(origin)
+        assert len(origin) == 16
+
+
+def test_a_pack_is_read_back(classes_folder, tmp_path):
+    out = tmp_path / "out"
+    pack(classes_folder, out, samples_per_shard=40, workers=1)
+    found = verify_pack(out, workers=2)
+    assert (found.samples, found.unchanged, found.problems) == (90, 90, [])
+    shard = min(out.glob("*.tar"))
+    status, data = shard.stat(), bytearray(shard.read_bytes())
+    data[data.index(open_shards(shard).read(0)) + 100] ^= 1
+    shard.write_bytes(data)
+    os.utime(shard, ns=(status.st_atime_ns, status.st_mtime_ns))
+    lines = (out / "sources.tsv").read_text().splitlines(keepends=True)
+    (out / "sources.tsv").write_text("".join([*lines[:50], lines[51], lines[50], *lines[52:-1]]))
+    problems = verify_pack(out, workers=1).problems
+    assert "90 samples, sources.tsv lists 89" in problems[0][1]
+    assert [key for key, _ in problems[1:]] == ["shard-00000000", "shard-00000050", "shard-00000051"]
+    assert "CRC-32" in problems[1][1]
+
+
+def test_a_pack_of_smaller_images_is_read_back(classes_folder, tmp_path):
+    pack(classes_folder, tmp_path / "out", size=5, workers=1)
+    found = verify_pack(tmp_path / "out", workers=1)
+    assert (found.samples, found.unchanged, found.problems) == (90, 0, [])
+    with pytest.raises(UserError, match=r"sources\.tsv cannot be read"):
+        verify_pack(classes_folder)
 
 
 def test_cyclic_links_are_followed_once(tmp_path):

@@ -23,6 +23,7 @@ from numpy.lib import format as npy
 from PIL import Image
 
 from selfvil.data import dicom, png, tiff
+from selfvil.data.jpeg import Reduction
 from selfvil.data.read import (
     PNG_SIGNATURE,
     DamagedImage,
@@ -41,8 +42,8 @@ _TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _LUMINANCE = np.array([0.299, 0.587, 0.114])  # ITU-R 601, as Pillow
 
 
-def decode_pixels(data: bytes, channels: int | None = 3) -> Pixels:
-    """Decode an image file of any known format, without rounding its values.
+def decode_pixels(data: bytes, channels: int | None = 3, reduction: Reduction | None = None) -> Pixels:
+    """Decode an image file of any known format, without rounding its values. reduction: as in `load_image`.
 
     channels: None keeps the image's own number. Images of Pillow are converted as by `decode_image`. Arrays must have
     this number of channels; but grey is repeated for 3, and 16-bit colours are converted to grey for 1, and lose their
@@ -54,7 +55,7 @@ def decode_pixels(data: bytes, channels: int | None = 3) -> Pixels:
     """
     decoded = _read_array(data, channels)
     if decoded is None:
-        loaded = load_image(data)
+        loaded = load_image(data, reduction)
         decoded = _deep(loaded)
         if decoded is None:
             if channels not in (None, 1, 3, 4):

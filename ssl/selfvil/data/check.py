@@ -1,4 +1,4 @@
-"""Check an image before it is packed: decode it fully, and collect the warnings of the decoders.
+"""Check an image, for `selfvil pack` and `selfvil inspect`: decode it fully, and collect the warnings of the decoders.
 
 Which damage is detected, by format:
 
@@ -21,16 +21,19 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from hashlib import sha256
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
+import torchvision
 from PIL import Image
 from PIL.ImageFile import ImageFile
-from torchvision.io import ImageReadMode, decode_jpeg
+from torchvision.io import ImageReadMode
 
 from selfvil.data.array_views import resize
-from selfvil.data.arrays import array_extension, decode_pixels, divisor, size_of
+from selfvil.data.arrays import array_extension, decode_pixels, divisor, size_of, to_rgb
+from selfvil.data.jpeg import decode_jpeg
 from selfvil.data.read import (
     DamagedImage,
     convert_image,
@@ -43,10 +46,28 @@ from selfvil.data.read import (
 )
 from selfvil.errors import shorten
 
-SEVERAL_PAGES = "it holds several pages or frames, of which only the first is packed"
+SEVERAL_PAGES = "it holds several pages or frames, of which only the first is used"
 
 _MEMBERS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "TIFF": "tif", "BMP": "bmp", "PPM": "ppm"}
 _PIXEL_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
+
+
+class Examined(NamedTuple):
+    """A decoded image and what decoding showed. damage, notes, deepest: as of `Checked`.
+
+    image: upright, 8 bits per channel, with its own number of channels; of an array, a picture of it (`to_rgb`).
+    kind: its format, by Pillow's name. mode: Pillow's, or number and dtype of the channels of an array. depth: bits of
+    a channel as stored. deep_colour: whether it has 16-bit colours, of which 8 bits are read.
+    """
+
+    image: Image.Image
+    kind: str
+    mode: str
+    depth: int
+    deep_colour: bool
+    damage: tuple[str, ...]
+    notes: tuple[str, ...]
+    deepest: int
 
 
 class Checked(NamedTuple):
@@ -60,6 +81,7 @@ class Checked(NamedTuple):
         damage: warnings of decoders that returned pixels nevertheless.
         notes: remarks about the file that do not affect the pixels.
         size: (width, height) as stored.
+        origin: 16 hex digits of the SHA-256 of the source file; they stay the same if the image is resized.
         deepest: the largest value of 16-bit grey whose file does not declare its range; 0 for other images.
     """
 
@@ -71,6 +93,7 @@ class Checked(NamedTuple):
     notes: tuple[str, ...] = ()
     size: tuple[int, int] = (0, 0)
     deepest: int = 0
+    origin: str = ""
 
 
 @dataclass(frozen=True)
@@ -101,31 +124,14 @@ class Checker:
         return checked
 
     def _check(self, i: int) -> Checked:
-        data = self.read(i)
-        deepest = 0
+        data = original = self.read(i)
         extension = array_extension(data)
         if extension is not None and (self.max_value is None or extension == "npy"):
             return self._check_array(i, data, extension)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            header = open_image(data)
-            kind = str(header.format)
-            damage, notes = _check_container(data, kind)
-            if kind in ("JPEG", "MPO"):
-                image, complaints = _decode_jpeg(data, header)
-                damage += complaints
-            else:
-                with _standard_error() as written:  # libtiff writes its warnings there
-                    loaded = load_image(data)
-                damage += written
-                if loaded.white is None and loaded.image.mode.startswith("I"):
-                    deepest = int(np.asarray(loaded.image).max())
-                elif self.max_value is not None and _is_deep_colour(header):
-                    raise DamagedImage("16-bit colours cannot be scaled by a maximum value; convert it to 8 bits")
-                image = convert_image(loaded, None, self.max_value)
-        notes += [str(each.message) for each in caught]
-        if kind != "MPO" and getattr(header, "is_animated", False):
-            notes.append(SEVERAL_PAGES)
+        examined = examine(data, self.max_value)
+        image, kind, deepest, damage = examined.image, examined.kind, examined.deepest, list(examined.damage)
+        if self.max_value is not None and examined.deep_colour:
+            raise DamagedImage("16-bit colours cannot be scaled by a maximum value; convert it to 8 bits")
         mask = self.read_mask(i)
         if mask is not None:
             mask, complaints = _check_mask(mask, image.size, self.size)
@@ -136,13 +142,13 @@ class Checker:
         elif deepest and self.max_value is not None:
             data, kind = _encode(image, "PNG")
         return Checked(
-            data, _MEMBERS[kind], mask=mask or b"", damage=_short(damage), notes=_short(notes), size=image.size,
-            deepest=deepest,
+            data, _MEMBERS[kind], mask=mask or b"", damage=_short(damage), notes=examined.notes, size=image.size,
+            deepest=deepest, origin=sha256(original).hexdigest()[:16],
         )  # fmt: skip
 
     def _check_array(self, i: int, data: bytes, extension: str) -> Checked:
         """An image with other channels than Pillow's, or more than 8 bits: packed as it is, or resized as NPY."""
-        pixels = decode_pixels(data, None)
+        original, pixels = data, decode_pixels(data, None)
         damage, notes = _check_container(data, "PNG") if extension == "png" else ([], [])
         grey16 = isinstance(pixels, np.ndarray) and pixels.dtype == np.uint16 and pixels.shape[2] == 1
         deepest = int(pixels.max()) if isinstance(pixels, np.ndarray) and grey16 else 0
@@ -157,8 +163,49 @@ class Checker:
             data, extension = file.getvalue(), "npy"
         return Checked(
             data, extension, mask=mask or b"", damage=_short(damage), notes=_short(notes), size=size_of(pixels),
-            deepest=deepest,
+            deepest=deepest, origin=sha256(original).hexdigest()[:16],
         )  # fmt: skip
+
+
+def examine(data: bytes, max_value: int | None = None) -> Examined:
+    """Decode an image file fully, and collect warnings of decoders and containers.
+
+    max_value: as of `convert_image`. Raises DamagedImage: it cannot be decoded.
+    """
+    extension = array_extension(data)
+    if extension is not None and (max_value is None or extension == "npy"):
+        return _examine_array(data, extension)
+    deepest = 0
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        header = open_image(data)
+        kind, mode, deep_colour = str(header.format), header.mode, _is_deep_colour(header)
+        damage, notes = _check_container(data, kind)
+        if kind in ("JPEG", "MPO"):
+            image, complaints = _decode_jpeg(data, header)
+            damage += complaints
+        else:
+            with _standard_error() as written:  # libtiff writes its warnings there
+                loaded = load_image(data)
+            damage += written
+            if loaded.white is None and loaded.image.mode.startswith("I"):
+                deepest = int(np.asarray(loaded.image).max())
+            image = convert_image(loaded, None, max_value)
+    notes += [str(each.message) for each in caught]
+    if kind != "MPO" and getattr(header, "is_animated", False):
+        notes.append(SEVERAL_PAGES)
+    depth = 1 if mode == "1" else 16 if deep_colour or mode.startswith("I;16") else 32 if mode in "IF" else 8
+    return Examined(image, kind, mode, depth, deep_colour, _short(damage), _short(notes), deepest)
+
+
+def _examine_array(data: bytes, extension: str) -> Examined:
+    pixels = np.asarray(decode_pixels(data, None))
+    damage, notes = _check_container(data, "PNG") if extension == "png" else ([], [])
+    channels = 1 if pixels.ndim == 2 else pixels.shape[2]
+    image = to_rgb(pixels if pixels.ndim == 3 else pixels[:, :, None])
+    kind = {"tif": "TIFF", "dcm": "DICOM"}.get(extension, extension.upper())
+    mode = f"{channels} x {pixels.dtype}"
+    return Examined(image, kind, mode, 8 * pixels.dtype.itemsize, False, _short(damage), _short(notes), 0)
 
 
 def _short(texts: list[str]) -> tuple[str, ...]:
@@ -195,11 +242,14 @@ def _check_container(data: bytes, kind: str) -> tuple[list[str], list[str]]:
 
 def _decode_jpeg(data: bytes, header: Image.Image) -> tuple[Image.Image, list[str]]:
     """Upright pixels, and libjpeg's warnings: Pillow drops them, torchvision writes them to standard error."""
+    if (sound := decode_jpeg(data)) is not None:
+        return turn_upright(sound, header), []
     pixels, complaints = None, []
     with _standard_error() as written, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torchvision 0.29 announces that its decoders will move to another package
         try:
-            pixels = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.UNCHANGED)
+            encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+            pixels = torchvision.io.decode_jpeg(encoded, ImageReadMode.UNCHANGED)
         except RuntimeError as error:
             complaints = [str(error).rpartition("] ")[2].splitlines()[0]]
     complaints += [line.strip() for line in written if line.strip()]

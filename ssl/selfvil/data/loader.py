@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from selfvil.data.arrays import Pixels, decode_pixels
+from selfvil.data.arrays import Pixels, decode_pixels, size_of
 from selfvil.data.base import Images
+from selfvil.data.jpeg import allowed_reduction
 from selfvil.data.ledger import BadSample
 from selfvil.data.order import AnyOrder, Order
 from selfvil.data.read import DamagedImage
@@ -96,6 +97,7 @@ def train_batches(
     channels: int = 3,
     augment: Literal["workers", "device"] = "workers",
     balanced: bool = False,
+    decode: Literal["scaled", "exact"] = "scaled",
 ) -> Generator[Batch, None, None]:
     """Micro-batches of steps [start_step, stop_step) for one rank, in order: `accumulate` of them for each step.
 
@@ -108,6 +110,8 @@ def train_batches(
         augment: where augmentation runs: in the workers, or on the device in `Batch.to`, with the images and random
             numbers of the workers. Both give the same views to the rounding of 8 bits.
         balanced: visit all classes equally often.
+        decode: "scaled" decodes a large JPEG to a half, a quarter or an eighth of its size if every crop stays twice as
+            large as its view (`selfvil.data.jpeg`); only where augmentation runs in the workers.
 
     If a worker dies, this process makes the next batches itself, more slowly, with the reason in `problem`. All
     processes of a run can then finish the step, save and stop together.
@@ -123,7 +127,10 @@ def train_batches(
             "micro-batches); change optim.batch_size, optim.accumulate or the number of processes"
         )
     crops = require_renderable(views) if augment == "device" else None
-    samples = _Samples(shards, views, channels, seed, shards.order(seed, balanced), crops)
+    scaled = [] if crops or decode == "exact" else [view for view in views if isinstance(view, RandomCropFlip)]
+    samples = _Samples(
+        shards, views, channels, seed, shards.order(seed, balanced), crops, scaled if len(scaled) == len(views) else []
+    )
     share = batch_size // world_size
     micro = micro_batch or share // accumulate
 
@@ -177,6 +184,7 @@ class _Samples(Dataset):
     """Map-style data set whose item is a whole batch: positions [first, last) of the order, or of the shards.
 
     crops: the same views, if the device makes them; then only their random numbers are drawn here.
+    scaled: the same views, if a JPEG may be decoded to a smaller size.
     skip_damaged: leave damaged samples out instead of replacing them.
     """
 
@@ -186,6 +194,7 @@ class _Samples(Dataset):
     seed: int
     order: AnyOrder | None
     crops: Sequence[RandomCropFlip] | None = None
+    scaled: Sequence[RandomCropFlip] = ()
     skip_damaged: bool = False
 
     def __getitem__(self, span: tuple[int, int]) -> Batch | UserError:
@@ -198,8 +207,8 @@ class _Samples(Dataset):
         with preserved_randomness():
             for row, position in enumerate(positions.tolist()):
                 try:
-                    image, ids[row] = self._image(position, int(ids[row]), bad)
-                    self._make_views(image, position, made)
+                    image, size, ids[row] = self._image(position, int(ids[row]), bad)
+                    self._make_views(image, size, position, made)
                 except UserError as error:  # DataLoader would add the traceback of the worker to a raised error
                     return error
                 except DamagedImage as damage:  # only with skip_damaged
@@ -214,19 +223,28 @@ class _Samples(Dataset):
         stacked = [] if drawn else [torch.stack(rows) if rows else torch.zeros(0) for rows in made]
         return Batch(stacked, torch.from_numpy(positions), torch.from_numpy(ids), torch.from_numpy(labels), bad, drawn)
 
-    def _make_views(self, image: Pixels, position: int, made: list[list[Any]]) -> None:
+    def _make_views(self, image: Pixels, size: tuple[int, int], position: int, made: list[list[Any]]) -> None:
+        """size: width and height of the image before it was reduced."""
         for number, view in enumerate(self.views):
             seed_randomness(self.seed, position, number)
-            made[number].append(view(image) if self.crops is None else drawn_on(self.crops[number], image))
+            if self.crops:
+                made[number].append(drawn_on(self.crops[number], image))
+            elif size != size_of(image):
+                made[number].append(self.scaled[number](image, size))
+            else:
+                made[number].append(view(image))
 
-    def _image(self, position: int, first: int, bad: list[BadSample]) -> tuple[Pixels, int]:
-        """The image for a position, and its id. A damaged sample is replaced by the sample that the order of another
-        seed has at this position, which is the same for any number of processes."""
+    def _image(self, position: int, first: int, bad: list[BadSample]) -> tuple[Pixels, tuple[int, int], int]:
+        """The image for a position, its size before it was reduced, and its id.
+
+        A damaged sample is replaced by the sample that the order of another seed has at this position, which is the
+        same for any number of processes.
+        """
         failed: list[tuple[int, str]] = []
         id = first
         for hop in range(_TRIES):
             try:
-                image = decode_pixels(self.shards.read(id), self.channels)
+                image, size = self._decode(position, self.shards.read(id))
             except DamagedImage as damage:
                 if self.skip_damaged:
                     raise
@@ -236,11 +254,28 @@ class _Samples(Dataset):
                 continue
             for each, reason in failed:
                 bad.append(self._bad(position, each, reason, id))
-            return image, id
+            return image, size, id
         raise UserError(
             f"{_TRIES} samples in a row could not be read, the first from {self.shards.shard_of(first)}: "
             f"{failed[0][1]}; repair the shards or leave out the damaged ones"
         )
+
+    def _decode(self, position: int, data: bytes) -> tuple[Pixels, tuple[int, int]]:
+        """The image, reduced if all its views allow that, and the size that it would have otherwise."""
+        full: list[tuple[int, int]] = []
+
+        def reduction(width: int, height: int) -> int:
+            full.append((width, height))
+            crops = []
+            for number, view in enumerate(self.scaled):
+                if allowed_reduction([(width, height, view.width, view.height)]) == 1:  # even for all of the image
+                    return 1
+                seed_randomness(self.seed, position, number)
+                crops.append((*view.draw(width, height, "RGB").box[2:], view.width, view.height))
+            return allowed_reduction(crops)
+
+        image = decode_pixels(data, self.channels, reduction if self.scaled else None)
+        return image, full[-1] if full else size_of(image)
 
     def _bad(self, position: int, id: int, reason: str, replaced_by: int) -> BadSample:
         shard, key, source = str(self.shards.shard_of(id)), self.shards.key(id), self.shards.source_of(id)

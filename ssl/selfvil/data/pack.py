@@ -3,28 +3,27 @@
 OUT/NAME-000000.tar ...   members KEY.jpg (or png ...); with labels, KEY.cls; with masks, KEY.mask.png
 OUT/NAME-000000.tar.index.npz ...
 OUT/classes.txt           the classes in the order of their labels
-OUT/sources.tsv           KEY and the file it was made from
+OUT/sources.tsv           KEY, the file it was made from, and 16 hex digits of the SHA-256 of that file
 OUT/skipped.txt           files that were not packed, and why
 OUT/warnings.txt          images that were packed although their files have a problem
+
+Until it is complete, the output is in a hidden folder beside OUT. The same command continues there after a crash, from
+the last complete shard (`selfvil.data.unfinished`).
 """
 
 import itertools
 import os
 import shutil
-import signal
 from array import array
-from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from dataclasses import dataclass, field
-from multiprocessing import get_context
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-import torch
 from webdataset import TarWriter
 
 from selfvil.data.base import Pattern, Progress
@@ -32,7 +31,9 @@ from selfvil.data.check import SEVERAL_PAGES, Checked, Checker, decoding_rates
 from selfvil.data.classes import CLASSES
 from selfvil.data.index import index_shards
 from selfvil.data.order import Order
+from selfvil.data.processes import map_processes
 from selfvil.data.sources import MASK, Source, open_source
+from selfvil.data.unfinished import Unfinished, identify, unfinished_shards
 from selfvil.errors import UserError, shorten
 
 _CHUNK = 32  # images in one task of a worker
@@ -93,8 +94,9 @@ def pack(
     """Pack an image folder, or existing shards, into new shards OUT/NAME-000000.tar.
 
     The bytes of the files are kept; the member's extension is that of the real format. Each image is decoded fully:
-    `selfvil.data.check` lists which damage this detects. The result does not depend on the number of workers. If
-    anything fails, `out` is not created.
+    `selfvil.data.check` lists which damage this detects. The result does not depend on the number of workers. `out`
+    appears when it is complete. After an interruption, the same call continues from the last complete shard, and its
+    result is the same as without the interruption.
 
     Args:
         source: a folder of images (its rules: `selfvil.data.sources`), or a pattern of shards (see `expand_shards`);
@@ -129,16 +131,23 @@ def pack(
     images = open_source(source, classes, labels, image, mask)
     check = Checker(images.read, images.read_mask, size, max_value, strict)
     found = _Findings(images)
-    aside = out.absolute().with_name(f".{out.absolute().name}.packing-{os.getpid()}")
+    aside = out.absolute().with_name(f".{out.absolute().name}.packing")
+    identity = identify(
+        source, images,
+        [name, samples_per_shard, shard_bytes, size, list(classes or []), labels, image, mask, max_value, strict, seed],
+    )  # fmt: skip
+    keep = True
     try:
-        aside.mkdir(parents=True)
         ids = Order(images.size, seed).ids(np.arange(images.size)).tolist()
-        with (
-            _ShardFiles(aside, name, samples_per_shard, shard_bytes) as shards,
-            closing(_check_all(check, ids, workers, progress)) as checked,
-        ):
-            _write(images, checked, shards, found)
+        with Unfinished(aside, identity) as unfinished:
+            done = unfinished.records
+            with (
+                _ShardFiles(unfinished, name, samples_per_shard, shard_bytes) as shards,
+                closing(_check_all(check, ids, len(done), workers, progress)) as checked,
+            ):
+                _write(images, itertools.chain(zip(ids, done), checked), shards, found)
         if not found.samples:
+            keep = False
             raise UserError(
                 f"none of the {images.size} images of {source} can be read; the first: {': '.join(min(found.skipped))}"
             )
@@ -147,6 +156,7 @@ def pack(
         for file, lines in (("skipped.txt", found.skipped + images.left_out), ("warnings.txt", found.warnings)):
             if lines:
                 _write_lines(aside / file, (f"{path}: {reason}" for path, reason in sorted(lines)))
+        unfinished.finish()
         report = index_shards(aside)
         aside.rename(out)
     except BrokenProcessPool:
@@ -154,7 +164,8 @@ def pack(
     except OSError as error:
         raise UserError(f"cannot pack into {out}: {error}") from None
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        if not keep or not unfinished_shards(aside):
+            shutil.rmtree(aside, ignore_errors=True)
     return PackReport(
         out, report.shards, found.samples, len(images.classes) or len(found.labels), report.bytes,
         sorted(found.skipped), sorted(found.warnings), found.describe(size, max_value),
@@ -167,6 +178,11 @@ def _write(images: Source, checked: Iterable[tuple[int, Checked]], shards: "_Sha
         for i, image in checked:
             key = f"{shards.name}-{found.samples:08d}"
             if not found.add(i, image):
+                shards.note(image)
+                continue
+            sources.write(f"{key}\t{_one_line(images.name(i))}\t{image.origin}\n")
+            if not image.data:  # it is in a shard of the interrupted call
+                shards.note(image)
                 continue
             members = {image.extension: image.data}
             if image.mask:
@@ -174,22 +190,32 @@ def _write(images: Source, checked: Iterable[tuple[int, Checked]], shards: "_Sha
             if images.labels[i] >= 0:
                 members["cls"] = str(images.labels[i]).encode()
             shards.add(key, members)
-            sources.write(f"{key}\t{_one_line(images.name(i))}\n")
+            shards.note(image)
 
 
 class _ShardFiles:
     """Consecutive tar files; a sample that would exceed a limit of the current one starts the next."""
 
-    def __init__(self, folder: Path, name: str, most_samples: int, most_bytes: int) -> None:
-        self.folder, self.name, self.most_samples, self.most_bytes = folder, name, most_samples, most_bytes
-        self.number = self.samples = self.bytes = 0
+    def __init__(self, unfinished: Unfinished, name: str, most_samples: int, most_bytes: int) -> None:
+        self.unfinished, self.folder = unfinished, unfinished.folder
+        self.name, self.most_samples, self.most_bytes = name, most_samples, most_bytes
+        self.number, self.samples, self.bytes = unfinished.shards, 0, 0
+        self.notes: list[Checked] = []
+        self._known = len(unfinished.records)
         self.file: BinaryIO | None = None
 
     def __enter__(self) -> "_ShardFiles":
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._close()
+        self._close(complete=error[0] is None)
+
+    def note(self, image: Checked) -> None:
+        """Remember an image, packed or left out, for the record of the current shard."""
+        if self._known:
+            self._known -= 1  # it is on record
+        else:
+            self.notes.append(image)
 
     def add(self, key: str, members: dict[str, bytes]) -> None:
         size = sum(map(len, members.values()))
@@ -202,11 +228,13 @@ class _ShardFiles:
         self.tar.write({"__key__": key, **members})
         self.samples, self.bytes = self.samples + 1, self.bytes + size
 
-    def _close(self) -> None:
+    def _close(self, complete: bool = True) -> None:
         if self.file is not None:
             self.tar.close()
             self.file.close()
-            self.file = None
+            if complete:
+                self.unfinished.record(Path(self.file.name), self.notes)
+            self.file, self.notes = None, []
 
 
 # --- checking images, in parallel ---------------------------------------------------------------------------------
@@ -215,45 +243,15 @@ _Check = Callable[[int], Checked]
 
 
 def _check_all(
-    check: _Check, ids: list[int], workers: int | None, progress: Progress | None
+    check: _Check, ids: list[int], done: int, workers: int | None, progress: Progress | None
 ) -> Generator[tuple[int, Checked], None, None]:
-    """Each id with its checked image, in the order of `ids`."""
-    chunks = [ids[start : start + _CHUNK] for start in range(0, len(ids), _CHUNK)]
-    done = 0
-    for chunk, checked in zip(chunks, _map_processes(check, chunks, min(workers or os.cpu_count() or 1, len(chunks)))):
+    """Each id with its checked image, in the order of `ids`, without the first `done`."""
+    chunks = [ids[start : start + _CHUNK] for start in range(done, len(ids), _CHUNK)]
+    for chunk, checked in zip(chunks, map_processes(check, chunks, workers)):
         yield from zip(chunk, checked)
         done += len(chunk)
         if progress is not None:
             progress(done, len(ids))
-
-
-def _map_processes(check: _Check, chunks: Iterable[list[int]], workers: int) -> Iterator[list[Checked]]:
-    """`map` over processes, in order, with a bounded number of results in memory."""
-    # A single worker is a process too: the checker redirects standard error, and a decoder may crash. Forked workers
-    # inherit the list of files, so it is not sent to them.
-    pool = ProcessPoolExecutor(workers, get_context("fork"), initializer=_begin_worker, initargs=(check,))
-    waiting = iter(chunks)
-    try:
-        pending = deque(pool.submit(_call_worker, chunk) for chunk in itertools.islice(waiting, 4 * workers))
-        while pending:
-            yield pending.popleft().result()
-            pending.extend(pool.submit(_call_worker, chunk) for chunk in itertools.islice(waiting, 1))
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-_worker_check: _Check  # set in worker processes only
-
-
-def _begin_worker(check: _Check) -> None:
-    global _worker_check
-    _worker_check = check
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C interrupts all processes; the main one ends the workers
-
-
-def _call_worker(chunk: list[int]) -> list[Checked]:
-    return [_worker_check(i) for i in chunk]
 
 
 # --- the report ---------------------------------------------------------------------------------------------------
@@ -286,7 +284,7 @@ class _Findings:
         self.deep += image.deepest > 0
         self.deepest = max(self.deepest, image.deepest)
         self.sides.extend(image.size)
-        if len(self.tried) < _TRIED:  # the order is shuffled, so these are a random sample
+        if image.data and len(self.tried) < _TRIED:  # the order is shuffled, so these are a random sample
             self.tried.append(image.data)
         return True
 
@@ -330,6 +328,8 @@ class _Findings:
     def _describe_size(self, size: int | None) -> list[str]:
         sides = np.frombuffer(self.sides, np.int32).reshape(-1, 2).astype(np.int64)
         if np.median(sides.min(axis=1)) <= _LARGE or (size or 0) > _LARGE:
+            return []
+        if not self.tried:  # a call that only finished an interrupted one
             return []
         now, then = decoding_rates(self.tried, 320)
         return [

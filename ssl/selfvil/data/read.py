@@ -10,12 +10,14 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image
 from PIL.ImageFile import ImageFile
 
+from selfvil.data.jpeg import Reduction, decode_jpeg, jpeg_size, may_be_rotated
 from selfvil.errors import UserError
 
 MAX_PIXELS = 2**26
@@ -54,6 +56,7 @@ _UPRIGHT = {
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }  # fmt: skip
+_SIDEWAYS = tuple(_UPRIGHT[orientation] for orientation in (5, 6, 7, 8))  # width and height are exchanged
 
 
 class DamagedImage(Exception):
@@ -91,17 +94,20 @@ def open_image(data: bytes) -> ImageFile:
     return _despite_metadata(data, _open)
 
 
-def load_image(data: bytes) -> Loaded:
+def load_image(data: bytes, reduction: Reduction | None = None) -> Loaded:
     """Decode an image file that `open_image` accepts, in its own mode, and rotate it by its EXIF orientation.
+
+    reduction: a JPEG may be decoded to a smaller size. It is called with the width and height of the upright image, and
+    returns by which factor both may shrink; other images keep their size.
 
     Raises:
         DamagedImage: as `open_image`; or the data is truncated or damaged.
     """
-    return _despite_metadata(data, _load)
+    return _despite_metadata(data, partial(_load, reduction=reduction))
 
 
-def decode_image(data: bytes, channels: int | None = 3) -> Image.Image:
-    """Decode an image file that `open_image` accepts.
+def decode_image(data: bytes, channels: int | None = 3, reduction: Reduction | None = None) -> Image.Image:
+    """Decode an image file that `open_image` accepts. reduction: as in `load_image`.
 
     The image is rotated by its EXIF orientation and has 8 bits per channel: mode L for 1 channel, RGB for 3, RGBA for
     4; None keeps the image's own number. An alpha channel is dropped for 1 and 3 channels, as torchvision does.
@@ -116,7 +122,7 @@ def decode_image(data: bytes, channels: int | None = 3) -> Image.Image:
     """
     if channels is not None and channels not in _MODES:
         raise ValueError(f"channels must be 1, 3 or 4, not {channels}")
-    return convert_image(load_image(data), channels)
+    return convert_image(load_image(data, reduction), channels)
 
 
 def convert_image(loaded: Loaded, channels: int | None, max_value: int | None = None) -> Image.Image:
@@ -152,10 +158,7 @@ def check_size(width: int, height: int, channels: int, value_bytes: int) -> None
 
 def turn_upright(image: Image.Image, header: Image.Image) -> Image.Image:
     """`image` rotated by the EXIF orientation of `header`, which may be the same image; unchanged without one."""
-    try:
-        turn = _UPRIGHT.get(header.getexif().get(_ORIENTATION, 1))
-    except Exception:  # broken EXIF raises many classes; the pixels can be used
-        turn = None
+    turn = _turn(header)
     return image if turn is None else image.transpose(turn)
 
 
@@ -166,6 +169,13 @@ def upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
     if orientation in (2, 3, 6, 7):
         pixels = pixels[:, ::-1]
     return pixels[::-1] if orientation in (3, 4, 7, 8) else pixels
+
+
+def _turn(header: Image.Image) -> Image.Transpose | None:
+    try:
+        return _UPRIGHT.get(header.getexif().get(_ORIENTATION, 1))
+    except Exception:  # broken EXIF raises many classes; the pixels can be used
+        return None
 
 
 def raw_modes(image: ImageFile) -> list[str]:
@@ -186,12 +196,24 @@ def _open(data: bytes) -> ImageFile:
         return image
 
 
-def _load(data: bytes) -> Loaded:
+def _load(data: bytes, reduction: Reduction | None) -> Loaded:
+    if (jpeg := _load_jpeg(data, reduction)) is not None:
+        return Loaded(jpeg, None)
     image = _open(data)
     with raise_damage():
         white = 4095 if "I;12" in raw_modes(image) else 65535 if image.format == "PPM" else None
         image.load()
         return Loaded(turn_upright(image, image), white)
+
+
+def _load_jpeg(data: bytes, reduction: Reduction | None) -> Image.Image | None:
+    """The upright pixels by the faster decoder of `jpeg.py`; None if Pillow must decode this file."""
+    if (size := jpeg_size(data)) is None or size[0] * size[1] > MAX_PIXELS:
+        return None
+    turn = _turn(_open(data)) if may_be_rotated(data) else None
+    factor = 1 if reduction is None else reduction(*(size[::-1] if turn in _SIDEWAYS else size))
+    image = decode_jpeg(data, factor)
+    return image if image is None or turn is None else image.transpose(turn)
 
 
 @contextmanager

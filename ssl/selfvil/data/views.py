@@ -25,6 +25,7 @@ from torch import Tensor
 from selfvil.data import array_views
 from selfvil.data.arrays import Pixels, divisor, size_of
 from selfvil.errors import UserError
+from selfvil.ops.cpu.build import kernels
 
 Size = int | Sequence[int]
 """Height and width in pixels; a single number means a square."""
@@ -83,8 +84,8 @@ class _Normalise:
 class Draw(NamedTuple):
     """All random numbers of one view of one image."""
 
-    box: tuple[int, int, int, int]
-    """Left, top, width and height of the crop, in pixels of the image."""
+    box: tuple[float, float, float, float]
+    """Left, top, width and height of the crop, in pixels of the image; integers, unless it was scaled."""
     flip: bool
     changes: tuple[tuple[int, float], ...] = ()
     """Changes of colour in their order: 0 brightness, 1 contrast, 2 saturation or 3 hue, each with its amount."""
@@ -92,6 +93,11 @@ class Draw(NamedTuple):
     blur: float = 0.0
     """Standard deviation of the Gaussian blur, in pixels of the view; 0 for none."""
     solarise: bool = False
+
+    def scaled(self, across: float, down: float) -> "Draw":
+        """The same view of an image whose width and height were multiplied by these factors."""
+        left, top, width, height = self.box
+        return self._replace(box=(left * across, top * down, width * across, height * down))
 
 
 class RandomCropFlip:
@@ -119,9 +125,11 @@ class RandomCropFlip:
         self.scale, self.ratio, self.flip, self.channel_drop = tuple(scale), tuple(ratio), flip, channel_drop
         self.normalise = _Normalise(mean, std)
 
-    def __call__(self, image: Pixels) -> Tensor:
+    def __call__(self, image: Pixels, full: tuple[int, int] | None = None) -> Tensor:
+        """A random view (C, H, W). full: width and height of the image of Pillow before its decoder reduced it."""
         if isinstance(image, Image.Image):
-            view = self.apply(image, self.draw(*image.size, image.mode))
+            draw = self.draw(*(full or image.size), image.mode)
+            view = self.apply(image, draw.scaled(image.width / full[0], image.height / full[1]) if full else draw)
         else:
             view = self._of_array(image)
         return array_views.drop_channels(view, self.channel_drop)
@@ -144,8 +152,11 @@ class RandomCropFlip:
 
     def _crop(self, image: Pixels, draw: Draw) -> Any:
         left, top, width, height = draw.box
+        if isinstance(image, Image.Image) and not all(isinstance(side, int) for side in draw.box):
+            box = left, top, min(left + width, image.width), min(top + height, image.height)
+            return image.resize((self.width, self.height), Image.Resampling.BICUBIC, box)
         if (left, top, width, height) != (0, 0, *size_of(image)):
-            image = array_views.crop(image, (left, top, left + width, top + height))
+            image = array_views.crop(image, (left, top, left + width, top + height))  # type: ignore[arg-type]
         if (width, height) != (self.width, self.height):
             image = array_views.resize(image, (self.width, self.height))
         return image
@@ -284,8 +295,8 @@ class ClassifierCrop(RandomCropFlip):
         self.randaugment = None if randaugment is None else rand_augment_transform(name, fill)
         self.erase = RandomErasing(erasing, mode="pixel", device="cpu") if erasing else None
 
-    def __call__(self, image: Pixels) -> Tensor:
-        view = super().__call__(image)
+    def __call__(self, image: Pixels, full: tuple[int, int] | None = None) -> Tensor:
+        view = super().__call__(image, full)
         return view if self.erase is None else self.erase(view)
 
     def apply(self, image: Image.Image, draw: Draw) -> Tensor:
@@ -339,7 +350,11 @@ def _change(image: Image.Image, kind: int, amount: float) -> Image.Image:
 
 
 def _hue(image: Image.Image, amount: float) -> Image.Image:
-    """Rotate the hue by `amount` turns of the colour wheel."""
+    """Rotate the hue by `amount` turns of the colour wheel, in Pillow's HSV of 8 bits."""
+    if (library := kernels()) is not None:
+        pixels = np.array(image)  # a copy, which is changed in place
+        library.call("turn_hue", pixels.ctypes.data, image.width * image.height, int(amount * 255) % 256)
+        return Image.fromarray(pixels)
     hue, saturation, value = image.convert("HSV").split()
     turned = Image.fromarray(np.asarray(hue) + np.uint8(int(amount * 255) % 256))  # the hue is periodic
     return Image.merge("HSV", (turned, saturation, value)).convert("RGB")
