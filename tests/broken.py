@@ -64,7 +64,9 @@ TRIALS = {
     "visreg": _trial(None, "visreg", 40, 60, 4e-3),
     "ijepa": _trial(None, "ijepa", 40, 120, 2e-3, *_WIDE),
     "ijepa, small batch": _trial(None, "ijepa", 16, 200, 2e-3, *_WIDE),
-    "ijepa, vit": _trial(None, "ijepa", 40, 120, 2e-3, *_WIDE, "objective.predictor=vit", "objective.predictor_heads=4"),
+    "ijepa, attention": _trial(
+        None, "ijepa", 40, 120, 2e-3, *_WIDE, "objective.predictor=vit", "objective.predictor_heads=4"
+    ),
     "distill": _trial(None, "distill", 40, 60, 2e-3),
     "distill, small batch": _trial(None, "distill", 8, 60, 2e-3),
     # Broken.

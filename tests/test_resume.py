@@ -27,7 +27,7 @@ UNSTEADY = {
     "dino": ["model.drop_path_rate=0.2", "optim.accumulate=2", "objective.freeze_last_layer_epochs=0.4"],
     "ibot": ["model.drop_path_rate=0.2", "optim.accumulate=2", "objective.centring=sinkhorn"],
     "dinov2": ["model.drop_path_rate=0.2", "optim.accumulate=2", "objective.gram_weight=1", "objective.gram_start=0.3"],
-    "distill": ["model.drop_path_rate=0.2", "optim.accumulate=2"],
+    "distill": ["model.drop_path_rate=0.2", "optim.accumulate=2", "objective.mask_ratio=0.4"],
     "lejepa": ["model.drop_path_rate=0.2", "optim.accumulate=2"],
     "ijepa": ["model.drop_path_rate=0.2", "optim.accumulate=2", "objective.target_layers=2"],
     "visreg": ["model.drop_path_rate=0.2", "optim.accumulate=2"],

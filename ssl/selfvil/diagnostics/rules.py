@@ -184,7 +184,7 @@ RULES = (
         lambda c: "the teacher gives nearly all images the same features at the same place "
         f"(standard deviation {number(c.value)}; 1 if they have nothing in common)",
         lambda c: first(c.raised("objective.teacher_momentum", 0.99), lower_lr(c)),
-        "0 by definition for features of the place alone; targets are normalised, so at most about 1; measured: 0.75 to 0.9 healthy",
+        "0 by definition for features of the place alone, at most about 1; measured: 0.75 to 0.9 healthy",
         after=0.1, follows=CAUSES,
     ),
     Rule(
