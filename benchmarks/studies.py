@@ -2,7 +2,7 @@
 
     python benchmarks/studies.py list
     python benchmarks/studies.py run bakeoff --data ../shared/data --out runs/bakeoff --json bakeoff.json
-    python benchmarks/studies.py run bakeoff --data ../shared/data --out runs/bakeoff --rows mae lejepa --pause-minutes 9
+    python benchmarks/studies.py run bakeoff --data ../shared/data --out runs/bakeoff --rows mae --pause-minutes 9
     python benchmarks/studies.py table bakeoff.json
 
 A study is a file in benchmarks/studies/, or any YAML file of that form: `Study` and `Row` below document the keys. Rows
@@ -217,7 +217,9 @@ class Runner:
         objective, size = build_objective(recipe), recipe.optim.batch_size
         optimizer = adamw(parameter_groups(objective), recipe.optim.betas)
         shards = open_shards(recipe.data.train, image=recipe.data.image)
-        batches = train_batches(shards, objective.views(), seed=0, batch_size=size, stop_step=ROUNDS)
+        batches = train_batches(
+            shards, objective.views(), seed=0, batch_size=size, stop_step=ROUNDS, channels=recipe.model.in_chans
+        )
         for step in range(ROUNDS):
             began, progress = time.process_time(), Progress(step, ROUNDS, len(shards) / size, seed=0)
             with torch.autocast("cpu", torch.bfloat16, enabled=self.study.precision == "bf16"):

@@ -46,7 +46,7 @@ def tiny(digit_shards, tmp_path) -> Path:
         "samples": 80, "precision": "fp32", "set": [*common, "run.checkpoint_every=1"], "baseline": "plain",
         "untrained": ["plain"], "evaluate": {"frozen": ["knn", "k=[5,20]"]},
         "rows": {"plain": {"recipe": "demo"}, "half": {"recipe": "demo", "set": ["objective.mask_ratio=0.5"]}},
-    }))  # fmt: skip
+    }, sort_keys=False))  # fmt: skip
     return file
 
 
@@ -62,19 +62,32 @@ def run(*words: str) -> subprocess.CompletedProcess:
     return subprocess.run(list(words), capture_output=True, text=True, timeout=300, env=environment())
 
 
-def test_a_study_runs_once_and_its_figures_say_how(tiny, digit_shards, tmp_path):
-    words = command(tiny, digit_shards, tmp_path / "out", "--json", str(tmp_path / "figures.json"))
-    stopped = run(*words, "--pause-minutes", "0.0001")
-    assert stopped.returncode == 75, stopped.stderr
-    first = run(*words)
-    assert first.returncode == 0, first.stderr
-    assert first.stdout.count("$ selfvil") == 4
-    again = run(*words)
-    assert "$ selfvil" not in again.stdout
-    table = again.stdout
-    assert table in first.stdout
+def in_process(studies, monkeypatch, capsys, *words: str) -> tuple[int, str]:
+    """Exit status and output of the script, in this process; its runs are processes of their own."""
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *words])
+    for key, value in environment().items():
+        monkeypatch.setenv(key, value)
+    capsys.readouterr()
+    try:
+        studies.main()
+    except SystemExit as ended:
+        return ended.code, capsys.readouterr().out
+    return 0, capsys.readouterr().out
+
+
+@pytest.mark.parametrize("rows", [["plain"], pytest.param(["plain", "half"], marks=pytest.mark.slow)], ids=len)
+def test_a_study_runs_once_and_its_figures_say_how(studies, tiny, digit_shards, tmp_path, monkeypatch, capsys, rows):
+    script = [studies, monkeypatch, capsys]
+    words = command(tiny, digit_shards, tmp_path / "out", "--json", str(tmp_path / "figures.json"), "--rows", *rows)[2:]
+    assert in_process(*script, *words, "--pause-minutes", "0.0001")[0] == 75
+    status, first = in_process(*script, *words)
+    assert status == 0
+    assert first.count("$ selfvil") == 2 * len(rows)
+    status, table = in_process(*script, *words)
+    assert "$ selfvil" not in table
+    assert table in first
     found = json.loads((tmp_path / "figures.json").read_text())
-    assert {row["row"] for row in found["rows"]} == {"plain", "half"}
+    assert {row["row"] for row in found["rows"]} == set(rows)
     assert {row["network"] for row in found["rows"]} == {"pretrained", "untrained", "raw pixels"}
     for row in found["rows"]:
         assert row["command"].startswith("selfvil pretrain demo data.train=DATA/digits-*.tar run.out=OUT/")
@@ -83,20 +96,22 @@ def test_a_study_runs_once_and_its_figures_say_how(tiny, digit_shards, tmp_path)
         assert row["processor_seconds"] > 0.5
         assert row["whole_time"]
         assert row["network"] != "pretrained" or row["samples_seen"] == 80
-    (half,) = (line for line in table.splitlines() if line.startswith("| half |"))
     value = {row["row"]: row["value"] for row in found["rows"]
              if row["network"] == "pretrained" and row["protocol"].startswith("k-NN, k = 20")}  # fmt: skip
-    assert f"{value['half']:.2f} ({value['half'] - value['plain']:+.2f})" in half
-    shown = run(sys.executable, str(SCRIPT), "table", str(tmp_path / "figures.json"))
-    assert shown.stdout == table
+    lines = {line.split(" | ")[0]: line for line in table.splitlines()}
+    assert f"{value['plain']:.2f} |" in lines["| plain"]
+    for row in rows[1:]:
+        assert f"{value[row]:.2f} ({value[row] - value['plain']:+.2f})" in lines[f"| {row}"]
+    assert in_process(*script, "table", str(tmp_path / "figures.json"))[1] == table
 
 
 @pytest.mark.slow
 def test_a_killed_study_continues(tiny, digit_shards, tmp_path):
     """Killed with its children while the first row trains; the result is that of an uninterrupted study."""
     long = ["--samples", "8000", "--rows", "plain"]
-    process = subprocess.Popen(command(tiny, digit_shards, tmp_path / "killed", *long), env=environment(),
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
+    words = command(tiny, digit_shards, tmp_path / "killed", *long)
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(words, env=environment(), start_new_session=True, **quiet)
     checkpoints = tmp_path / "killed" / "plain" / "seed-0" / "checkpoints"
     deadline = time.monotonic() + 120
     while not list(checkpoints.glob("step-*")) and time.monotonic() < deadline:
@@ -141,14 +156,14 @@ def test_every_row_of_every_study_can_be_built(studies, name):
     ],
 )
 def test_wrong_studies_are_refused(studies, tiny, change, expected):
-    tiny.write_text(yaml.safe_dump(yaml.safe_load(tiny.read_text()) | change))
+    tiny.write_text(yaml.safe_dump(yaml.safe_load(tiny.read_text()) | change, sort_keys=False))
     with pytest.raises(SystemExit) as caught:
         studies.read_study(str(tiny))
     assert expected in str(caught.value)
 
 
 def test_an_unknown_study_is_refused_with_the_known_ones(studies):
-    with pytest.raises(SystemExit, match="choose one of: bakeoff"):
+    with pytest.raises(SystemExit, match="choose one of: ablations, bakeoff"):
         studies.read_study("unknown")
 
 
