@@ -61,6 +61,12 @@ TRIALS = {
     "dinov2": _trial(None, "dinov2", 40, 120, 1e-3, *_DINO),
     "lejepa": _trial(None, "lejepa", 40, 60, 2e-3),
     "lejepa, small batch": _trial(None, "lejepa", 16, 60, 2e-3),
+    "visreg": _trial(None, "visreg", 40, 60, 4e-3),
+    "ijepa": _trial(None, "ijepa", 40, 120, 2e-3, *_WIDE),
+    "ijepa, small batch": _trial(None, "ijepa", 16, 200, 2e-3, *_WIDE),
+    "ijepa, attention": _trial(
+        None, "ijepa", 40, 120, 2e-3, *_WIDE, "objective.predictor=vit", "objective.predictor_heads=4"
+    ),
     "distill": _trial(None, "distill", 40, 60, 2e-3),
     "distill, small batch": _trial(None, "distill", 8, 60, 2e-3),
     # Broken.
@@ -76,6 +82,14 @@ TRIALS = {
         "constant_teacher", "dino", 64, 120, 1e-3, *_DINO, "objective.center_momentum=0.9999999"
     ),
     "dino, too slow": _trial("not_learning", "dino", 40, 60, 3e-4),
+    "visreg without its regulariser": _trial(
+        "constant_projections", "visreg", 40, 60, 4e-3, "objective.regulariser_weight=1e-4"
+    ),
+    "visreg, small batch": _trial("constant_projections", "visreg", 16, 60, 4e-3),
+    "lejepa without SIGReg": _trial("constant_projections", "lejepa", 40, 60, 4e-3, "objective.sigreg_weight=1e-5"),
+    "ijepa without EMA": _trial("no_ema", "ijepa", 40, 120, 2e-3, *_WIDE, "objective.teacher_momentum=0",
+                                "objective.teacher_momentum_schedule=constant"),
+    "ijepa, frozen teacher": _trial("dead_teacher", "ijepa", 40, 120, 2e-3, *_WIDE, "objective.teacher_momentum=1"),
     "mae, 1 patch of 64 visible": _trial(
         "mask_ratio", "mae", 64, 120, 2e-3, "model.patch_size=2", *_WIDE, "objective.mask_ratio=0.99"
     ),
@@ -118,7 +132,8 @@ def main(*words: str) -> int:
             values = " ".join(
                 f"{key}={doctor.latest[key]:.3g}"
                 for key in ("peak_relative_lr", "explained", "teacher_entropy", "teacher_spread", "prototypes",
-                            "teacher_lag", "teacher_follows", "feature_std", "rank_share", "alpha_req", "lidar_share")
+                            "teacher_lag", "teacher_follows", "feature_std", "rank_share", "alpha_req", "lidar_share",
+                            "target_std", "projection_std")
                 if key in doctor.latest
             )  # fmt: skip
             mark = "" if list(doctor.alarms) == expected else "WRONG "

@@ -91,11 +91,15 @@ def overrides(checkout: Path, recipe: str, strategy: str, shards: Path, out: Pat
         keys |= {"objective.decoder_dim": 32, "objective.decoder_depth": 1}
     if objective == "autoregressive" or "decoder: vit" in text:
         keys["objective.decoder_heads"] = 2
-    if objective in ("dino", "ibot", "dinov2", "lejepa"):
+    if objective == "ijepa":
+        keys |= {"objective.predictor_dim": 32, "objective.predictor_depth": 1}
+    if objective in ("dino", "ibot", "dinov2", "lejepa", "visreg"):
         keys |= {"objective.local_crop_size": 16, "objective.local_crops": 2, "objective.out_dim": 48}
         keys["objective.hidden_dim"] = 32
     if objective in ("dino", "ibot", "dinov2"):
         keys["objective.bottleneck_dim"] = 16
+    if objective == "visreg":
+        keys["objective.directions"] = 64
     if objective == "lejepa":
         keys["objective.sigreg_directions"] = 64
     if objective == "distill":

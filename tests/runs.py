@@ -23,7 +23,9 @@ PACKAGED = {
     "dino": "cifar10_dino",
     "ibot": "cifar10_ibot",
     "dinov2": "dinov2_vil_b",
+    "ijepa": "cifar10_ijepa",
     "lejepa": "cifar10_lejepa",
+    "visreg": "cifar10_visreg",
     "distill": "cifar10_distill",
     "supervised": "cifar10_finetune",
 }
@@ -34,6 +36,7 @@ _FEW_CROPS = [
     "objective.local_crop_size=8", "objective.local_crops=2",
     "objective.out_dim=64", "objective.hidden_dim=64", "objective.bottleneck_dim=16",
 ]  # fmt: skip
+_OWN_SIZE = ["model.name=vil_nano_patch4_32", "model.num_registers=null", "model.global_pool=null"]
 _SMALL = {
     "mae": ["objective.decoder_dim=32", "objective.decoder_depth=1"],
     "simmim": [*_GREY],
@@ -47,6 +50,11 @@ _SMALL = {
     "lejepa": [
         *_GREY, "objective.local_crop_size=8", "objective.local_crops=2", "objective.out_dim=16",
         "objective.hidden_dim=64", "objective.sigreg_directions=64",
+    ],
+    "ijepa": [*_GREY, *_OWN_SIZE, "objective.predictor_dim=32", "objective.context_share=0.3"],
+    "visreg": [
+        *_GREY, *_OWN_SIZE, "objective.local_crop_size=8", "objective.local_crops=2", "objective.out_dim=16",
+        "objective.hidden_dim=64", "objective.directions=64",
     ],
     "supervised": [
         *_GREY, "model.start_from=null", "objective.mixup=0.8", "objective.cutmix=1", "objective.randaugment=5",

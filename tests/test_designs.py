@@ -52,9 +52,9 @@ DESIGN = {
 CAUSAL = DESIGN | {"traversal": ["unidirectional"], "conv": ["causal1d", "none"]}
 """Designs that the autoregressive objective supports."""
 BIDIRECTIONAL = [name for name in runs.PACKAGED if name != "autoregressive"]
-WITHOUT_PATCHES = ["dino", "lejepa", "distill", "supervised"]
+WITHOUT_PATCHES = ["dino", "lejepa", "visreg", "distill", "supervised"]
 """Objectives that support a ConvNeXt."""
-CROPS = ["dino", "ibot", "dinov2", "lejepa"]
+CROPS = ["dino", "ibot", "dinov2", "lejepa", "visreg"]
 SCANS = {traversal: 2 * how.directions for traversal, how in TRAVERSALS.items()}
 """mLSTM scans of one pair of blocks."""
 

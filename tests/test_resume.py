@@ -27,8 +27,10 @@ UNSTEADY = {
     "dino": ["model.drop_path_rate=0.2", "optim.accumulate=2", "objective.freeze_last_layer_epochs=0.4"],
     "ibot": ["model.drop_path_rate=0.2", "optim.accumulate=2", "objective.centring=sinkhorn"],
     "dinov2": ["model.drop_path_rate=0.2", "optim.accumulate=2", "objective.gram_weight=1", "objective.gram_start=0.3"],
-    "distill": ["model.drop_path_rate=0.2", "optim.accumulate=2"],
+    "distill": ["model.drop_path_rate=0.2", "optim.accumulate=2", "objective.mask_ratio=0.4"],
     "lejepa": ["model.drop_path_rate=0.2", "optim.accumulate=2"],
+    "ijepa": ["model.drop_path_rate=0.2", "optim.accumulate=2", "objective.target_layers=2"],
+    "visreg": ["model.drop_path_rate=0.2", "optim.accumulate=2"],
 }
 
 
@@ -45,7 +47,7 @@ def test_a_paused_run_continues_bit_for_bit(digit_shards, tmp_path, objective, w
     assert paused.step == 3
     pretrain(small(objective, digit_shards, tmp_path / "paused", *more))
     assert_same_state(tmp_path / "straight", tmp_path / "paused")
-    assert paused.meta["export"] == ("teacher" if objective in ("dino", "ibot", "dinov2") else "student")
+    assert paused.meta["export"] == ("teacher" if objective in ("dino", "ibot", "dinov2", "ijepa") else "student")
 
 
 def test_a_finished_run_is_not_changed(digit_shards, tmp_path):

@@ -18,7 +18,7 @@ from selfvil.runtime import autocast
 from selfvil.unused import freeze_unused
 
 _OF_VIL = ["embed_dim", "depth", "traversal", "conv", "drop_path_uniform", "init_values"]
-CROPS = ["dino", "ibot", "dinov2", "lejepa"]
+CROPS = ["dino", "ibot", "dinov2", "lejepa", "visreg"]
 ON_TWO = [
     ("dino", "test_convnext"), ("lejepa", "test_convnext"), ("distill", "test_convnext"), ("dino", "test_mambaout"),
     ("mae", "test_vit3"), ("lejepa", "test_vit2"), ("distill", "test_vit_relpos"), ("dino", "test_resnet"),
@@ -94,5 +94,5 @@ def test_each_trained_parameter_of_every_accepted_network_gets_a_gradient(digit_
     names = [*timm.list_models("test_*"), "vil_nano_patch4_32"]
     accepted = [name for name in names if gradients_are_complete(objective, name, digit_shards, tmp_path)]
     assert {"vil_nano_patch4_32", "test_vit", "test_vit2", "test_vit3"} <= set(accepted)
-    assert ("test_convnext" in accepted) == (objective in ("dino", "lejepa", "distill"))
-    assert len(accepted) >= (14 if objective in ("dino", "lejepa", "distill") else 5)
+    assert ("test_convnext" in accepted) == (objective in ("dino", "lejepa", "visreg", "distill"))
+    assert len(accepted) >= (14 if objective in ("dino", "lejepa", "visreg", "distill") else 5)

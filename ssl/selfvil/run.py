@@ -275,7 +275,7 @@ def _changes(newest: Checkpoint, before: Plan, plan: Plan, recipe: Recipe) -> li
         )
     micro_batch, old = recipe.optim.batch_size // recipe.optim.accumulate, newest.meta.get("micro_batch")
     sinkhorn = getattr(objective, "centring", None) == "sinkhorn"
-    compares = objective.name == "lejepa" or sinkhorn or getattr(objective, "koleo_weight", 0) > 0
+    compares = objective.name in ("lejepa", "visreg") or sinkhorn or getattr(objective, "koleo_weight", 0) > 0
     if compares and isinstance(old, int) and old != micro_batch:
         notes.append(
             f"a micro-batch of all processes has {micro_batch:,} images now, and had {old:,}: this objective compares "

@@ -18,7 +18,7 @@ from PIL import Image
 from tests.images import encode
 
 from selfvil.data.check import examine
-from selfvil.data.folder import open_images
+from selfvil.data.images import open_images
 from selfvil.data.index import open_shards
 from selfvil.data.inspect import inspect
 from selfvil.data.ledger import Ledger

@@ -9,7 +9,7 @@ from PIL import Image
 
 from images import encode, npy, tifffile_bytes
 from selfvil.data import stats
-from selfvil.data.folder import open_images
+from selfvil.data.images import open_images
 from selfvil.data.index import open_shards
 from selfvil.errors import UserError
 from tars import write_tar

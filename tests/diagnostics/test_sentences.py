@@ -43,10 +43,12 @@ OBJECTIVE = {
 }  # fmt: skip
 
 
-WITH_TEACHER = ["dino", "dinov2", "ibot"]
+PROTOTYPES = ["dino", "dinov2", "ibot"]
+WITH_TEACHER = [*PROTOTYPES, "ijepa"]
 OBJECTIVES_OF = {
-    "teacher_lag": WITH_TEACHER, "teacher_follows": WITH_TEACHER, "teacher_entropy": WITH_TEACHER,
-    "prototypes": WITH_TEACHER, "explained_masked": ["mae", "simmim"], "lidar_share": [*WITH_TEACHER, "lejepa"],
+    "teacher_lag": WITH_TEACHER, "teacher_follows": WITH_TEACHER, "teacher_entropy": PROTOTYPES,
+    "prototypes": PROTOTYPES, "explained_masked": ["mae", "simmim"], "lidar_share": [*PROTOTYPES, "lejepa", "visreg"],
+    "target_std": ["ijepa"], "projection_std": ["lejepa", "visreg"],
 }  # fmt: skip
 """Objectives that have the number; all objectives for a number that is not listed."""
 

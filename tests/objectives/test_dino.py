@@ -134,7 +134,7 @@ def test_schedules_equal_the_published_ones(values):
     def same(name: str, found: list[float]) -> None:
         np.testing.assert_allclose(found, values[name].numpy(), rtol=1e-12)
 
-    same("momentum 0.996 to 1, 7 epochs of 13", [objective.teacher_momentum(p) for p in run])
+    same("momentum 0.996 to 1, 7 epochs of 13", [objective.settings.momentum_at(p) for p in run])
     same("weight decay 0.04 to 0.4, 7 epochs of 13", [optim.cosine(p.step, 91, 0.04, 0.4) for p in run])
     same("rate 1 to 0.1, 7 epochs of 13, 2 of warm-up", [optim.cosine(p.step, 91, 1, 0.1, 26) for p in run])
     temperatures = [objective.teacher_temp(p) for p in run]

@@ -17,6 +17,7 @@ from selfvil import checkpoint
 from selfvil.build import build_objective
 from selfvil.errors import UserError
 from selfvil.export import export
+from selfvil.models.adapter import adapt
 from selfvil.objectives.base import ImageSpec, Progress
 from selfvil.objectives.distill import Distill, DistillSettings, feature_loss, resample_to_grid
 from selfvil.pretrain import pretrain
@@ -86,6 +87,37 @@ def test_loss_is_the_sum_of_image_and_patch_losses(weights, name, teacher, kind)
     torch.testing.assert_close(output.logs["readout_loss"], losses[0].mean(), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(output.logs["patch_loss"], 0.5 * losses[1].mean(), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(output.loss, losses[0].mean() + 0.5 * losses[1].mean(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_masked_prediction_is_of_the_masked_patches_only(weights, name):
+    """The student has mask tokens there, the teacher the whole image; the number of masked patches is exact."""
+    objective, views = distill(weights, name, mask_ratio=0.4, mask="random", readout_weight=0.0), batch()
+    images = views.views[0]
+    masked = objective.mask(views.positions, PROGRESS, images.device)
+    assert masked.sum(dim=1).tolist() == [10] * 3  # 0.4 of 24
+    target = resample_to_grid(objective.teacher(images)[1], (4, 6))
+    tokens = adapt(objective.backbone).encode_masked(images, masked, objective.mask_token)
+    errors = [
+        1 - F.cosine_similarity(objective.patch_head(tokens[image, patch]), target[image, patch], dim=0)
+        for image, patch in masked.nonzero().tolist()
+    ]
+    output = objective(views, PROGRESS)
+    torch.testing.assert_close(output.loss, torch.stack(errors).mean())
+    output.loss.backward()
+    assert objective.mask_token.grad.any()
+    hidden = masked.unflatten(1, (4, 6)).repeat_interleave(4, 1).repeat_interleave(4, 2).unsqueeze(1)
+    changed = torch.where(hidden, images + 1, images)
+    torch.testing.assert_close(adapt(objective.backbone).encode_masked(changed, masked, objective.mask_token), tokens)
+
+
+@pytest.mark.parametrize(("settings", "expected"), [
+    ({"mask_ratio": 0.4, "patch_weight": 0.0}, "patch_weight = 0 does not predict them"),
+    ({"mask_ratio": 0.01}, "masks 0 of the 24 patches of the student"),
+])  # fmt: skip
+def test_masks_without_patches_to_predict_are_refused(weights, settings, expected):
+    with pytest.raises((UserError, ValueError), match=expected):
+        distill(weights, **settings)
 
 
 def test_features_are_resampled_between_grids():

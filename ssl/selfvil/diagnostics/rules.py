@@ -67,7 +67,7 @@ class Rule:
 
 
 CAUSES = ("high_learning_rate", "low_learning_rate", "no_ema", "dead_teacher")
-COLLAPSES = (*CAUSES, "flat_teacher", "constant_teacher")
+COLLAPSES = (*CAUSES, "flat_teacher", "constant_teacher", "constant_targets", "constant_projections")
 FEW_DIRECTIONS = ("few_dimensions", "steep_spectrum", "views_not_images")
 """Not judged under supervised training, which rightly leaves a direction for each class (Papyan et al., 2020)."""
 
@@ -177,6 +177,26 @@ RULES = (
         softer_teacher,
         "DINO, figure 7: the other collapse, without centring; measured: 35 and more healthy, 1 to 5 without it",
         after=0.02, follows=CAUSES,
+    ),
+    # I-JEPA's targets, and the projections of LeJEPA and VISReg.
+    Rule(
+        "constant_targets", "deviation of the targets between images", "target_std", 0.1, NO_HIGH,
+        lambda c: "the teacher gives nearly all images the same features at the same place "
+        f"(standard deviation {number(c.value)}; 1 if they have nothing in common)",
+        lambda c: first(c.raised("objective.teacher_momentum", 0.99), lower_lr(c)),
+        "0 by definition for features of the place alone, at most about 1; measured: 0.75 to 0.9 healthy",
+        after=0.1, follows=CAUSES,
+    ),
+    Rule(
+        "constant_projections", "deviation of the projections", "projection_std", 0.1, NO_HIGH,
+        lambda c: "all images are projected to nearly the same point "
+        f"(standard deviation {number(c.value)}; the loss aims at 1)",
+        lambda c: first(
+            c.raised("optim.batch_size", 64), c.raised("objective.regulariser_weight", 0.6),
+            c.raised("objective.sigreg_weight", 0.05), lower_lr(c),
+        ),
+        "0 is collapse by definition; measured: 0.2 to 0.5 healthy, 0.03 without a regulariser, 0.05 of VISReg in 16s",
+        after=0.1, follows=CAUSES,
     ),
     # The share that is learned: 0 for the best constant prediction, 1 for a perfect one.
     Rule(

@@ -8,8 +8,9 @@ from selfvil.errors import UserError
 
 def blocks_of(module: nn.Module) -> list[nn.Module]:
     """The repeated blocks of all networks in `module`: pairs of blocks of a Vision-LSTM, layers of a timm network, and
-    those of a decoder."""
-    lists = (getattr(child, name, None) for child in module.modules() for name in ("blocks", "decoder"))
+    those of a decoder or predictor."""
+    names = ("blocks", "decoder", "predictor")
+    lists = (getattr(child, name, None) for child in module.modules() for name in names)
     return [block for blocks in lists if isinstance(blocks, nn.ModuleList | nn.Sequential) for block in blocks]
 
 

@@ -12,7 +12,9 @@ OBJECTIVES = {
     "dino": ("selfvil.objectives.dino", "DINO", "DINOSettings"),
     "ibot": ("selfvil.objectives.ibot", "IBOT", "IBOTSettings"),
     "dinov2": ("selfvil.objectives.dinov2", "DINOv2", "DINOv2Settings"),
+    "ijepa": ("selfvil.objectives.ijepa", "IJEPA", "IJEPASettings"),
     "lejepa": ("selfvil.objectives.lejepa", "LeJEPA", "LeJEPASettings"),
+    "visreg": ("selfvil.objectives.visreg", "VISReg", "VISRegSettings"),
     "supervised": ("selfvil.objectives.supervised", "Supervised", "SupervisedSettings"),
     "distill": ("selfvil.objectives.distill", "Distill", "DistillSettings"),
 }

@@ -88,8 +88,8 @@ def require_size(backbone: nn.Module, image: ImageSpec, size: tuple[int, int], k
         backbone.train(training)
 
 
-def multi_crop(settings: CropSettings, image: ImageSpec) -> list[View]:
-    """Two large and some small crops, with DINO's augmentation."""
+def multi_crop(settings: CropSettings, image: ImageSpec, large: int = 2) -> list[View]:
+    """`large` large and some small crops, with DINO's augmentation: that of its two large crops by turns."""
 
     def crop(size: Any, scale: tuple[float, float], blur: float, solarise: float = 0.0) -> View:
         blur = blur if settings.blur else 0.0
@@ -98,10 +98,10 @@ def multi_crop(settings: CropSettings, image: ImageSpec) -> list[View]:
             channel_drop=image.channel_drop,
         )  # fmt: skip
 
-    large, small = settings.global_crop_scale, settings.local_crop_scale
+    scale, small = settings.global_crop_scale, settings.local_crop_scale
+    first, second = crop(image.size, scale, blur=1.0), crop(image.size, scale, blur=0.1, solarise=0.2)
     return [
-        crop(image.size, large, blur=1.0),
-        crop(image.size, large, blur=0.1, solarise=0.2),
+        *(second if number % 2 else first for number in range(large)),
         *(crop(settings.local_crop_size, small, blur=0.5) for _ in range(settings.local_crops)),
     ]
 

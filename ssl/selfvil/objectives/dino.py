@@ -22,11 +22,10 @@ from selfvil.models.adapter import adapt
 from selfvil.objectives.base import Batch, ImageSpec, Objective, Progress, StepOutput, View
 from selfvil.objectives.crops import CropSettings, Readout, crop_features, crops_picture, multi_crop, prepare_for_crops
 from selfvil.objectives.heads import ProjectionHead
-from selfvil.objectives.teacher import Center, Teacher
-from selfvil.optim import cosine
+from selfvil.objectives.teacher import Center, Teacher, TeacherSettings, teacher_autocast
 
 
-class DINOSettings(CropSettings):
+class DINOSettings(CropSettings, TeacherSettings):
     """Settings of DINO; the defaults are those of the published code. An epoch is a pass over the training images."""
 
     name: Literal["dino"] = "dino"
@@ -52,8 +51,6 @@ class DINOSettings(CropSettings):
     """Temperature of the teacher's softmax in the first epoch."""
     warmup_teacher_temp_epochs: int = Field(0, ge=0)
     """Epochs over which the teacher's temperature changes from warmup_teacher_temp to teacher_temp, linearly."""
-    teacher_momentum: float = Field(0.996, ge=0, le=1)
-    """Momentum of the teacher's running mean at the first step; rises to 1 at the end of the run, as a half cosine."""
     center_momentum: float = Field(0.9, ge=0, lt=1)
     """Momentum of the running mean of the teacher's logits that is subtracted from them."""
 
@@ -105,7 +102,7 @@ class DINO(Objective):
     def forward(self, batch: Batch, progress: Progress) -> StepOutput:
         temperature = self.teacher_temp(progress)
         student = self.logits(self.backbone, self.head, batch.views).float()  # (V, B, K)
-        with torch.no_grad(), self._teacher_autocast(student.device):
+        with torch.no_grad(), teacher_autocast(self.backbone, student.device):
             teacher = self.logits(self.teacher.backbone, self.teacher.head, batch.views[:2]).float()  # (2, B, K)
         targets = self.center.softmax(teacher, temperature)
         log_probs = F.log_softmax(student / self.settings.student_temp, dim=-1)
@@ -121,7 +118,7 @@ class DINO(Objective):
     @torch.no_grad()
     def after_step(self, progress: Progress) -> None:
         self.center.update()
-        self.teacher.follow(self, self.teacher_momentum(progress))
+        self.teacher.follow(self, self.settings.momentum_at(progress))
 
     def discard_step(self) -> None:
         self.center.discard()
@@ -134,12 +131,8 @@ class DINO(Objective):
         epoch, epochs = int(progress.epoch), self.settings.warmup_teacher_temp_epochs
         return first + (last - first) * epoch / max(1, epochs - 1) if epoch < epochs else last
 
-    def teacher_momentum(self, progress: Progress) -> float:
-        """Momentum of the teacher's running mean after this step."""
-        return cosine(progress.step, progress.total_steps, self.settings.teacher_momentum, 1.0)
-
     def schedules(self, progress: Progress) -> dict[str, float]:
-        return {"teacher_temp": self.teacher_temp(progress), "teacher_momentum": self.teacher_momentum(progress)}
+        return {"teacher_temp": self.teacher_temp(progress), "teacher_momentum": self.settings.momentum_at(progress)}
 
     def scheduled_values(self, progress: Progress, like: Tensor) -> dict[str, Tensor]:
         """`schedules` at this step, for the logs: scalars of the dtype and device of `like`."""
@@ -151,12 +144,6 @@ class DINO(Objective):
     def lr_scales(self, progress: Progress) -> dict[str, float]:
         # By the learning rate; the published code drops gradients, which a sharded optimizer does not allow.
         return {"last_layer": 0.0 if progress.epoch < self.settings.freeze_last_layer_epochs else 1.0}
-
-    def _teacher_autocast(self, device: torch.device) -> torch.autocast:
-        """Autocast to bf16 if the student computes in bf16, by autocast or because its weights are bf16."""
-        weights_are_bf16 = next(self.backbone.parameters()).dtype == torch.bfloat16
-        enabled = weights_are_bf16 or torch.is_autocast_enabled(device.type)
-        return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
     @torch.no_grad()
     def picture(self, batch: Batch, progress: Progress) -> Tensor:

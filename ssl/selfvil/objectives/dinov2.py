@@ -25,7 +25,7 @@ from selfvil.objectives.base import ImageSpec, Progress
 from selfvil.objectives.crops import Scale
 from selfvil.objectives.distributed import gather_rows
 from selfvil.objectives.ibot import IBOT, IBOTSettings
-from selfvil.objectives.teacher import FrozenNetwork
+from selfvil.objectives.teacher import FrozenNetwork, teacher_autocast
 from selfvil.settings import PathText
 from selfvil.weights import load_pretrained
 
@@ -40,7 +40,7 @@ class DINOv2Settings(IBOTSettings):
     norm_last_layer: bool = False
     """Keep all prototypes at length 1; false learns their lengths."""
     teacher_momentum: float = Field(0.992, ge=0, le=1)
-    """Momentum of the teacher's running mean at the first step; rises to 1 at the end of the run, as a half cosine."""
+    """Momentum of the teacher's running mean at the first step."""
     global_crop_scale: Scale = (0.32, 1.0)
     """Range of the share of an image's area that a large crop covers; its size is model.img_size."""
     local_crop_scale: Scale = (0.05, 0.32)
@@ -144,7 +144,7 @@ class DINOv2(IBOT):
             losses["koleo"] = (self.settings.koleo_weight, values[0] + values[1])
         if self.settings.gram_weight and progress.step >= self._gram_step(progress):
             anchor = adapt(self.gram.backbone)
-            with torch.no_grad(), self._teacher_autocast(large.device):
+            with torch.no_grad(), teacher_autocast(self.backbone, large.device):
                 features = anchor.forward_features(large)
             losses["gram"] = (self.settings.gram_weight, gram_distance(patches, anchor.split_tokens(features)[1]))
         return losses

@@ -8,6 +8,9 @@ al., "Knowledge distillation: A good teacher is patient and consistent" (2022) r
 The teacher is not part of the objective's state: it never changes and has its own files, and it would make up most of a
 checkpoint.
 
+With `mask_ratio`, the student gets some of its patches as mask tokens and predicts the teacher's features of these, as
+in Fang et al., "EVA" (2022); the teacher always gets the whole image.
+
 Shapes: B images, N = H·W patches on the student's grid, C channels of the teacher.
 """
 
@@ -23,8 +26,9 @@ from torch import Tensor, nn
 
 from selfvil.data.views import RandomCropFlip
 from selfvil.errors import UserError
-from selfvil.models.adapter import READOUTS, adapt
-from selfvil.objectives.base import Batch, ImageSpec, Objective, Progress, StepOutput, View
+from selfvil.models.adapter import READOUTS, BackboneAdapter, adapt
+from selfvil.models.masking import sample_mask
+from selfvil.objectives.base import Batch, ImageSpec, Objective, Progress, StepOutput, View, keyed_noise
 from selfvil.objectives.crops import Readout, Scale, require_size
 from selfvil.objectives.teacher import FrozenNetwork
 from selfvil.settings import PathText, Section, Size
@@ -51,6 +55,11 @@ class DistillSettings(Section):
     """Weight of the loss of the patches' features; 0 disables it."""
     loss: Literal["cosine", "smooth_l1"] = "cosine"
     """cosine: 1 minus the cosine; smooth_l1: smooth absolute error (beta 2) of targets normalised over channels."""
+    mask_ratio: float = Field(0.0, ge=0, lt=1)
+    """Share of the student's patches that are replaced by a mask token. Then the loss of patches is that of the masked
+    ones; the loss of the image's features is the same. 0: no masks, and the loss of all patches."""
+    mask: Literal["block", "random", "row"] = "block"
+    """Shape of masks: overlapping rectangles, single patches, or rows of the grid."""
     crop_scale: Scale = (0.2, 1.0)
     """Range of the share of an image's area that a random crop covers."""
     flip: bool = True
@@ -60,6 +69,11 @@ class DistillSettings(Section):
     def _one_weight_is_positive(self) -> "DistillSettings":
         if not self.readout_weight and not self.patch_weight:
             raise ValueError("readout_weight and patch_weight are both 0, which leaves nothing to learn: raise one")
+        if self.mask_ratio and not self.patch_weight:
+            raise ValueError(
+                f"mask_ratio = {self.mask_ratio} masks patches, and patch_weight = 0 does not predict them: raise "
+                "patch_weight, or set mask_ratio to 0"
+            )
         return self
 
 
@@ -99,6 +113,20 @@ class Distill(Objective):
                 )
             patches = adapter.split_tokens(features)[1]
             self.patch_head = nn.Linear(patches.shape[-1], targets[1].shape[1])
+        if settings.mask_ratio:
+            self._prepare_masks(adapter)
+
+    def _prepare_masks(self, adapter: BackboneAdapter) -> None:
+        self.grid = adapter.token_grid(self.image.size)  # refuses a backbone without patches
+        num_patches = self.grid[0] * self.grid[1]
+        self.num_hidden = round(num_patches * self.settings.mask_ratio)
+        if not 0 < self.num_hidden < num_patches:
+            raise UserError(
+                f"objective.mask_ratio = {self.settings.mask_ratio} masks {self.num_hidden} of the {num_patches} "
+                f"patches of the student: at least one must be masked and one left, or set mask_ratio to 0"
+            )
+        self.mask_token = nn.Parameter(torch.zeros(adapter.token_dim))
+        nn.init.trunc_normal_(self.mask_token, std=0.02)
 
     @property
     def teacher(self) -> "FrozenTeacher":
@@ -115,7 +143,11 @@ class Distill(Objective):
     def forward(self, batch: Batch, progress: Progress) -> StepOutput:
         images, settings, adapter = batch.views[0], self.settings, adapt(self.backbone)
         target, target_map = self.teacher(images)
-        features = adapter.forward_features(images)
+        masked = self.mask(batch.positions, progress, images.device) if settings.mask_ratio else None
+        if masked is None:
+            features = adapter.forward_features(images)
+        else:
+            features = adapter.masked_features(images, masked, self.mask_token)
         prefix, patches = adapter.split_tokens(features)
         losses: dict[str, Tensor] = {}
         if settings.readout_weight:
@@ -125,9 +157,16 @@ class Distill(Objective):
             grid = adapter.patch_grid(features, images)
             assert grid is not None  # checked in the constructor
             predicted, target_patches = self.patch_head(patches), resample_to_grid(target_map, grid)
+            if masked is not None:
+                predicted, target_patches = predicted[masked], target_patches[masked]
             losses["patch_loss"] = settings.patch_weight * feature_loss(predicted, target_patches, settings.loss)
         loss = torch.stack(list(losses.values())).sum()
         return StepOutput(loss, {name: value.detach() for name, value in losses.items()})
+
+    def mask(self, positions: Tensor, progress: Progress, device: torch.device) -> Tensor:
+        """Masks (B, N) bool, true where the student's patch is replaced: the same number in every image."""
+        noise = keyed_noise(progress.seed, positions, self.grid[0] * self.grid[1], device)
+        return sample_mask(self.settings.mask, noise, self.grid, self.num_hidden)
 
     @torch.no_grad()
     def trivial_loss(self, batch: Batch) -> Tensor | None:

@@ -22,7 +22,7 @@ from selfvil.objectives import sinkhorn
 from selfvil.objectives.base import Batch, ImageSpec, Progress, StepOutput, keyed_noise
 from selfvil.objectives.crops import Scale, crop_features, crops_picture
 from selfvil.objectives.dino import DINO, DINOSettings, collapse_metrics, cross_entropy_of_pairs
-from selfvil.objectives.teacher import Center, Teacher
+from selfvil.objectives.teacher import Center, Teacher, teacher_autocast
 
 
 class IBOTSettings(DINOSettings):
@@ -106,7 +106,7 @@ class IBOT(DINO):
         masked = self.mask(batch.positions, progress)  # (2·B, N)
         ids = masked.flatten().nonzero().squeeze(1).to(large.device)
 
-        with torch.no_grad(), self._teacher_autocast(large.device):
+        with torch.no_grad(), teacher_autocast(self.backbone, large.device):
             features = adapt(self.teacher.backbone).forward_features(large)
             vectors, patches = self.vectors_and_patches(self.teacher.backbone, features)
             logits = self.teacher.head(vectors).float().unflatten(0, (2, -1))  # (2, B, K)

@@ -96,6 +96,7 @@ class LeJEPA(Objective):
         distance = (projections.detach() - projections[:2].detach().mean(dim=0)).square().mean()
         share = self.settings.sigreg_weight
         logs = {"distance": distance, "sigreg": (loss.detach() - (1 - share) * distance) / share}
+        logs["projection_std"] = projections.detach().std(dim=1, correction=0).mean()
         return StepOutput(loss, logs)
 
     def project(self, crops: list[Tensor]) -> Tensor:

@@ -1,5 +1,7 @@
 """Networks that are not trained by gradients: frozen ones, and a teacher that is a running mean of a student.
 
+`TeacherSettings` has the momentum of that mean and its schedule, for all objectives with such a teacher.
+
 `Center` is the running mean of a teacher's outputs, by which DINO and iBOT avoid collapse. All of them keep float32
 values whatever the precision of the student, because bf16 rounds away the small steps of a running mean.
 
@@ -8,12 +10,37 @@ Shapes: B images, K prototypes.
 
 import copy
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
 from selfvil.objectives import distributed
+from selfvil.optim import Progress, cosine
+from selfvil.settings import Section
+
+
+class TeacherSettings(Section):
+    """Settings of a teacher that is a running mean (EMA) of its student."""
+
+    teacher_momentum: float = Field(0.996, ge=0, le=1)
+    """Momentum of the teacher's running mean at the first step."""
+    teacher_momentum_end: float = Field(1.0, ge=0, le=1)
+    """Momentum of the teacher's running mean at the end of the run."""
+    teacher_momentum_schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the momentum changes from teacher_momentum to teacher_momentum_end: cosine, as half a cosine (DINO); linear
+    (I-JEPA); constant keeps teacher_momentum and ignores teacher_momentum_end."""
+
+    def momentum_at(self, progress: Progress) -> float:
+        """Momentum of the teacher's running mean after this step."""
+        first, last = self.teacher_momentum, self.teacher_momentum_end
+        if self.teacher_momentum_schedule == "constant":
+            return first
+        if self.teacher_momentum_schedule == "linear":
+            return first + (last - first) * progress.step / progress.total_steps
+        return cosine(progress.step, progress.total_steps, first, last)
 
 
 class StaysFloat32(nn.Module):
@@ -71,6 +98,14 @@ class Teacher(FrozenNetwork):
         students = [student.get_parameter(name).float() for name, _ in self.named_parameters()]
         torch._foreach_lerp_(list(self.parameters()), students, 1 - momentum)
         self._copy_buffers(student)
+
+
+def teacher_autocast(student: nn.Module, device: torch.device) -> torch.autocast:
+    """Autocast to bf16 if the student computes in bf16, by autocast or because its weights are bf16."""
+    weights_are_bf16 = next(student.parameters()).dtype == torch.bfloat16
+    return torch.autocast(
+        device.type, torch.bfloat16, enabled=weights_are_bf16 or torch.is_autocast_enabled(device.type)
+    )
 
 
 class Center(StaysFloat32):
