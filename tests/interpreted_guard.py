@@ -62,7 +62,7 @@ def answers(
             found = {
                 kind: guard.layer_agrees(operators, CPU, dtype, 4 * WIDTH)
                 if kind == "layer"
-                else guard.mlstm_agrees(CPU, dtype, WIDTH, kind == "triton_chunkwise")
+                else guard.mlstm_agrees(CPU, dtype, WIDTH, kind)
                 for kind in kinds
             }
             assert torch.equal(before, torch.get_rng_state())

@@ -127,7 +127,7 @@ def test_the_answer_is_a_constant_of_a_compiled_graph(monkeypatch):
     @torch.compile(fullgraph=True, backend="eager")
     def add(x):
         layer = guard.layer_agrees(operators, x.device, x.dtype, x.shape[-1])
-        return x + int(layer) + 2 * int(guard.mlstm_agrees(x.device, x.dtype, 16, True))
+        return x + int(layer) + 2 * int(guard.mlstm_agrees(x.device, x.dtype, 16, "triton_chunkwise"))
 
     assert add(torch.zeros(3, 64)).unique().tolist() == [3.0]
     assert asked == [("layer", 64), ("mlstm-triton_chunkwise", 16)]
@@ -145,6 +145,6 @@ def test_what_is_chosen_depends_on_the_answer(monkeypatch):
             assert fused.applies(tokens)
         assert not fused.applies(tokens)
     assert [kind[1:] for kind in asked] == [(torch.bfloat16, 64), (torch.float32, 64)]
-    monkeypatch.setattr(guard, "mlstm_agrees", lambda device, dtype, width, chunked: not chunked)
+    monkeypatch.setattr(guard, "mlstm_agrees", lambda device, dtype, width, form: form == "triton")
     assert choose(196, 96, "cuda", torch.bfloat16) == "triton"
     assert choose(triton_mlstm.CHUNK * 16, 96, "cuda", torch.bfloat16) == "chunkwise"

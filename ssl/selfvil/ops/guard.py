@@ -45,10 +45,13 @@ Function = Callable[..., Tensor | tuple[Tensor, ...]]
 
 
 @torch.compiler.assume_constant_result
-def mlstm_agrees(device: torch.device, dtype: torch.dtype, head_dim: int, chunked: bool) -> bool:
-    """Whether the mLSTM in Triton, in one of its two forms, computes what torch does. Logs a warning if not."""
-    name = "triton_chunkwise" if chunked else "triton"
-    return _passes(f"mlstm-{name}", device, dtype, head_dim, lambda: _mlstm_errors(device, dtype, head_dim, chunked))
+def mlstm_agrees(device: torch.device, dtype: torch.dtype, head_dim: int, form: str) -> bool:
+    """Whether the mLSTM in Triton computes what torch does. Logs a warning if not.
+
+    form: "triton" or "triton_chunkwise".
+    """
+    chunked = form == "triton_chunkwise"
+    return _passes(f"mlstm-{form}", device, dtype, head_dim, lambda: _mlstm_errors(device, dtype, head_dim, chunked))
 
 
 @torch.compiler.assume_constant_result

@@ -99,9 +99,9 @@ def choose(num_tokens: int, head_dim: int, device: torch.device | str, dtype: to
         and head_dim <= triton_mlstm.MAX_WIDTH
         and triton_mlstm.INSTALLED
     ):
-        chunked = num_tokens > max(1024, 4 * head_dim)
-        if guard.mlstm_agrees(torch.device(device), dtype, head_dim, chunked):
-            return "triton_chunkwise" if chunked else "triton"
+        form = "triton" if num_tokens <= max(1024, 4 * head_dim) else "triton_chunkwise"
+        if guard.mlstm_agrees(torch.device(device), dtype, head_dim, form):
+            return form
     if torch.device(device).type == "cpu" and dtype in NATIVE_DTYPES and build.available():
         return "native"
     return "parallel" if num_tokens <= max(256, 4 * head_dim) else "chunkwise"
