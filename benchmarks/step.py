@@ -135,7 +135,7 @@ def measure(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
         median = {phase: statistics.median(seconds) for phase, seconds in stepper.seconds.items()}
         rows.append(
             {
-                "recipe": name, "variant": stepper.variant, "precision": recipe.run.precision, 
+                "recipe": name, "variant": stepper.variant, "precision": recipe.run.precision,
                 "images": len(batch.labels),
                 "images_per_s": len(batch.labels) / median["step"], "seconds": median,
                 "time_over_first": spread(ratios), "first_step_seconds": stepper.first, "loss": stepper.loss,
