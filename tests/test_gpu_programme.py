@@ -15,6 +15,7 @@ from selfvil.recipe import load
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 import gpu
 import gpu_pieces
+import gpu_prepare
 from gpu_pieces import PIECES, Options, Piece
 
 
@@ -63,7 +64,8 @@ def test_scripts_accept_the_commands_of_all_pieces(tiny, folder, monkeypatch):
         scripts.add(words[0])
         args = parsed(words, monkeypatch)
         assert args.json == Path("figures.json")
-        assert getattr(args, "device", "cuda") == ("cpu" if tiny else "cuda") or words[1] in ("device", "tests")
+        if hasattr(args, "device") and words[1] not in ("device", "tests"):
+            assert args.device == ("cpu" if tiny else "cuda")
         recipes = getattr(args, "recipes", []) or getattr(args, "names", [])
         for recipe in [*recipes, *([args.recipe] if hasattr(args, "recipe") else [])]:
             if not recipe.endswith(".py"):
@@ -141,6 +143,28 @@ def test_pieces_without_their_data_are_skipped(tmp_path, monkeypatch, capsys):
     options = Options.find(tmp_path, tmp_path / "out", tiny=False)
     assert gpu.run(options, gpu.State(options.out), None, None) == 0
     assert capsys.readouterr().out.count("shards of CIFAR-10 in FOLDER/cifar10 is missing") == 2
+
+
+def test_what_a_machine_with_a_gpu_has_is_not_downloaded():
+    names = ["torch", "torchvision", "nvidia-cublas-cu12", "triton", "timm", "torchmetrics", "Pillow"]
+    report = {"install": [{"metadata": {"name": name, "version": "1.0"}} for name in names]}
+    assert gpu_prepare.pinned(report, with_torch=False) == ["timm==1.0", "torchmetrics==1.0", "Pillow==1.0"]
+    assert len(gpu_prepare.pinned(report, with_torch=True)) == len(names)
+    assert any(need.startswith("timm") for need in gpu_prepare.needs())
+
+
+def test_prepared_shards_are_found(tmp_path):
+    (tmp_path / "data" / "cifar10").mkdir(parents=True)
+    for part, count in (("train", 3), ("test", 1)):
+        for number in range(count):
+            (tmp_path / "data" / "cifar10" / f"cifar10-{part}-{number:06d}.tar").write_text(part)
+    (tmp_path / "gpu").mkdir()
+    assert gpu_prepare.copy_shards(tmp_path / "data", tmp_path / "gpu", 0.5) == 3
+    options = Options.find(tmp_path / "gpu", tmp_path / "out", tiny=False)
+    assert options.train is not None
+    assert options.test is not None
+    with pytest.raises(SystemExit, match=r"has no cifar10-train-\*.tar"):
+        gpu_prepare.copy_shards(tmp_path, tmp_path / "gpu", 0.5)
 
 
 def rehearse(folder: Path, *only: str) -> dict:
