@@ -10,16 +10,19 @@ Copy the folder into the other machine's checkout, and run `make gpu GPU_FOLDER=
 """
 
 import argparse
-import json
+import email
 import math
 import re
 import shutil
 import subprocess
 import sys
-import tempfile
 import tomllib
+import zipfile
 from pathlib import Path
-from typing import Any
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name, parse_wheel_filename
+from packaging.version import Version
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PRESENT = re.compile(r"(torch|torchvision|triton|nvidia-.*|cuda-.*)$")
@@ -86,24 +89,59 @@ def target(args: argparse.Namespace) -> list[str]:
 
 
 def download(args: argparse.Namespace, requirements: list[str]) -> None:
-    """Resolve the requirements for the other machine, and download what it lacks."""
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "report.json"
-        resolve = ["install", "--quiet", "--dry-run", "--ignore-installed", "--target", folder, "--report", str(report)]
-        subprocess.run([*pip, *resolve, *target(args), *requirements], check=True)
-        pins = pinned(json.loads(report.read_text()), with_torch=args.torch)
-    wheels = args.folder / "wheels"
+    """Download wheels of the requirements and of all that they need, for the other machine.
+
+    pip would download torch only to read what it needs; so the wheels are followed here, each in the newest version
+    that those before it allow. Exits if a later wheel needs another version.
+    """
+    wheels, asked = args.folder / "wheels", dict[str, list[Requirement]]()
     shutil.rmtree(wheels, ignore_errors=True)  # two versions of a package could not be installed together
-    subprocess.run([*pip, "download", "--quiet", "--no-deps", "--dest", str(wheels), *target(args), *pins], check=True)
+    due = wanted(requirements, args)
+    while due:
+        for need in due:
+            asked.setdefault(canonicalize_name(need.name), []).append(need)
+        new = [name for name in asked if name not in versions(wheels)]
+        specified = [f"{name}{','.join(str(need.specifier) for need in asked[name] if need.specifier)}" for name in new]
+        command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet", "--no-deps"]
+        subprocess.run([*command, "--dest", str(wheels), *target(args), *specified], check=True)
+        found = [
+            need for wheel in wheels.glob("*.whl") if name_of(wheel) in new for need in wanted(needs_of(wheel), args)
+        ]
+        due = [need for need in found if canonicalize_name(need.name) not in asked or need.specifier]
+        for need in [need for need in due if canonicalize_name(need.name) in versions(wheels)]:
+            have = versions(wheels)[canonicalize_name(need.name)]
+            if not need.specifier.contains(have, prereleases=True):
+                sys.exit(f"{need.name} {have} was chosen, but {need} is needed: add the version to pyproject.toml")
+            due.remove(need)
     size = sum(wheel.stat().st_size for wheel in wheels.iterdir()) / 1e6
-    print(f"{len(pins)} wheels, {size:,.0f} MB, for Python {args.python}")
+    print(f"{len(asked)} wheels, {size:,.0f} MB, for Python {args.python}")
 
 
-def pinned(report: dict[str, Any], with_torch: bool) -> list[str]:
-    """name==version of the packages of pip's report, without those that the other machine has."""
-    found = [(package["metadata"]["name"], package["metadata"]["version"]) for package in report["install"]]
-    return [f"{name}=={version}" for name, version in found if with_torch or not PRESENT.match(name.lower())]
+def wanted(requirements: list[str], args: argparse.Namespace) -> list[Requirement]:
+    """Those requirements that apply to the other machine, and that it lacks."""
+    environment = {
+        "python_version": args.python, "python_full_version": f"{args.python}.0", "platform_machine": args.machine,
+        "sys_platform": "linux", "platform_system": "Linux", "os_name": "posix", "extra": "",
+    }  # fmt: skip
+    parsed = [Requirement(text) for text in requirements]
+    applying = [need for need in parsed if need.marker is None or need.marker.evaluate(environment)]
+    return [need for need in applying if args.torch or not PRESENT.match(canonicalize_name(need.name))]
+
+
+def needs_of(wheel: Path) -> list[str]:
+    """What a wheel depends on, with markers."""
+    with zipfile.ZipFile(wheel) as archive:
+        metadata = next(name for name in archive.namelist() if re.fullmatch(r"[^/]+\.dist-info/METADATA", name))
+        return email.message_from_bytes(archive.read(metadata)).get_all("Requires-Dist") or []
+
+
+def name_of(wheel: Path) -> str:
+    return parse_wheel_filename(wheel.name)[0]
+
+
+def versions(wheels: Path) -> dict[str, Version]:
+    """The packages of a folder of wheels."""
+    return {name: version for name, version, *_ in (parse_wheel_filename(wheel.name) for wheel in wheels.glob("*.whl"))}
 
 
 if __name__ == "__main__":

@@ -2,9 +2,11 @@
 
 import argparse
 import json
+import re
 import runpy
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -145,11 +147,32 @@ def test_pieces_without_their_data_are_skipped(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.count("shards of CIFAR-10 in FOLDER/cifar10 is missing") == 2
 
 
-def test_what_a_machine_with_a_gpu_has_is_not_downloaded():
-    names = ["torch", "torchvision", "nvidia-cublas-cu12", "triton", "timm", "torchmetrics", "Pillow"]
-    report = {"install": [{"metadata": {"name": name, "version": "1.0"}} for name in names]}
-    assert gpu_prepare.pinned(report, with_torch=False) == ["timm==1.0", "torchmetrics==1.0", "Pillow==1.0"]
-    assert len(gpu_prepare.pinned(report, with_torch=True)) == len(names)
+def test_wheels_are_followed_without_those_of_torch(tmp_path, monkeypatch):
+    index = {
+        "timm": ["torch>=2", "torchvision", "huggingface-hub>=0.3", "pyyaml"], "huggingface-hub": ["PyYAML>=5"],
+        "pyyaml": ['nothing; extra == "dev"', "colorama; sys_platform == 'win32'", "triton", "nvidia-nccl-cu13"],
+    }  # fmt: skip
+    asked = []
+
+    def pip(command, check):
+        folder = Path(command[command.index("--dest") + 1])
+        folder.mkdir(exist_ok=True)
+        for word in command[command.index("cp") + 1 :]:
+            name = re.match("[a-z-]+", word)[0]
+            if name in index:
+                asked.append(word)
+                with zipfile.ZipFile(folder / f"{name.replace('-', '_')}-6.0-py3-none-any.whl", "w") as wheel:
+                    lines = "".join(f"Requires-Dist: {need}\n" for need in index[name])
+                    wheel.writestr(f"{name}-6.0.dist-info/METADATA", f"Name: {name}\nVersion: 6.0\n{lines}")
+
+    monkeypatch.setattr(gpu_prepare.subprocess, "run", pip)
+    args = argparse.Namespace(folder=tmp_path, python="3.12", machine="x86_64", torch=False)
+    gpu_prepare.download(args, ["timm>=1", "torch>=2.10"])
+    assert asked == ["timm>=1", "huggingface-hub>=0.3", "pyyaml"]
+    assert len(list((tmp_path / "wheels").iterdir())) == 3
+    index["huggingface-hub"] = ["PyYAML<6"]
+    with pytest.raises(SystemExit, match=r"(?i)pyyaml 6.0 was chosen, but PyYAML<6 is needed"):
+        gpu_prepare.download(args, ["timm>=1", "torch>=2.10"])
     assert any(need.startswith("timm") for need in gpu_prepare.needs())
 
 
