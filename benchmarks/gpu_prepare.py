@@ -102,8 +102,7 @@ def download(args: argparse.Namespace, requirements: list[str]) -> None:
             asked.setdefault(canonicalize_name(need.name), []).append(need)
         new = [name for name in asked if name not in versions(wheels)]
         specified = [f"{name}{','.join(str(need.specifier) for need in asked[name] if need.specifier)}" for name in new]
-        command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet", "--no-deps"]
-        subprocess.run([*command, "--dest", str(wheels), *target(args), *specified], check=True)
+        fetch(specified, wheels, args)
         found = [
             need for wheel in wheels.glob("*.whl") if name_of(wheel) in new for need in wanted(needs_of(wheel), args)
         ]
@@ -115,6 +114,24 @@ def download(args: argparse.Namespace, requirements: list[str]) -> None:
             due.remove(need)
     size = sum(wheel.stat().st_size for wheel in wheels.iterdir()) / 1e6
     print(f"{len(asked)} wheels, {size:,.0f} MB, for Python {args.python}")
+
+
+def fetch(requirements: list[str], wheels: Path, args: argparse.Namespace) -> None:
+    """Download these wheels. A package without one is built here, and must then run on every system."""
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    options = ["--quiet", "--no-deps", "--dest", str(wheels), *target(args)]
+    try:
+        subprocess.run([*pip, "download", *options, *requirements], check=True)
+    except subprocess.CalledProcessError:
+        if len(requirements) > 1:  # one of them
+            for requirement in requirements:
+                fetch([requirement], wheels, args)
+            return
+        before = set(wheels.glob("*.whl"))
+        subprocess.run([*pip, "wheel", "--quiet", "--no-deps", "--wheel-dir", str(wheels), *requirements], check=True)
+        built = set(wheels.glob("*.whl")) - before
+        if not all(wheel.name.endswith("-none-any.whl") for wheel in built):
+            sys.exit(f"{requirements[0]} has no wheel for Python {args.python} on {args.machine}")
 
 
 def wanted(requirements: list[str], args: argparse.Namespace) -> list[Requirement]:
