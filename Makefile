@@ -9,7 +9,7 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(EXTRAS)
 
-.PHONY: demo test test-slow faults lint docs docs-serve install clean
+.PHONY: demo test test-slow faults gpu lint docs docs-serve install clean
 
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -32,6 +32,15 @@ test-slow: $(STAMP)  ## the tests marked slow: hours
 faults: $(STAMP)  ## kill, damage, fill and stall small runs, and print how often what is promised held
 	$(BIN)/python tests/faults/campaign.py
 
+# The machine needs no network: it has torch, and the folder of benchmarks/gpu_prepare.py has the rest.
+GPU_FOLDER ?= gpu
+GPU_ARGS ?=
+gpu:  ## on a machine with a GPU: kernel tests, speed, block sizes and recipes, in pieces of at most 9 minutes; again goes on
+	@test -d $(GPU_FOLDER) || { echo "there is no folder $(GPU_FOLDER): python benchmarks/gpu_prepare.py makes it"; exit 2; }
+	test -x .venv-gpu/bin/python || $(PYTHON) -m venv --system-site-packages .venv-gpu
+	test ! -d $(GPU_FOLDER)/wheels || .venv-gpu/bin/python -m pip install --quiet --disable-pip-version-check --no-index --no-deps $(GPU_FOLDER)/wheels/*.whl
+	PYTHONPATH=ssl .venv-gpu/bin/python benchmarks/gpu.py run --folder $(GPU_FOLDER) $(GPU_ARGS)
+
 docs: $(STAMP)  ## the documentation site, in site/; every warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
@@ -45,4 +54,4 @@ lint: $(STAMP)
 	$(BIN)/lint-imports
 
 clean:
-	rm -rf $(VENV) demo_out site build dist ssl/*.egg-info
+	rm -rf $(VENV) .venv-gpu demo_out site build dist ssl/*.egg-info

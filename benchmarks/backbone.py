@@ -12,6 +12,7 @@ published network cannot do that.
     --depth 2           all networks have 2 pairs of blocks: the published one needs too much memory at 1024 px
     --without-native    also our network without the native kernels for CPUs
     --clock cpu         CPU time of the one thread, which other programs affect less than the time of day
+    --dtypes tf32       float32, whose products a GPU may compute in tf32
     --memory            also the peak memory of a training step, each network in its own process
 
 The floor is the time that the matrix products alone would take at the speed of a large product, measured in the same
@@ -62,7 +63,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtypes", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
+    parser.add_argument("--dtypes", nargs="+", default=["fp32", "bf16"], choices=["fp32", "tf32", "bf16"])
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=list(MODES))
     parser.add_argument("--depth", type=int, help="block pairs, or layers of a transformer; the model's own by default")
     parser.add_argument("--compile", action="store_true", help="run under torch.compile")
@@ -80,12 +81,16 @@ def main() -> None:
     models = build_models(args)
     if "published" in models:
         check_equal(models, images)
-    floors = {dtype: floor(models[OURS], args, dtype) for dtype in args.dtypes}
+    floors = {}
+    for dtype in args.dtypes:
+        use_tf32(dtype)
+        floors[dtype] = floor(models[OURS], args, dtype)
     if args.compile:
         models = {name: torch.compile(model) for name, model in models.items()}  # type: ignore[misc]
 
     rows = []
     for dtype in args.dtypes:
+        use_tf32(dtype)
         for mode in args.modes:
             steps = {
                 name: make_step(MODES[mode], model, images, dtype)
@@ -114,6 +119,11 @@ def main() -> None:
         }
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(record, indent=2) + "\n")
+
+
+def use_tf32(dtype: str) -> None:
+    """Let a GPU multiply float32 in tf32, or not."""
+    torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
 
 
 def build_models(args: argparse.Namespace) -> dict[str, nn.Module]:
@@ -210,8 +220,14 @@ def head_widths(model: nn.Module) -> tuple[int, int]:
 
 
 def measure(steps: dict[str, Callable[[], None]], args: argparse.Namespace, dtype: str, mode: str) -> list[dict]:
-    for step in steps.values():
+    peaks = {}
+    for name, step in steps.items():
         step()  # the first step also allocates memory and chooses kernels
+        if args.device.startswith("cuda"):
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            step()
+            peaks[name] = torch.cuda.max_memory_allocated() - before
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(args.rounds):
         for name, step in steps.items():
@@ -229,6 +245,7 @@ def measure(steps: dict[str, Callable[[], None]], args: argparse.Namespace, dtyp
                 "network": name,
                 "images_per_s": args.batch / statistics.median(times),
                 "time_over_ours": {"median": middle, "quartiles": [low, high]},
+                "peak_bytes": peaks.get(name),
                 "seconds": times,
             }
         )
@@ -246,7 +263,7 @@ def floor(model: nn.Module, args: argparse.Namespace, dtype: str) -> float:
     of_v = model.embed_dim * (1 if model.block == "mlp" else EXPANSION)
     of_qk = of_v // head * score_width
     # Multiply-adds of each token: with half of all tokens, or with half of a chunk's tokens and the state of each head.
-    torch_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    torch_dtype = torch.bfloat16 if dtype == "bf16" else torch.float32
     backend = choose(tokens, head, args.device, torch_dtype)
     chunk = {
         "chunkwise": chunk_size(head),

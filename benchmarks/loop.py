@@ -3,7 +3,9 @@
     python benchmarks/loop.py overhead --data ../shared/data --json benchmarks/results/loop_cpu.json
     python benchmarks/loop.py save --json benchmarks/results/loop_cpu.json
 
-overhead: steps of `cifar10_mae` as a real run takes them, with its logging and doctor. Everything outside of forward,
+    python benchmarks/loop.py overhead --recipe cifar10_dino --data ../shared/data --steps 30
+
+overhead: steps of a recipe as a real run takes them, with its logging and doctor. Everything outside of forward,
 backward, optimizer (clipping and teacher included) and waiting for data is the loop's. Saves are left out, as they are
 from a run's images per second.
 
@@ -28,7 +30,6 @@ from selfvil import pretrain as loop
 from selfvil import runtime
 from selfvil.build import build_objective
 from selfvil.engine.ddp import DDP
-from selfvil.objectives.mae import MAE
 from selfvil.recipe import load
 from selfvil.saving import BackgroundSaver
 
@@ -36,12 +37,15 @@ from selfvil.saving import BackgroundSaver
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["overhead", "save"])
+    parser.add_argument("--recipe", default="cifar10_mae")
     parser.add_argument("--data", type=Path, help="folder with the folder cifar10")
+    parser.add_argument("--train", help="instead of --data: shards to train on")
+    parser.add_argument("--set", nargs="*", default=[], help="overrides of the recipe")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--rounds", type=int, default=5, help="saves")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    figures = overhead(args.data, args.steps) if args.what == "overhead" else save(args.rounds)
+    figures = overhead(args) if args.what == "overhead" else save(args.rounds)
     figures |= {"torch": torch.__version__, "threads": torch.get_num_threads(), "commit": runtime.commit()}
     print(json.dumps(figures, indent=1))
     if args.json:
@@ -49,8 +53,9 @@ def main() -> None:
         args.json.write_text(json.dumps(known | {args.what: figures}, indent=1) + "\n")
 
 
-def overhead(data: Path, steps: int) -> dict[str, Any]:
+def overhead(args: argparse.Namespace) -> dict[str, Any]:
     """Shares of the time of a step, from the third step on."""
+    steps, train = args.steps, args.train or f"{args.data}/cifar10/cifar10-train-*.tar"
     spent: dict[str, float] = defaultdict(float)
     began: list[float] = []
 
@@ -74,13 +79,15 @@ def overhead(data: Path, steps: int) -> dict[str, Any]:
 
     original = loop.train_batches
     with tempfile.TemporaryDirectory() as folder:
-        recipe = load("cifar10_mae", [
-            f"data.train={data}/cifar10/cifar10-train-*.tar", f"run.out={folder}/run", f"budget.steps={steps}",
-            "run.checkpoint_every=1000000", "monitor.tensorboard=false",
+        budget = ["budget.epochs=null", "budget.samples=null", f"budget.steps={steps}"]
+        recipe = load(args.recipe, [
+            f"data.train={train}", f"run.out={folder}/run", *budget, "run.checkpoint_every=1000000",
+            "monitor.tensorboard=false", "monitor.pictures_every=null", *args.set,
         ])  # fmt: skip
+        objective = type(build_objective(recipe))
         methods = {"forward": "forward", "backward": "backward", "clip_gradients": "optimizer", "update": "optimizer"}
         patches = [patch.object(DDP, name, timed(part, getattr(DDP, name))) for name, part in methods.items()]
-        patches += [patch.object(MAE, "after_step", timed("optimizer", MAE.after_step))]
+        patches += [patch.object(objective, "after_step", timed("optimizer", objective.after_step))]
         patches += [patch.object(loop, "train_batches", batches)]
         # The last save, and what follows it, is no part of a step.
         ended: list[float] = []
@@ -95,6 +102,7 @@ def overhead(data: Path, steps: int) -> dict[str, Any]:
     total = ended[0] - began[0]
     shares = {name: round(seconds / total, 4) for name, seconds in spent.items()}
     return {
+        "recipe": args.recipe,
         "seconds_per_step": round(total / (steps - 2), 4),
         "shares": shares,
         "loop": round(1 - sum(shares.values()), 4),

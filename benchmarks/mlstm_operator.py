@@ -14,6 +14,8 @@ omit the gradient of the denominator and so compute less: their output is checke
 printed. If they refuse a head width, q, k and v are padded with zeros to a power of two; the padding is part of the
 time, and the row has a note.
 
+fp32 multiplies in full precision, and tf32 lets a GPU round the factors to 10 bits.
+
 Torch's causal attention of q, k and v is timed as "attention". It is another function, so that it has no error here.
 
 The floor is the larger of two times. Operations: the multiply-adds of the two products of a forward pass and the five
@@ -41,7 +43,7 @@ from selfvil.ops.mlstm import choose
 
 OURS, PUBLISHED, ATTENTION = "auto", "published", "attention"
 CLOCKS = {"wall": time.perf_counter, "cpu": time.thread_time}
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NAMES = ("h", "dq", "dk", "dv", "di", "df")
 Backend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -82,6 +84,7 @@ def main() -> None:
 
     rows = []
     for dtype in args.dtypes:
+        torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
         speeds = {"multiply_adds_per_s": product_speed(args, dtype), "bytes_per_s": copy_speed(args)}
         for width in args.widths:
             for num_tokens in args.lengths:

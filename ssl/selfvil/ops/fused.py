@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from selfvil.ops import guard
 from selfvil.ops.exporting import exporting
 from selfvil.ops.triton_mlstm import INSTALLED, _precision
 
@@ -46,15 +47,16 @@ NORM = FusedConfig(tokens=8, channels=0, span=64, warps=8, stages=1)
 
 
 def applies(x: Tensor) -> bool:
-    """Whether these operators support x: on a GPU, in at most float32, with Triton installed.
-
-    In Triton's interpreter also on a CPU and in float64.
-    """
+    """Whether these operators support x: on a GPU, in at most float32, with Triton installed, and if `guard` finds no
+    error. In Triton's interpreter also on a CPU and in float64."""
     if not INSTALLED or os.environ.get(SWITCH) == "0" or exporting():
         return False
     if os.environ.get("TRITON_INTERPRET"):
         return x.device.type in ("cpu", "cuda")
-    return x.device.type == "cuda" and x.dtype in (torch.bfloat16, torch.float16, torch.float32)
+    if x.device.type != "cuda" or x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return False
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
+    return guard.layer_agrees((conv_silu, project, norm_skip_gate), x.device, dtype, x.shape[-1])
 
 
 def conv_silu(x: Tensor, weight: Tensor, bias: Tensor, grid: tuple[int, int], reverse: bool) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from selfvil.ops import triton_mlstm
+from selfvil.ops import guard, triton_mlstm
 from selfvil.ops.cpu import build
 from selfvil.ops.cpu.mlstm import DTYPES as NATIVE_DTYPES
 from selfvil.ops.cpu.mlstm import mlstm_native
@@ -86,7 +86,7 @@ def choose(num_tokens: int, head_dim: int, device: torch.device | str, dtype: to
     """The fastest backend for N tokens and head width D.
 
     On a CPU, the native kernels for float32 and bfloat16, if they can be built here. Otherwise parallel up to about
-    N = 4 D, and chunkwise above.
+    N = 4 D, and chunkwise above. The Triton kernels are first compared with torch (`selfvil.ops.guard`).
 
     A row multiplies N/2 columns in the parallel form; in the chunkwise form, the columns of a chunk and a D × D state.
     Below the limit, few large products are faster than many small ones. On a GPU, the Triton version of each is taken
@@ -99,7 +99,9 @@ def choose(num_tokens: int, head_dim: int, device: torch.device | str, dtype: to
         and head_dim <= triton_mlstm.MAX_WIDTH
         and triton_mlstm.INSTALLED
     ):
-        return "triton" if num_tokens <= max(1024, 4 * head_dim) else "triton_chunkwise"
+        form = "triton" if num_tokens <= max(1024, 4 * head_dim) else "triton_chunkwise"
+        if guard.mlstm_agrees(torch.device(device), dtype, head_dim, form):
+            return form
     if torch.device(device).type == "cpu" and dtype in NATIVE_DTYPES and build.available():
         return "native"
     return "parallel" if num_tokens <= max(256, 4 * head_dim) else "chunkwise"
