@@ -15,22 +15,17 @@ inline Vector silu_slope(Vector x, Vector s) { return s * (1.f + x * (1.f - s));
 constexpr int64_t SPAN = 64;  // tokens of an item, where an item has all channels
 constexpr int64_t SET = 4;    // gates that are computed together
 
-// Adds the parts (parts, n) into the first of them.
-void add_parts(float* sums, int64_t parts, int64_t n) {
-  for (int64_t part = 1; part < parts; part++)
-    for (int64_t i = 0; i < n; i++) sums[i] += sums[part * n + i];
-}
-
 // --- convolution and SiLU --------------------------------------------------------------------------------------------
 
 // Filled in by fused.py, as the other structures: every member has 8 bytes. Strides are in numbers.
 struct Conv {
   Parallel parallel;
-  int64_t threads, bfloat16, images, tokens, height, width, channels, reverse, x_strides[2];
+  int64_t threads, bfloat16, images, tokens, height, width, channels, reverse, silu, x_strides[2], dx_strides[2];
   const int64_t* kept;         // positions of the tokens on the grid, (B, N); null: all positions
-  const void *x, *dy;          // dy and all of the following are contiguous
+  const void *x, *dy;          // dy and all of the following but dx are contiguous
   const float *weight, *bias;  // (E, 9), (E,)
-  void *y, *dx;
+  void *y, *dx;                // with `silu`, y is SiLU(conv(x)), else x + conv(x)
+  int64_t add;                 // dx is added to what is there
   float* sums;  // (B, 10, E): gradients of the weights and of the bias
 
   // The grid of a vector of channels, with a border of zeros.
@@ -63,18 +58,20 @@ void convolve(const Conv& args, int64_t item, float* memory) {
     Vector weight[9], bias = load(args.bias + e);
     for (int k = 0; k < 9; k++)
       for (int lane = 0; lane < LANES; lane++) weight[k][lane] = args.weight[(e + lane) * 9 + (args.reverse ? 8 - k : k)];
+    if (!args.silu) weight[4] += 1.f;
     Vector d_weight[9] = {}, d_bias = {};
     for (int64_t t = 0; t < tokens; t++) {
       const float* corner = x + corners[t];
       Vector total = bias;
 #pragma GCC unroll 9
       for (int k = 0; k < 9; k++) total += weight[k] * load(corner + k / 3 * row + k % 3 * LANES);
-      Vector s = sigmoid(total);
+      Vector s = args.silu ? sigmoid(total) : all(1.f);
       if (!BACKWARD) {
         write(static_cast<T*>(args.y) + base + t * args.channels + e, total * s);
         continue;
       }
-      Vector d = read(static_cast<const T*>(args.dy) + base + t * args.channels + e) * silu_slope(total, s);
+      Vector d = read(static_cast<const T*>(args.dy) + base + t * args.channels + e);
+      if (args.silu) d *= silu_slope(total, s);
       store(gradient + corners[t] + centre, d);
       d_bias += d;
 #pragma GCC unroll 9
@@ -86,7 +83,8 @@ void convolve(const Conv& args, int64_t item, float* memory) {
       Vector total = {};
 #pragma GCC unroll 9
       for (int k = 0; k < 9; k++) total += weight[8 - k] * load(corner + k / 3 * row + k % 3 * LANES);
-      write(static_cast<T*>(args.dx) + base + t * args.channels + e, total);
+      T* dx = static_cast<T*>(args.dx) + image * args.dx_strides[0] + t * args.dx_strides[1] + e;
+      write(dx, args.add ? total + read(dx) : total);
     }
     float* sums = args.sums + image * 10 * args.channels + e;
     for (int k = 0; k < 9; k++) store(sums + (args.reverse ? 8 - k : k) * args.channels, d_weight[k]);
@@ -98,7 +96,7 @@ void convolve(const Conv& args, int64_t item, float* memory) {
 
 struct Project {
   Parallel parallel;
-  int64_t threads, bfloat16, images, tokens, channels, heads, c_strides[2], x_strides[2];
+  int64_t threads, bfloat16, images, tokens, channels, heads, c_strides[2], x_strides[2], dx_strides[2];
   const void *c, *x;                                    // the convolved and the plain branch
   const float *weights[3], *biases[3];                  // of q, k, v: (E / 4, 4, 4), and (E,) or null
   const float *c_gates, *x_gates, *gates_bias;          // (2 H, E), (2 H, E), (2 H,)
@@ -106,7 +104,7 @@ struct Project {
   float *i, *f;                                         // (B, H, N)
   const void *dq, *dk, *dv;
   const float *di, *df;
-  void *dc, *dx;
+  void *dc, *dx;  // dx has strides
   float* sums;  // (B, spans, 3, 5, E): gradients of the weights by column of a block, and of biases; (B, spans, 2, 2 H, E)
 
   int64_t spans() const { return (tokens + SPAN - 1) / SPAN; }
@@ -186,7 +184,7 @@ void project_backward(const Project& args, int64_t item, float* memory) {
   const T* c = static_cast<const T*>(args.c) + image * args.c_strides[0] + first * args.c_strides[1];
   const T* x = static_cast<const T*>(args.x) + image * args.x_strides[0] + first * args.x_strides[1];
   const int64_t to = (image * args.tokens + first) * args.channels, parts = args.images * args.spans();
-  T *dc = static_cast<T*>(args.dc) + to, *dx = static_cast<T*>(args.dx) + to;
+  T *dc = static_cast<T*>(args.dc) + to, *dx = static_cast<T*>(args.dx) + image * args.dx_strides[0] + first * args.dx_strides[1];
   float *sums = args.sums + item * 15 * args.channels;
   float *gate_sums = args.sums + (parts * 15 + item * 2 * gates) * args.channels, *d_gates = memory;  // (n, 2 H)
   for (int64_t g = 0; g < gates; g++) {
@@ -239,7 +237,7 @@ void project_backward(const Project& args, int64_t item, float* memory) {
       }
     for (int64_t t = 0; t < n; t++) {
       write(dc + t * args.channels + e, load(branches[0] + t * LANES));
-      write(dx + t * args.channels + e, load(branches[1] + t * LANES));
+      write(dx + t * args.dx_strides[1] + e, load(branches[1] + t * LANES));
     }
   }
 }
@@ -249,8 +247,9 @@ void project_backward(const Project& args, int64_t item, float* memory) {
 struct Norm {
   Parallel parallel;
   int64_t threads, bfloat16, images, heads, tokens, width, h_strides[3], c_strides[2], gate_strides[2];
+  int64_t dgate_strides[2], sigmoid;  // the gate is SiLU, or the sigmoid
   double eps;
-  const void *h, *c, *gate, *dy;       // gate may be null; dy and all of the following are contiguous
+  const void *h, *c, *gate, *dy;       // c and skip, and gate, may be null; dy and the following but dgate are contiguous
   const float *weight, *bias, *skip;  // (E,); the weight is stored minus 1, the bias may be null
   void *y, *dh, *dc, *dgate;
   float* sums;  // (B, spans, 3, E), zeros: gradients of weight, bias and skip
@@ -266,6 +265,7 @@ void norm(const Norm& args, int64_t item, float* memory) {
   for (int64_t t = first; t < end; t++) {
     const T* c = static_cast<const T*>(args.c) + image * args.c_strides[0] + t * args.c_strides[1];
     const T* gate = static_cast<const T*>(args.gate) + image * args.gate_strides[0] + t * args.gate_strides[1];
+    T* dgate = static_cast<T*>(args.dgate) + image * args.dgate_strides[0] + t * args.dgate_strides[1];
     const int64_t row = (image * args.tokens + t) * channels;
     for (int64_t head = 0; head < args.heads; head++) {
       const T* h = static_cast<const T*>(args.h) + image * args.h_strides[0] + head * args.h_strides[1];
@@ -283,21 +283,22 @@ void norm(const Norm& args, int64_t item, float* memory) {
       const float scale = 1 / std::sqrt(sum(squares) / width + (float)args.eps);
       Vector of_scaled{}, of_product{};
       for (int64_t d = 0, e = head * width; d < width; d += LANES, e += LANES) {
-        const Vector x = load(centred + d) * scale, weight = load(args.weight + e) + 1.f, skip = load(args.skip + e);
-        const Vector branch = read(c + e);
+        const Vector x = load(centred + d) * scale, weight = load(args.weight + e) + 1.f;
+        const Vector skip = args.c ? load(args.skip + e) : Vector{}, branch = args.c ? read(c + e) : Vector{};
         Vector inner = x * weight + skip * branch;
         if (args.bias) inner += load(args.bias + e);
         const Vector z = args.gate ? read(gate + e) : Vector{}, s = args.gate ? sigmoid(z) : Vector{};
+        const Vector factor = args.sigmoid ? s : z * s;
         if (!BACKWARD) {
-          write(static_cast<T*>(args.y) + row + e, args.gate ? inner * (z * s) : inner);
+          write(static_cast<T*>(args.y) + row + e, args.gate ? inner * factor : inner);
           continue;
         }
-        const Vector dy = read(static_cast<const T*>(args.dy) + row + e), d_inner = args.gate ? dy * (z * s) : dy;
-        if (args.gate) write(static_cast<T*>(args.dgate) + row + e, dy * inner * silu_slope(z, s));
-        write(static_cast<T*>(args.dc) + row + e, d_inner * skip);
+        const Vector dy = read(static_cast<const T*>(args.dy) + row + e), d_inner = args.gate ? dy * factor : dy;
+        if (args.gate) write(dgate + e, dy * inner * (args.sigmoid ? s * (1.f - s) : silu_slope(z, s)));
+        if (args.c) write(static_cast<T*>(args.dc) + row + e, d_inner * skip);
         store(sums + e, load(sums + e) + d_inner * x);
         store(sums + channels + e, load(sums + channels + e) + d_inner);
-        store(sums + 2 * channels + e, load(sums + 2 * channels + e) + d_inner * branch);
+        if (args.c) store(sums + 2 * channels + e, load(sums + 2 * channels + e) + d_inner * branch);
         const Vector d_x = d_inner * weight;
         store(scaled + d, d_x), store(centred + d, x);
         of_scaled += d_x, of_product += d_x * x;

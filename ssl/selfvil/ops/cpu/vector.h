@@ -298,6 +298,12 @@ inline void scale(float* y, float factor, int64_t n) {
   for (int64_t d = 0; d < n; d += LANES) store(y + d, factor * load(y + d));
 }
 
+// Adds the parts (parts, n) into the first of them.
+inline void add_parts(float* sums, int64_t parts, int64_t n) {
+  for (int64_t part = 1; part < parts; part++)
+    for (int64_t i = 0; i < n; i++) sums[i] += sums[part * n + i];
+}
+
 // --- memory and threads ----------------------------------------------------------------------------------------------
 
 // Parts of one block of memory, each aligned to 64 bytes. Without memory it only counts.
@@ -328,6 +334,25 @@ class FlushDenormals {
 #endif
 };
 
+// Working memory of this thread, aligned to 64 bytes, or null. It is kept for the next call: new pages of memory cost
+// as much as the work on them. Each SLOT is another block; blocks above 64 MB are returned by the next smaller request.
+template <int SLOT>
+float* kept_memory(int64_t floats) {
+  struct Block {
+    void* memory = nullptr;
+    int64_t floats = 0;
+    ~Block() { free(memory); }
+  };
+  static thread_local Block block;
+  if (block.floats < floats || (block.floats > (1 << 24) && floats <= (1 << 24))) {
+    free(block.memory);
+    block.floats = 0;
+    if (posix_memalign(&block.memory, 64, floats * sizeof(float))) return block.memory = nullptr, nullptr;
+    block.floats = floats;
+  }
+  return static_cast<float*>(block.memory);
+}
+
 // Starts a function in all threads of OpenMP's pool: GOMP_parallel of the library that torch has loaded.
 using Parallel = void (*)(void (*function)(void*), void* argument, unsigned threads, unsigned flags);
 
@@ -342,14 +367,13 @@ bool for_each(int64_t items, int64_t floats, int64_t threads, Parallel parallel,
   auto run = [](void* argument) {
     Shared& shared = *static_cast<Shared*>(argument);
     FlushDenormals flush;
-    void* memory = nullptr;
-    if (shared.floats && posix_memalign(&memory, 64, shared.floats * sizeof(float))) return;
+    float* memory = shared.floats ? kept_memory<0>(shared.floats) : nullptr;
+    if (shared.floats && !memory) return;
     for (;;) {
       int64_t item = __atomic_fetch_add(&shared.next, 1, __ATOMIC_RELAXED);
       if (item >= shared.items) break;
-      shared.work(item, static_cast<float*>(memory));
+      shared.work(item, memory);
     }
-    free(memory);
   };
   if (threads > items) threads = items;
   if (threads > 1)
