@@ -47,6 +47,11 @@ class ResidualLayerNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return F.layer_norm(x, self.weight.shape, 1 + self.weight, self.bias, self.eps)
 
+    @property
+    def arguments(self) -> tuple[Tensor, Tensor | None, float]:
+        """Weight minus 1, bias and eps."""
+        return self.weight, self.bias, self.eps
+
 
 class HeadNorm(ResidualLayerNorm):
     """LayerNorm over each head, whose results are concatenated: (B, h, L, E/h) to (B, L, E)."""
