@@ -29,12 +29,11 @@ from timm.layers import DropPath, LayerScale
 from torch import Tensor, nn
 
 from selfvil.models.convolution import convolve, depthwise_conv
-from selfvil.models.layers import HeadNorm, Linear, ResidualLayerNorm
+from selfvil.models.layers import HeadNorm, Linear, ResidualLayerNorm, native_linear, residual_factors
 from selfvil.models.layout import TokenLayout
 from selfvil.ops import mlstm
 from selfvil.ops.cpu import fused as cpu_fused
 from selfvil.ops.cpu import layers as cpu_layers
-from selfvil.ops.cpu import products as cpu_products
 from selfvil.ops.mlstm import gaps
 
 HEAD_WIDTH = 64
@@ -241,8 +240,8 @@ class MLPBlock(nn.Module):
         x = self._convolve(x, layout)
         x = self._mix(x, layout)
         linear = self.mlp.fc1, self.mlp.fc2
-        if not self.mlp.is_gated and self._native(x, linear, self.norm2):
-            scale, *second = self._residual(x, linear[1], self.ls2, self.drop_path2)
+        if not self.mlp.is_gated and native_linear(x, *linear):
+            scale, *second = residual_factors(x, linear[1], self.ls2, self.drop_path2)
             return cpu_layers.mlp(x, scale, self.norm2.arguments, (linear[0].weight, linear[0].bias), tuple(second))
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
@@ -264,9 +263,9 @@ class MLPBlock(nn.Module):
             layer.directions == 1
             and layer.forget_gate_recorder is None
             and scan.outnorm.weight.numel() % (16 * scan.num_heads) == 0
-            and self._native(x, linear, self.norm1)
+            and native_linear(x, *linear)
         ):
-            scale, *proj = self._residual(x, layer.proj, self.ls1, self.drop_path)
+            scale, *proj = residual_factors(x, layer.proj, self.ls1, self.drop_path)
             positions = layout.scan_positions
             return cpu_layers.mlstm_layer(
                 x, scale, None if positions is None else gaps(positions, layer.reverse).float(), self.norm1.arguments,
@@ -275,24 +274,6 @@ class MLPBlock(nn.Module):
                 cap=scan.gate_cap, sigmoid=layer.activation is torch.sigmoid, reverse=layer.reverse,
             )  # fmt: skip
         return x + self.drop_path(self.ls1(layer(self.norm1(x), layout)))
-
-    @staticmethod
-    def _native(x: Tensor, linear: Sequence[nn.Linear], norm: nn.Module) -> bool:
-        """Whether native kernels replace these layers, which are not of other types, by LoRA for example."""
-        return all(type(layer) is Linear for layer in linear) and cpu_products.applies(x, *(m.weight for m in linear))
-
-    @staticmethod
-    def _residual(
-        x: Tensor, linear: nn.Linear, layer_scale: nn.Module, drop_path: nn.Module
-    ) -> tuple[Tensor | None, Tensor, Tensor | None]:
-        """Factors (B,) of stochastic depth, None for 1, and weight and bias of `linear` times LayerScale."""
-        weight, bias = linear.weight, linear.bias
-        if isinstance(layer_scale, LayerScale):
-            weight = layer_scale.gamma.unsqueeze(1) * weight
-            bias = None if bias is None else layer_scale.gamma * bias
-        if isinstance(drop_path, nn.Identity) or not drop_path.training:
-            return None, weight, bias
-        return drop_path(x.new_ones(len(x), 1, 1)).flatten(), weight, bias
 
 
 def _small_init(linear: nn.Linear, scale: float = 1.0) -> None:

@@ -57,10 +57,10 @@ def _mlp(
     y, statistics = layer_norm(rows, norm_weight, norm_bias, eps, dtype)
     hidden = y.new_empty(len(rows), len(w1))
     before = torch.empty_like(hidden) if keep else y.new_empty(0)
-    multiply(y, [w1], hidden, pairs=pairs, transposed=True, bias=_float(b1), gelu=1, before=before if keep else None)
+    multiply(y, [w1], hidden, pairs=pairs, transposed=True, bias=single(b1), gelu=1, before=before if keep else None)
     out = torch.empty_like(rows)
     multiply(
-        hidden, [w2], out, pairs=pairs, transposed=True, bias=_float(b2), residual=rows, scale=_float(scale)
+        hidden, [w2], out, pairs=pairs, transposed=True, bias=single(b2), residual=rows, scale=single(scale)
     )
     return out.view(x.shape), y, statistics, before
 
@@ -81,7 +81,7 @@ def _mlp_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x; of the norm's weight and bias as one (2, C); of w1, b1, w2 and b2 (empty if not `weights`)."""
     rows, pairs = x.flatten(0, 1).contiguous(), y.dtype == torch.bfloat16
-    d_rows, d = _scaled(d_out, scale, x)
+    d_rows, d = scaled(d_out, scale, x)
     hidden, d_hidden = torch.empty_like(before), torch.empty_like(before)
     multiply(d, [w2], d_hidden, pairs=pairs, gelu=2, before=before, after=hidden)
     dy = torch.empty_like(y)
@@ -104,6 +104,7 @@ def _(d_out, x, scale, norm_weight, w1, w2, y, statistics, before, eps, weights)
 def _mlp_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     x, scale, norm_weight, norm_bias, w1, b1, w2, b2, ctx.eps, _, _ = inputs
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # of those, which would be tensors of zeros
     ctx.save_for_backward(x, scale, norm_weight, norm_bias, w1, b1, w2, b2, *output[1:])
 
 
@@ -114,7 +115,7 @@ def _mlp_gradients(ctx: Any, d_out: Tensor, *_: Tensor) -> tuple[Tensor | None, 
     )
     needed = any(ctx.needs_input_grad[2:8])
     d_parameters = [*d_norm.unbind(), *rest] if needed else 6 * [None]
-    return dx, None, *_as(d_parameters, (norm_weight, norm_bias, w1, b1, w2, b2)), None, None, None
+    return dx, None, *as_parameters(d_parameters, (norm_weight, norm_bias, w1, b1, w2, b2)), None, None, None
 
 
 _mlp.register_autograd(_mlp_gradients, setup_context=_mlp_setup)
@@ -171,8 +172,8 @@ def _layer(
     inner = normed(h, None, gate, (head_weight, head_bias, None), head_eps, sigmoid)
     out = torch.empty_like(rows)
     multiply(
-        inner.flatten(0, 1), [proj], out, pairs=pairs, transposed=True, bias=_float(proj_bias), residual=rows,
-        scale=_float(scale),
+        inner.flatten(0, 1), [proj], out, pairs=pairs, transposed=True, bias=single(proj_bias), residual=rows,
+        scale=single(scale),
     )  # fmt: skip
     return out.view(x.shape), y, statistics, columns, raw, h, a, row_sum, limit, inner
 
@@ -216,7 +217,7 @@ def _layer_backward(
     norm's weight and bias (2, C); of weight and bias of the last projection. Without `weights`, some are empty."""
     (batch, num_tokens, width), heads, pairs = x.shape, len(gate_weight) // 2, y.dtype == torch.bfloat16
     rows = x.flatten(0, 1).contiguous()
-    d_rows, d = _scaled(d_out, scale, x)
+    d_rows, d = scaled(d_out, scale, x)
     d_inner = torch.empty_like(inner)
     multiply(d, [proj], d_inner.view(len(rows), width), pairs=pairs)
     total = columns.shape[1]
@@ -252,6 +253,7 @@ def _(
 def _layer_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     *tensors, eps, head_eps, cap, sigmoid, reverse, _ = inputs
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # of those, which would be tensors of zeros
     ctx.settings = eps, head_eps, cap, sigmoid, reverse
     ctx.save_for_backward(*tensors, *output[1:])
 
@@ -271,7 +273,7 @@ def _layer_gradients(ctx: Any, d_out: Tensor, *_: Tensor) -> tuple[Tensor | None
         found = [
             *d_norm.unbind(), of_qkv, qkv_b, of_gates, gates_b, of_out, out_b, *d_head.unbind(), d_proj, d_proj_bias,
         ]  # fmt: skip
-    return dx, None, None, *_as(found, parameters), *6 * [None]
+    return dx, None, None, *as_parameters(found, parameters), *6 * [None]
 
 
 _layer.register_autograd(_layer_gradients, setup_context=_layer_setup)
@@ -280,18 +282,19 @@ _layer.register_autograd(_layer_gradients, setup_context=_layer_setup)
 # --- common ----------------------------------------------------------------------------------------------------------
 
 
-def _float(x: Tensor | None) -> Tensor | None:
+def single(x: Tensor | None) -> Tensor | None:
+    """x in float32 and contiguous."""
     return None if x is None else x.float().contiguous()
 
 
-def _scaled(d_out: Tensor, scale: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor]:
+def scaled(d_out: Tensor, scale: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor]:
     """The gradient of the result as rows (B·N, C) in the dtype of x, and that of what was multiplied by `scale`."""
     d_out = d_out.to(x.dtype).contiguous()
     d = d_out if scale is None else d_out * scale.view(-1, 1, 1).to(x.dtype)
     return d_out.flatten(0, 1), d.flatten(0, 1)
 
 
-def _as(gradients: list[Tensor | None], parameters: Any) -> list[Tensor | None]:
+def as_parameters(gradients: list[Tensor | None], parameters: Any) -> list[Tensor | None]:
     """Gradients in the dtypes of their parameters; None for parameters that do not exist."""
     return [
         None if of is None or gradient is None else gradient.to(of.dtype)

@@ -108,6 +108,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     q, k, v, i, log_f, ctx.reverse = inputs
     ctx.dtypes = i.dtype, log_f.dtype
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # of those, which would be tensors of zeros
     ctx.save_for_backward(q, k, v, *output[1:])
 
 

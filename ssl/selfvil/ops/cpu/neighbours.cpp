@@ -8,7 +8,7 @@
 
 namespace {
 
-inline Vector sigmoid(Vector x) { return 1.f / (1.f + exponential(-x)); }
+inline Vector sigmoid(Vector x) { return reciprocal(1.f + exponential(-x)); }
 // The derivative of SiLU, from x and its sigmoid.
 inline Vector silu_slope(Vector x, Vector s) { return s * (1.f + x * (1.f - s)); }
 

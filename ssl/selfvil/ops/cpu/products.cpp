@@ -66,18 +66,26 @@ inline Vector words_along(const T* from, int64_t left) {
   write(pairs, read(from)), write(pairs + LANES, read(from + LANES));
   return load(reinterpret_cast<const float*>(pairs));
 }
-// The words of columns from `first` of the lines k and k + 1. Columns from `count` on are 0.
+// LANES numbers of a line of which `left` remain; the others are 0.
+template <class T>
+inline Vector numbers(const T* from, int64_t left) {
+  if (left >= LANES) return read(from);
+  T rest[LANES] = {};
+  memcpy(rest, from, left * sizeof(T));
+  return read(static_cast<const T*>(rest));
+}
+inline Halves halves_of(const float* from, int64_t left) { return halves(numbers(from, left)); }
+inline Halves halves_of(const BFloat16* from, int64_t left) {
+  Halves x{};
+  if (left >= LANES) memcpy(&x, from, sizeof x);
+  else memcpy(&x, from, left * sizeof(BFloat16));
+  return x;
+}
+// LANES words of one line, or pairs of two lines, of which the second may be null.
 template <class Words, class T>
-inline Vector words_across(const T* even, const T* odd, int64_t count) {
-  auto get = [count](const T* from) {
-    if (!from) return Vector{};
-    if (count >= LANES) return read(from);
-    T rest[LANES] = {};
-    memcpy(rest, from, count * sizeof(T));
-    return read(static_cast<const T*>(rest));
-  };
-  if constexpr (Words::PER_WORD == 1) return get(even);
-  return (Vector)((rounded(get(even)) >> 16) | (rounded(get(odd)) & 0xffff0000u));
+inline Vector words_across(const T* even, const T* odd, int64_t left) {
+  if constexpr (Words::PER_WORD == 1) return numbers(even, left);
+  return words_of(halves_of(even, left), odd ? halves_of(odd, left) : Halves{});
 }
 
 // A panel: for each word of k, WIDTH numbers of different lines. `line(n)` is null for lines that do not exist.
@@ -113,8 +121,8 @@ void pack_across(int64_t inner, int64_t count, F line, float* to, int64_t stride
         memcpy(row + (n + m) / WIDTH * stride + (n + m) % WIDTH, reinterpret_cast<const float*>(&words) + m,
                PART * sizeof(float));
       if (sums) {
-        totals[n / LANES] += words_across<Full>(even + n, even, count - n);
-        if (odd) totals[n / LANES] += words_across<Full>(odd + n, odd, count - n);
+        totals[n / LANES] += numbers(even + n, count - n);
+        if (odd) totals[n / LANES] += numbers(odd + n, count - n);
       }
     }
   }
@@ -128,7 +136,7 @@ struct Gelu {
   Vector value, slope;
   explicit Gelu(Vector x) {
     const Vector z = choose(x < 0, -x, x) * 0.70710678118654752f, e = exponential(-z * z);
-    const Vector t = 1.f / (1.f + 0.3275911f * z);
+    const Vector t = reciprocal(1.f + 0.3275911f * z);
     Vector y = 1.061405429f * t - 1.453152027f;
     y = y * t + 1.421413741f;
     y = y * t - 0.284496736f;
