@@ -1,5 +1,5 @@
-// LayerNorm of tokens on CPUs, whose backward pass adds the gradient of the residual stream; and the gates of the block
-// with an MLP.
+// LayerNorm of tokens on CPUs, whose backward pass adds the gradient of the residual stream; the gates of the block with an
+// MLP; and the weights of the published block's gates.
 #include "vector.h"
 
 namespace {
@@ -126,6 +126,55 @@ void gates_backward(const Gates& args, int64_t image) {
   }
 }
 
+// --- weights of gates ------------------------------------------------------------------------------------------------
+
+// The gates are linear in q, k and v, and these are linear in two branches: products of both maps' weights.
+struct Fold {
+  Parallel parallel;
+  int64_t threads, heads, channels;
+  const float *input, *forget, *input_bias, *forget_bias;  // weights (H, 3 E) for q, k and v, and biases (H,)
+  const float *maps[3], *biases[3];                        // of q, k and v: (E / 4, 4, 4), and (E,) or null
+  float *c, *x, *bias;                                     // for the branches, (2 H, E) each, and (2 H,)
+  const float *dc, *dx, *dbias;
+  float *dinput, *dforget, *dmaps, *dbiases;  // dmaps (3, E / 4, 4, 4) and dbiases (3, E): sums are added to them
+
+  const float* row(int64_t gate) const { return (gate < heads ? input + gate * 3 * channels : forget + (gate - heads) * 3 * channels); }
+};
+
+void fold(const Fold& args) {
+  for (int64_t gate = 0; gate < 2 * args.heads; gate++) {
+    double total = gate < args.heads ? args.input_bias[gate] : args.forget_bias[gate - args.heads];
+    for (int64_t part = 0; part < 3; part++) {
+      const float* row = args.row(gate) + part * args.channels;
+      float* to = (part == 2 ? args.x : args.c) + gate * args.channels;
+      for (int64_t e = 0; e < args.channels; e++) {
+        const float *map = args.maps[part] + e / 4 * 16 + e % 4, *from = row + e / 4 * 4;
+        const float value = from[0] * map[0] + from[1] * map[4] + from[2] * map[8] + from[3] * map[12];
+        to[e] = part == 1 ? to[e] + value : value;
+        if (args.biases[part]) total += row[e] * args.biases[part][e];
+      }
+    }
+    args.bias[gate] = (float)total;
+  }
+}
+
+void fold_backward(const Fold& args) {
+  for (int64_t gate = 0; gate < 2 * args.heads; gate++)
+    for (int64_t part = 0; part < 3; part++) {
+      const float *row = args.row(gate) + part * args.channels, *bias = args.biases[part];
+      const float *d = (part == 2 ? args.dx : args.dc) + gate * args.channels, d_bias = args.dbias[gate];
+      float* to = gate < args.heads ? args.dinput + gate * 3 * args.channels : args.dforget + (gate - args.heads) * 3 * args.channels;
+      to += part * args.channels;
+      for (int64_t e = 0; e < args.channels; e++) {
+        const float *map = args.maps[part] + e * 4, *from = d + e / 4 * 4;
+        float* d_map = args.dmaps + (part * args.channels + e) * 4;
+        to[e] = from[0] * map[0] + from[1] * map[1] + from[2] * map[2] + from[3] * map[3] + (bias ? d_bias * bias[e] : 0);
+        for (int64_t n = 0; n < 4; n++) d_map[n] += row[e] * from[n];
+        args.dbiases[part * args.channels + e] += row[e] * d_bias;
+      }
+    }
+}
+
 }  // namespace
 
 // All return 0, or 1 without enough memory.
@@ -148,3 +197,5 @@ extern "C" int selfvil_gates_backward(const Gates* args) {
            args->half ? gates_backward<BFloat16>(*args, image) : gates_backward<float>(*args, image);
          }) ? 0 : 1;
 }
+extern "C" int selfvil_fold_forward(const Fold* args) { return fold(*args), 0; }
+extern "C" int selfvil_fold_backward(const Fold* args) { return fold_backward(*args), 0; }
