@@ -131,8 +131,8 @@ def _conv_members(
     kept = None if kept is None else kept.contiguous()
     strides = (0, 0) if dx is None else dx.stride()[:2]
     return (
-        *x.shape[:2], *grid, x.shape[2], reverse, silu, *x.stride()[:2], *strides, kept, x, dy, _single(weight),
-        _single(bias),
+        *x.shape[:2], *grid, x.shape[2], reverse, silu, *x.stride()[:2], *strides, kept, x, dy,
+        _single(weight.flatten(1).mT), _single(bias),
     )  # fmt: skip
 
 
@@ -216,7 +216,7 @@ def projected_backward(
     *weights, c_gates, x_gates = parameters
     gradients = [dy.contiguous() for dy in (*gradients[:3], gradients[3].float(), gradients[4].float())]
     dc = c.new_empty(c.shape)
-    width, gates, parts = c.shape[2], len(c_gates), c.shape[0] * math.ceil(c.shape[1] / SPAN)
+    width, gates, parts = c.shape[2], len(c_gates), math.ceil(c.shape[0] * c.shape[1] / SPAN)
     sums = c.new_empty(max(parts, 1) * (15 + 2 * gates) * width, dtype=torch.float32)
     _call(
         "project_backward", c, *_project_sizes(c, x, c_gates, dx), c, x, *(_single(p) for p in weights),

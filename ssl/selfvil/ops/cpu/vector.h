@@ -42,6 +42,9 @@ inline Vector reciprocal(Vector x) {
 #endif
 }
 inline float sum(Vector x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)x);
+#endif
   float total = 0;
   for (int lane = 0; lane < LANES; lane++) total += x[lane];
   return total;
