@@ -173,6 +173,46 @@ def _native_project_backward_flops(*shapes: Any, **_: Any) -> int:
     return 2 * 2 * math.prod(c) * (3 * 4 + 2 * x_gates[0])
 
 
+def _native_mlp_flops(x: Shape, *rest: Any, **_: Any) -> int:
+    return 2 * math.prod(x[:2]) * (math.prod(rest[3]) + math.prod(rest[5]))
+
+
+def _native_mlp_backward_flops(dy: Shape, *rest: Any, **_: Any) -> int:
+    return 2 * math.prod(dy[:2]) * (math.prod(rest[3]) + math.prod(rest[4])) * (1 + rest[-1])
+
+
+def _native_mlstm_layer_flops(x: Shape, *rest: Any, **_: Any) -> int:
+    qkv, gates, out_gate, proj = (rest[n] for n in (4, 6, 8, 12))
+    products = 2 * math.prod(x[:2]) * sum(map(math.prod, (qkv, gates, out_gate, proj)))
+    return products + _native_flops(*_head_shapes(x, gates[0] // 2, (qkv[0] - x[2]) // 2, x[2]))
+
+
+def _native_mlstm_layer_backward_flops(dy: Shape, *rest: Any, **_: Any) -> int:
+    qkv, gates, out_gate, proj = (rest[n] for n in (4, 5, 6, 9))
+    products = 2 * math.prod(dy[:2]) * sum(map(math.prod, (qkv, gates, out_gate, proj))) * (1 + rest[-1])
+    return products + _native_backward_flops((), *_head_shapes(dy, gates[0] // 2, (qkv[0] - dy[2]) // 2, dy[2]))
+
+
+def _native_gated_layer_flops(x: Shape, *rest: Any, **_: Any) -> int:
+    up, gates, (inner,), down = (rest[n] for n in (5, 15, 21, 22))
+    around = inner * (9 + 3 * 4 + 4 * gates[0])  # convolution, maps to q, k and v, gates
+    products = 2 * math.prod(x[:2]) * (math.prod(up) + math.prod(down) + around)
+    return products + _native_flops(*_head_shapes(x, gates[0], inner, inner))
+
+
+def _native_gated_layer_backward_flops(dy: Shape, *rest: Any, **_: Any) -> int:
+    up, gates, (inner,), down = (rest[n] for n in (5, 14, 18, 19))
+    around = 2 * inner * (9 + 3 * 4 + 4 * gates[0])
+    products = 2 * math.prod(dy[:2]) * ((math.prod(up) + math.prod(down)) * (1 + rest[-1]) + around)
+    return products + _native_backward_flops((), *_head_shapes(dy, gates[0], inner, inner))
+
+
+def _head_shapes(x: Shape, heads: int, of_q: int, of_v: int) -> tuple[Shape, Shape, Shape]:
+    """Shapes of q, k and v for tokens x (B, N, C)."""
+    q, v = ((x[0], heads, x[1], width // heads) for width in (of_q, of_v))
+    return q, q, v
+
+
 def _linear_flops(x: Shape, weight: Shape, bias: Shape | None, **_: Any) -> int:
     return 2 * x[0] * weight[0] * weight[1]
 
@@ -204,8 +244,14 @@ _FORMULAS = {
     torch.ops.selfvil.mlstm_backward: _mlstm_backward_flops,
     torch.ops.selfvil.mlstm_native: _native_flops,
     torch.ops.selfvil.mlstm_native_backward: _native_backward_flops,
-    torch.ops.selfvil.native_conv_silu: _native_conv_flops,
-    torch.ops.selfvil.native_conv_silu_backward: _native_conv_backward_flops,
+    torch.ops.selfvil.native_conv: _native_conv_flops,
+    torch.ops.selfvil.native_conv_backward: _native_conv_backward_flops,
+    torch.ops.selfvil.native_mlp: _native_mlp_flops,
+    torch.ops.selfvil.native_mlp_backward: _native_mlp_backward_flops,
+    torch.ops.selfvil.native_mlstm_layer: _native_mlstm_layer_flops,
+    torch.ops.selfvil.native_mlstm_layer_backward: _native_mlstm_layer_backward_flops,
+    torch.ops.selfvil.native_gated_layer: _native_gated_layer_flops,
+    torch.ops.selfvil.native_gated_layer_backward: _native_gated_layer_backward_flops,
     torch.ops.selfvil.native_project: _native_project_flops,
     torch.ops.selfvil.native_project_backward: _native_project_backward_flops,
     torch.ops.selfvil.linear: _linear_flops,

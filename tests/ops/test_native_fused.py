@@ -168,7 +168,7 @@ def test_custom_operators_pass_opcheck():
     kept = torch.arange(20).repeat(2, 1)
     for places in (None, kept):
         torch.library.opcheck(
-            ops.native_conv_silu.default, (x, scan.conv.weight, scan.conv.bias, places, 4, 5, True)
+            ops.native_conv.default, (x, scan.conv.weight, scan.conv.bias, places, 4, 5, True, True)
         )  # fmt: skip
     torch.library.opcheck(
         ops.native_project.default, (c, x, *(p.weight for p in maps), *(p.bias for p in maps), *folded)

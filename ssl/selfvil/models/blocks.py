@@ -13,7 +13,7 @@ from timm.layers import DropPath, LayerScale, PatchEmbed
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
-from selfvil.models.layers import ResidualLayerNorm, ViLLayer
+from selfvil.models.layers import ResidualLayerNorm, ViLLayer, residual_factors
 from selfvil.models.layout import TokenLayout
 from selfvil.models.mlp_block import MLPBlock
 
@@ -119,7 +119,11 @@ class ViLBlock(nn.Module):
 
     def forward(self, x: Tensor, layout: TokenLayout) -> Tensor:
         """Sequence x (B, L, C) to the same shape."""
-        return x + self.drop_path(self.ls(self.layer(self.norm(x), layout)))
+        layer = self.layer
+        if layer.runs_native(x, layout):
+            residual = residual_factors(x, layer.proj_down, self.ls, self.drop_path)
+            return layer.add_native(x, layout, self.norm, *residual)
+        return x + self.drop_path(self.ls(layer(self.norm(x), layout)))
 
 
 BLOCKS: dict[str, type[nn.Module]] = {"gated": ViLBlock, "mlp": MLPBlock}

@@ -13,17 +13,22 @@ h heads. Where tokens stand: `selfvil.models.layout`.
 """
 
 import math
+import os
 from collections.abc import Callable
 from functools import partial
 
 import torch
 import torch.nn.functional as F
+from timm.layers import LayerScale
 from torch import Tensor, nn
 
 from selfvil.models.convolution import convolve, depthwise_conv
 from selfvil.models.layout import TokenLayout
 from selfvil.ops import fused, linear, mlstm
 from selfvil.ops.cpu import fused as cpu_fused
+from selfvil.ops.cpu import gated as cpu_gated
+from selfvil.ops.cpu import products as cpu_products
+from selfvil.ops.mlstm import OVERRIDE, gaps
 
 EXPANSION = 2
 NUM_HEADS = 4
@@ -46,6 +51,11 @@ class ResidualLayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.layer_norm(x, self.weight.shape, 1 + self.weight, self.bias, self.eps)
+
+    @property
+    def arguments(self) -> tuple[Tensor, Tensor | None, float]:
+        """Weight minus 1, bias and eps."""
+        return self.weight, self.bias, self.eps
 
 
 class HeadNorm(ResidualLayerNorm):
@@ -263,3 +273,51 @@ class ViLLayer(GatedScan):
                 h = h + layout.to_rows(down + up)
             h = h * F.silu(gate)
         return self.proj_down(h)
+
+    def runs_native(self, x: Tensor, layout: TokenLayout) -> bool:
+        """Whether `add_native` supports tokens x (B, L, C)."""
+        return (
+            self.directions == 1
+            and self.forget_gate_recorder is None
+            and isinstance(self.conv, nn.Conv2d)
+            and layout.only_on_grid
+            and self.skip.numel() % (16 * NUM_HEADS) == 0
+            and native_linear(x, self.proj_up, self.proj_down)
+        )
+
+    def add_native(
+        self, x: Tensor, layout: TokenLayout, norm: ResidualLayerNorm, scale: Tensor | None, *down: Tensor | None
+    ) -> Tensor:
+        """x (B, L, C) plus `scale` (B,) times the layer of norm(x), with weight and bias `down`, by native kernels."""
+        assert self.conv is not None
+        positions = layout.scan_positions
+        return cpu_gated.gated_layer(
+            x, scale, None if positions is None else gaps(positions, self.reverse).float(),
+            None if layout.kept is None else layout.kept.ids, layout.grid,
+            norm=norm.arguments, up=(self.proj_up.weight, self.proj_up.bias), conv=(self.conv.weight, self.conv.bias),  # type: ignore[arg-type]
+            projections=[(p.weight, p.bias) for p in (self.q_proj, self.k_proj, self.v_proj)],
+            gates=(self.igate.weight, self.fgate.weight, self.igate.bias, self.fgate.bias), head_norm=self.outnorm.arguments, skip=self.skip, down=down, reverse=self.reverse,  # type: ignore[arg-type]
+        )  # fmt: skip
+
+
+def native_linear(x: Tensor, *maps: nn.Module) -> bool:
+    """Whether native kernels replace these maps of tokens x, which are not of other types, by LoRA for example, and
+    the mLSTM."""
+    return (
+        all(type(linear) is Linear for linear in maps)
+        and cpu_products.applies(x, *(linear.weight for linear in maps))  # type: ignore[arg-type]
+        and os.environ.get(OVERRIDE) in (None, "", "native")
+    )
+
+
+def residual_factors(
+    x: Tensor, linear: nn.Linear, layer_scale: nn.Module, drop_path: nn.Module
+) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    """Factors (B,) of stochastic depth, None for 1, and weight and bias of `linear` times LayerScale."""
+    weight, bias = linear.weight, linear.bias
+    if isinstance(layer_scale, LayerScale):
+        weight = layer_scale.gamma.unsqueeze(1) * weight
+        bias = None if bias is None else layer_scale.gamma * bias
+    if isinstance(drop_path, nn.Identity) or not drop_path.training:
+        return None, weight, bias
+    return drop_path(x.new_ones(len(x), 1, 1)).flatten(), weight, bias

@@ -29,9 +29,12 @@ from timm.layers import DropPath, LayerScale
 from torch import Tensor, nn
 
 from selfvil.models.convolution import convolve, depthwise_conv
-from selfvil.models.layers import HeadNorm, Linear, ResidualLayerNorm
+from selfvil.models.layers import HeadNorm, Linear, ResidualLayerNorm, native_linear, residual_factors
 from selfvil.models.layout import TokenLayout
 from selfvil.ops import mlstm
+from selfvil.ops.cpu import fused as cpu_fused
+from selfvil.ops.cpu import layers as cpu_layers
+from selfvil.ops.mlstm import gaps
 
 HEAD_WIDTH = 64
 """Approximate width of a head where the number of heads is not given."""
@@ -234,12 +237,43 @@ class MLPBlock(nn.Module):
 
     def forward(self, x: Tensor, layout: TokenLayout) -> Tensor:
         """Sequence x (B, L, C) to the same shape."""
-        if self.conv is not None:
-            # A convolution along the sequence has a direction, one on the grid has none.
-            reverse = self.layer.reverse and isinstance(self.conv, nn.Conv1d)
-            x = x + convolve(self.conv, x, layout, reverse=reverse)
-        x = x + self.drop_path(self.ls1(self.layer(self.norm1(x), layout)))
+        x = self._convolve(x, layout)
+        x = self._mix(x, layout)
+        linear = self.mlp.fc1, self.mlp.fc2
+        if not self.mlp.is_gated and native_linear(x, *linear):
+            scale, *second = residual_factors(x, linear[1], self.ls2, self.drop_path2)
+            return cpu_layers.mlp(x, scale, self.norm2.arguments, (linear[0].weight, linear[0].bias), tuple(second))
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+    def _convolve(self, x: Tensor, layout: TokenLayout) -> Tensor:
+        if self.conv is None:
+            return x
+        if isinstance(self.conv, nn.Conv2d) and layout.only_on_grid and cpu_fused.applies(x, 2):
+            kept = None if layout.kept is None else layout.kept.ids
+            return cpu_fused.add_conv(x, self.conv.weight, self.conv.bias, layout.grid, kept)  # type: ignore[arg-type]
+        # A convolution along the sequence has a direction, one on the grid has none.
+        reverse = self.layer.reverse and isinstance(self.conv, nn.Conv1d)
+        return x + convolve(self.conv, x, layout, reverse=reverse)
+
+    def _mix(self, x: Tensor, layout: TokenLayout) -> Tensor:
+        layer = self.layer
+        scan: Any = layer.readings[0]
+        linear = scan.qkv, layer.output_gate, layer.proj
+        if (
+            layer.directions == 1
+            and layer.forget_gate_recorder is None
+            and scan.outnorm.weight.numel() % (16 * scan.num_heads) == 0
+            and native_linear(x, *linear)
+        ):
+            scale, *proj = residual_factors(x, layer.proj, self.ls1, self.drop_path)
+            positions = layout.scan_positions
+            return cpu_layers.mlstm_layer(
+                x, scale, None if positions is None else gaps(positions, layer.reverse).float(), self.norm1.arguments,
+                (scan.qkv.weight, scan.qkv.bias), (scan.gates.weight, scan.gates.bias),
+                (layer.output_gate.weight, layer.output_gate.bias), scan.outnorm.arguments, tuple(proj),
+                cap=scan.gate_cap, sigmoid=layer.activation is torch.sigmoid, reverse=layer.reverse,
+            )  # fmt: skip
+        return x + self.drop_path(self.ls1(layer(self.norm1(x), layout)))
 
 
 def _small_init(linear: nn.Linear, scale: float = 1.0) -> None:

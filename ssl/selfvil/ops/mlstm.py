@@ -68,7 +68,7 @@ def mlstm(
     _check(q, k, v, i, f, positions)
     log_f = F.logsigmoid(f.to(torch.promote_types(torch.promote_types(q.dtype, torch.float32), f.dtype)))
     if positions is not None:
-        log_f = log_f * _gaps(positions, reverse).unsqueeze(1).to(log_f.dtype)
+        log_f = log_f * gaps(positions, reverse).unsqueeze(1).to(log_f.dtype)
     if backend == "auto":
         backend = (
             "reference"
@@ -138,7 +138,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, positions: Ten
         )
 
 
-def _gaps(positions: Tensor, reverse: bool) -> Tensor:
+def gaps(positions: Tensor, reverse: bool) -> Tensor:
     """Distance of each token (B, N) from the previous token of the scan; 1 for the first."""
     one = torch.ones_like(positions[:, :1])
     distances = positions.diff(dim=1)

@@ -45,7 +45,7 @@ LEVELS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 """Instruction sets, the best first: what /proc/cpuinfo must list, and the flags of the compiler."""
 
 FLAGS = ("-O2", "-std=c++17", "-fPIC", "-shared", "-ffp-contract=fast", "-Wno-psabi")
-SOURCES = ("mlstm.cpp", "neighbours.cpp", "hue.cpp")
+SOURCES = ("mlstm.cpp", "neighbours.cpp", "norms.cpp", "products.cpp", "hue.cpp")
 HEADERS = ("vector.h",)
 COMPILERS = ("c++", "g++", "clang++")
 COMPILE_SECONDS = 300

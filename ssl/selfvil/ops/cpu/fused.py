@@ -66,60 +66,90 @@ def conv_silu(
     x: Tensor, weight: Tensor, bias: Tensor, grid: tuple[int, int], reverse: bool, kept: Tensor | None = None
 ) -> Tensor:
     """See `selfvil.ops.fused.conv_silu`. kept: positions (B, N) of the tokens on the grid, with zeros at all others."""
-    return _conv(autocast(x), weight, bias, kept, *grid, reverse)
+    return _conv(autocast(x), weight, bias, kept, *grid, reverse, True)
 
 
-@torch.library.custom_op("selfvil::native_conv_silu", mutates_args=())
+def add_conv(x: Tensor, weight: Tensor, bias: Tensor, grid: tuple[int, int], kept: Tensor | None = None) -> Tensor:
+    """x (B, N, E) plus its depthwise 3 × 3 convolution, in the dtype of x; arguments as for `conv_silu`."""
+    return _conv(x, weight, bias, kept, *grid, False, False)
+
+
+@torch.library.custom_op("selfvil::native_conv", mutates_args=())
 def _conv(
-    x: Tensor, weight: Tensor, bias: Tensor, kept: Tensor | None, height: int, width: int, reverse: bool
+    x: Tensor, weight: Tensor, bias: Tensor, kept: Tensor | None, height: int, width: int, reverse: bool, silu: bool
 ) -> Tensor:
-    x = _rows(x)
-    y = x.new_empty(x.shape)
-    members = _conv_members(x, weight, bias, kept, (height, width), reverse)
-    _call("conv_forward", x, *members[:-2], None, *members[-2:], y, None, None)
-    return y
+    return convolved(x, weight, bias, kept, (height, width), reverse, silu)
 
 
 @_conv.register_fake
-def _(x, weight, bias, kept, height, width, reverse):
+def _(x, weight, bias, kept, height, width, reverse, silu):
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("selfvil::native_conv_silu_backward", mutates_args=())
+def convolved(
+    x: Tensor, weight: Tensor, bias: Tensor, kept: Tensor | None, grid: tuple[int, int], reverse: bool, silu: bool
+) -> Tensor:
+    """SiLU(conv(x)), or x + conv(x) without `silu`."""
+    x = _rows(x)
+    y = x.new_empty(x.shape)
+    _call("conv_forward", x, *_conv_members(x, weight, bias, kept, grid, reverse, silu, None, None), y, *3 * [None])
+    return y
+
+
+@torch.library.custom_op("selfvil::native_conv_backward", mutates_args=())
 def _conv_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, kept: Tensor | None, height: int, width: int, reverse: bool
-) -> tuple[Tensor, Tensor]:
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, kept: Tensor | None, height: int, width: int, reverse: bool,
+    silu: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients of x, and of the weights and the bias as one (10, E)."""
-    x, dy = _rows(x), dy.contiguous()
     dx = x.new_empty(x.shape)
-    sums = x.new_zeros(max(1, x.shape[0]), 10, x.shape[2], dtype=torch.float32)
-    members = _conv_members(x, weight, bias, kept, (height, width), reverse)
-    _call("conv_backward", x, *members[:-2], dy, *members[-2:], None, dx, sums)
-    return dx, sums[0].clone()
+    return dx, convolved_backward(dy, x, weight, bias, kept, (height, width), reverse, silu, dx, False)
 
 
 @_conv_backward.register_fake
-def _(dy, x, weight, bias, kept, height, width, reverse):
+def _(dy, x, weight, bias, kept, height, width, reverse, silu):
     return x.new_empty(x.shape), x.new_empty(10, x.shape[2], dtype=torch.float32)
 
 
+def convolved_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, kept: Tensor | None, grid: tuple[int, int], reverse: bool,
+    silu: bool, dx: Tensor, add: bool,
+) -> Tensor:  # fmt: skip
+    """Gradients of the weights and the bias as one (10, E). That of x is written to dx, or added to it."""
+    x, dy = _rows(x), dy.contiguous()
+    sums = x.new_zeros(max(1, x.shape[0]), 10, x.shape[2], dtype=torch.float32)
+    _call(
+        "conv_backward", x, *_conv_members(x, weight, bias, kept, grid, reverse, silu, dx, dy), None, dx, add, sums
+    )
+    return sums[0].clone()
+
+
 def _conv_members(
-    x: Tensor, weight: Tensor, bias: Tensor, kept: Tensor | None, grid: tuple[int, int], reverse: bool
-) -> tuple[int | Tensor | None, ...]:
+    x: Tensor, weight: Tensor, bias: Tensor, kept: Tensor | None, grid: tuple[int, int], reverse: bool, silu: bool,
+    dx: Tensor | None, dy: Tensor | None,
+) -> tuple[int | Tensor | None, ...]:  # fmt: skip
     kept = None if kept is None else kept.contiguous()
-    return (*x.shape[:2], *grid, x.shape[2], reverse, *x.stride()[:2], kept, x, _single(weight), _single(bias))
+    strides = (0, 0) if dx is None else dx.stride()[:2]
+    return (
+        *x.shape[:2], *grid, x.shape[2], reverse, silu, *x.stride()[:2], *strides, kept, x, dy,
+        _single(weight.flatten(1).mT), _single(bias),
+    )  # fmt: skip
 
 
 def _conv_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    *tensors, ctx.height, ctx.width, ctx.reverse = inputs
+    *tensors, ctx.height, ctx.width, ctx.reverse, ctx.silu = inputs
     ctx.save_for_backward(*tensors)
 
 
 def _conv_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, bias, kept = ctx.saved_tensors
-    dx, sums = _conv_backward(dy, x, weight, bias, kept, ctx.height, ctx.width, ctx.reverse)
-    d_weight = sums[:9].mT.reshape(weight.shape).to(weight.dtype)
-    return dx, d_weight, sums[9].to(bias.dtype), None, None, None, None
+    dx, sums = _conv_backward(dy, x, weight, bias, kept, ctx.height, ctx.width, ctx.reverse, ctx.silu)
+    return dx, *conv_parameters(sums, weight, bias), None, None, None, None, None
+
+
+def conv_parameters(sums: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of weight and bias from their sums (10, E)."""
+    return sums[:9].mT.reshape(weight.shape).to(weight.dtype), sums[9].to(bias.dtype)
 
 
 _conv.register_autograd(_conv_gradients, setup_context=_conv_setup)
@@ -142,11 +172,20 @@ def _project(
     q_bias: Tensor | None, k_bias: Tensor | None, v_bias: Tensor | None,
     c_gates: Tensor, x_gates: Tensor, gates_bias: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    c, x = _rows(c), _rows(x)
+    return projected(
+        c, x, (q_weight, k_weight, v_weight, q_bias, k_bias, v_bias, c_gates, x_gates, gates_bias)
+    )
+
+
+def projected(
+    c: Tensor, x: Tensor, parameters: Sequence[Tensor | None]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """q, k, v, i and f, from the weights and biases of q, k and v, the gates' weights for c and for x, and their bias."""
+    c, x, parameters = _rows(c), _rows(x), [_single(p) for p in parameters]
+    c_gates, gates_bias = parameters[6], parameters[8]
+    assert c_gates is not None
+    assert gates_bias is not None
     outputs = _projected(c, gates_bias)
-    parameters = [
-        _single(p) for p in (q_weight, k_weight, v_weight, q_bias, k_bias, v_bias, c_gates, x_gates, gates_bias)
-    ]
     _call("project_forward", c, *_project_sizes(c, x, c_gates), c, x, *parameters, *outputs, *8 * [None])
     return outputs
 
@@ -163,22 +202,31 @@ def _project_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of c and x; of the weights by column of a block, and biases, of q, k and v (3, 5, E); of the gates'
     weights (2, 2 H, E)."""
+    dx = x.new_empty(x.shape)
+    parameters = (q_weight, k_weight, v_weight, c_gates, x_gates)
+    dc, *sums = projected_backward((dq, dk, dv, di, df), c, x, parameters, dx)
+    return dc, dx, *sums
+
+
+def projected_backward(
+    gradients: Sequence[Tensor], c: Tensor, x: Tensor, parameters: Sequence[Tensor], dx: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of c and, as sums, of the parameters; see `_project_backward`. That of x is written to dx."""
     c, x = _rows(c), _rows(x)
-    gradients = [dy.contiguous() for dy in (dq, dk, dv, di.float(), df.float())]
-    dc, dx = c.new_empty(c.shape), x.new_empty(x.shape)
-    width, gates, parts = c.shape[2], len(c_gates), c.shape[0] * math.ceil(c.shape[1] / SPAN)
+    *weights, c_gates, x_gates = parameters
+    gradients = [dy.contiguous() for dy in (*gradients[:3], gradients[3].float(), gradients[4].float())]
+    dc = c.new_empty(c.shape)
+    width, gates, parts = c.shape[2], len(c_gates), math.ceil(c.shape[0] * c.shape[1] / SPAN)
     sums = c.new_empty(max(parts, 1) * (15 + 2 * gates) * width, dtype=torch.float32)
-    parameters = [_single(p) for p in (q_weight, k_weight, v_weight)]
-    gate_weights = _single(c_gates), _single(x_gates)
     _call(
-        "project_backward", c, *_project_sizes(c, x, c_gates), c, x, *parameters, None, None, None, *gate_weights, None,
-        *5 * [None], *gradients, dc, dx, sums,
+        "project_backward", c, *_project_sizes(c, x, c_gates, dx), c, x, *(_single(p) for p in weights),
+        None, None, None, _single(c_gates), _single(x_gates), None, *5 * [None], *gradients, dc, dx, sums,
     )  # fmt: skip
     if not parts:
         sums.zero_()
     of_weights = sums[: 15 * width].view(3, 5, width)
     of_gates = sums[15 * max(parts, 1) * width :][: 2 * gates * width].view(2, gates, width)
-    return dc, dx, of_weights.clone(), of_gates.clone()
+    return dc, of_weights.clone(), of_gates.clone()
 
 
 @_project_backward.register_fake
@@ -198,14 +246,17 @@ def _project_gradients(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...
     c, x, *weights, c_gates, x_gates = ctx.saved_tensors
     di, df = gradients[3:]
     dc, dx, sums, d_gates = _project_backward(*gradients, c, x, *weights, c_gates, x_gates)
-    # (3, 4 columns, E / 4 blocks, 4 rows) to blocks of rows and columns
-    d_weights = sums[:, :4].unflatten(2, (-1, 4)).permute(0, 2, 3, 1)
     return (
-        dc, dx, *(dw.to(w.dtype) for dw, w in zip(d_weights, weights, strict=True)),
+        dc, dx, *(dw.to(w.dtype) for dw, w in zip(block_weights(sums), weights, strict=True)),
         *(None if dtype is None else db.to(dtype) for db, dtype in zip(sums[:, 4], ctx.bias_dtypes, strict=True)),
         d_gates[0].to(c_gates.dtype), d_gates[1].to(x_gates.dtype),
         torch.cat([di.sum((0, 2)), df.sum((0, 2))]).to(ctx.gates_bias_dtype),
     )  # fmt: skip
+
+
+def block_weights(sums: Tensor) -> Tensor:
+    """The weights' part of (3, 4 columns and bias, E) as blocks of rows and columns, (3, E / 4, 4, 4)."""
+    return sums[:, :4].unflatten(2, (-1, 4)).permute(0, 2, 3, 1)
 
 
 _project.register_autograd(_project_gradients, setup_context=_project_setup)
@@ -219,8 +270,10 @@ def _projected(c: Tensor, gates_bias: Tensor) -> tuple[Tensor, Tensor, Tensor, T
     return q, k, v, i, f
 
 
-def _project_sizes(c: Tensor, x: Tensor, gates: Tensor) -> tuple[int, ...]:
-    return (*c.shape, len(gates) // 2, *c.stride()[:2], *x.stride()[:2])
+def _project_sizes(c: Tensor, x: Tensor, gates: Tensor, dx: Tensor | None = None) -> tuple[int, ...]:
+    return (
+        *c.shape, len(gates) // 2, *c.stride()[:2], *x.stride()[:2], *((0, 0) if dx is None else dx.stride()[:2])
+    )
 
 
 # --- norm, skip and gate ---------------------------------------------------------------------------------------------
@@ -237,10 +290,18 @@ def norm_skip_gate(
 def _norm(
     h: Tensor, c: Tensor, gate: Tensor | None, weight: Tensor, bias: Tensor | None, skip: Tensor, eps: float
 ) -> Tensor:
-    h, c, gate = _rows(h), _rows(c), None if gate is None else _rows(gate)
-    y = c.new_empty(c.shape)
-    parameters = [_single(p) for p in (weight, bias, skip)]
-    _call("norm_forward", h, *_norm_sizes(h, c, gate, eps), h, c, gate, None, *parameters, y, *4 * [None])
+    return normed(h, c, gate, (weight, bias, skip), eps)
+
+
+def normed(
+    h: Tensor, c: Tensor | None, gate: Tensor | None, parameters: Sequence[Tensor | None], eps: float,
+    sigmoid: bool = False,
+) -> Tensor:  # fmt: skip
+    """See `norm_skip_gate`; parameters: weight, bias, skip. c may be None, and the gate the sigmoid."""
+    h, c, gate = _rows(h), None if c is None else _rows(c), None if gate is None else _rows(gate)
+    y = h.new_empty(h.shape[0], h.shape[2], h.shape[1] * h.shape[3])
+    sizes = _norm_sizes(h, c, gate, None, sigmoid, eps)
+    _call("norm_forward", h, *sizes, h, c, gate, None, *(_single(p) for p in parameters), y, *4 * [None])
     return y
 
 
@@ -254,15 +315,26 @@ def _norm_backward(
     dy: Tensor, h: Tensor, c: Tensor, gate: Tensor | None, weight: Tensor, bias: Tensor | None, skip: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of h, c and gate (empty without a gate), and of weight, bias and skip as one (3, E)."""
-    dy, h, c, gate = dy.contiguous(), _rows(h), _rows(c), None if gate is None else _rows(gate)
-    dh, dc, dgate = h.new_empty(h.shape), c.new_empty(c.shape), c.new_empty(0 if gate is None else c.shape)
-    sums = c.new_zeros(max(1, c.shape[0] * math.ceil(c.shape[1] / SPAN)), 3, c.shape[2], dtype=torch.float32)
-    parameters = [_single(p) for p in (weight, bias, skip)]
+    dgate = c.new_empty(0 if gate is None else c.shape)
+    dh, dc, sums = normed_backward(dy, h, c, gate, (weight, bias, skip), eps, dgate)
+    assert dc is not None
+    return dh, dc, dgate, sums
+
+
+def normed_backward(
+    dy: Tensor, h: Tensor, c: Tensor | None, gate: Tensor | None, parameters: Sequence[Tensor | None], eps: float,
+    dgate: Tensor, sigmoid: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
+    """Gradients of h, of c, and of weight, bias and skip as one (3, E). That of the gate is written to dgate."""
+    dy, h, c, gate = dy.contiguous(), _rows(h), None if c is None else _rows(c), None if gate is None else _rows(gate)
+    dh, dc = h.new_empty(h.shape), None if c is None else c.new_empty(c.shape)
+    (batch, num_tokens, width), target = dy.shape, None if gate is None else dgate
+    sums = h.new_zeros(max(1, batch * math.ceil(num_tokens / SPAN)), 3, width, dtype=torch.float32)
     _call(
-        "norm_backward", h, *_norm_sizes(h, c, gate, eps), h, c, gate, dy, *parameters,
-        None, dh, dc, None if gate is None else dgate, sums,
+        "norm_backward", h, *_norm_sizes(h, c, gate, target, sigmoid, eps), h, c, gate, dy,
+        *(_single(p) for p in parameters), None, dh, dc, target, sums,
     )  # fmt: skip
-    return dh, dc, dgate, sums[0].clone()
+    return dh, dc, sums[0].clone()
 
 
 @_norm_backward.register_fake
@@ -289,8 +361,14 @@ def _norm_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 _norm.register_autograd(_norm_gradients, setup_context=_norm_setup)
 
 
-def _norm_sizes(h: Tensor, c: Tensor, gate: Tensor | None, eps: float) -> tuple[int, ...]:
+def _norm_sizes(
+    h: Tensor, c: Tensor | None, gate: Tensor | None, dgate: Tensor | None, sigmoid: bool, eps: float
+) -> tuple[int, ...]:
     batch, heads, num_tokens, width = h.shape
-    (bits,) = struct.unpack("q", struct.pack("d", eps))
-    strides = (0, 0) if gate is None else gate.stride()[:2]
-    return batch, heads, num_tokens, width, *h.stride()[:3], *c.stride()[:2], *strides, bits
+    strides = (stride for x in (c, gate, dgate) for stride in ((0, 0) if x is None else x.stride()[:2]))
+    return batch, heads, num_tokens, width, *h.stride()[:3], *strides, sigmoid, bits(eps)
+
+
+def bits(x: float) -> int:
+    """The bits of a member that is a double."""
+    return struct.unpack("q", struct.pack("d", x))[0]

@@ -20,8 +20,9 @@ struct Arguments {
   const void *q, *k, *v, *i, *log_f, *dh;  // the forward pass has no dh, the backward pass no i and log_f
   int64_t q_strides[3], k_strides[3], v_strides[3], i_strides[3], f_strides[3], dh_strides[3];
   float *a, *row_sum, *limit;  // (B, H, N) in the order of the scan
-  void *h, *dq, *dk, *dv;      // contiguous, as are the following
-  float *di, *dlog_f;
+  float *di, *dlog_f;          // contiguous, as are the above
+  void *h, *dq, *dk, *dv;
+  int64_t h_strides[3], dq_strides[3], dk_strides[3], dv_strides[3];
 
   int64_t token(int64_t t) const { return reverse ? tokens - 1 - t : t; }
 };
@@ -80,10 +81,10 @@ void pack(const Arguments& x, const void* base, const int64_t (&strides)[3], int
   memset(to + n * stride, 0, (padded(n) - n) * stride * sizeof(float));
 }
 template <class T>
-void unpack(const Arguments& x, void* base, int64_t item, int64_t first, int64_t n, int64_t width, const float* from,
-            int64_t stride) {
-  T* to = static_cast<T*>(base) + item * x.tokens * width;
-  for (int64_t t = 0; t < n; t++) write_row(from + t * stride, width, to + x.token(first + t) * width);
+void unpack(const Arguments& x, void* base, const int64_t (&strides)[3], int64_t item, int64_t first, int64_t n,
+            int64_t width, const float* from, int64_t stride) {
+  T* to = static_cast<T*>(base) + item / x.heads * strides[0] + item % x.heads * strides[1];
+  for (int64_t t = 0; t < n; t++) write_row(from + t * stride, width, to + x.token(first + t) * strides[2]);
 }
 
 float denominator(float row_sum, float limit) {
@@ -224,7 +225,7 @@ void forward(const Arguments& args, int64_t item, float* memory) {
         scale(h + r * x.v_stride, 1 / (root * denominator(sums[r] / root, limit[first + r0 + r])), x.e);
       }
     }
-    unpack<T>(args, args.h, item, first, n, x.value_width, x.h, x.v_stride);
+    unpack<T>(args, args.h, args.h_strides, item, first, n, x.value_width, x.h, x.v_stride);
     if (first + n < x.tokens) {  // then n is a whole chunk
       const float now = row_max[n - 1], fade = first ? exponential(all(m_before - now))[0] : 0;
       exponentials(taken, now, 1, n, x.past);
@@ -356,9 +357,9 @@ void chunk_gradients(const Arguments& args, const Head& x, int64_t item, int64_t
     product<Words, TRANSPOSED>(columns, x.d, d_right, q_right.from(word_row), x.dk, x.stride, true, from_column);
     product<Words, TRANSPOSED>(columns, x.e, weights, dh_right.from(word_row), x.dv, x.v_stride, true, from_column);
   }
-  unpack<T>(args, args.dq, item, first, n, x.width, x.dq, x.stride);
-  unpack<T>(args, args.dk, item, first, n, x.width, x.dk, x.stride);
-  unpack<T>(args, args.dv, item, first, n, x.value_width, x.dv, x.v_stride);
+  unpack<T>(args, args.dq, args.dq_strides, item, first, n, x.width, x.dq, x.stride);
+  unpack<T>(args, args.dk, args.dk_strides, item, first, n, x.width, x.dk, x.stride);
+  unpack<T>(args, args.dv, args.dv_strides, item, first, n, x.value_width, x.dv, x.v_stride);
 
   if (c) {  // for the chunks before this one
     const float fade = has_after ? exponential(all(m_before - m_after))[0] : 0;

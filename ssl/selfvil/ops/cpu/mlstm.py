@@ -52,12 +52,17 @@ def mlstm_native(q: Tensor, k: Tensor, v: Tensor, i: Tensor, log_f: Tensor, reve
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, i: Tensor, log_f: Tensor, reverse: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """h, and for the backward pass a, n and lim, each (B, H, N) and in the order of the scan."""
+    return scan(q, k, v, i.float(), log_f.float(), reverse)
+
+
+def scan(
+    q: Tensor, k: Tensor, v: Tensor, i: Tensor, log_f: Tensor, reverse: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """h, and for the backward pass a, n and lim, each (B, H, N) and in the order of the scan. i and log_f: float32."""
     q, k, v = (_rows(x) for x in (q, k, v))
-    i, log_f = i.float(), log_f.float()
     h = v.new_empty(v.shape)
     a, row_sum, limit = (log_f.new_empty(log_f.shape) for _ in range(3))
-    _call("mlstm_forward", reverse, (q, k, v, i, log_f, None), (a, row_sum, limit, h))
+    _call("mlstm_forward", reverse, (q, k, v, i, log_f, None), (a, row_sum, limit, None, None), (h, None, None, None))
     return h, a, row_sum, limit
 
 
@@ -71,12 +76,26 @@ def _backward(
     dh: Tensor, q: Tensor, k: Tensor, v: Tensor, a: Tensor, row_sum: Tensor, limit: Tensor, reverse: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v in their shapes, and of i and log_f (B, H, N) in float32."""
-    q, k, v, dh = (_rows(x) for x in (q, k, v, dh.to(v.dtype)))
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    return dq, dk, dv, *scan_backward(dh, (q, k, v), (a, row_sum, limit), reverse, (dq, dk, dv))
+
+
+def scan_backward(
+    dh: Tensor,
+    inputs: tuple[Tensor, Tensor, Tensor],
+    saved: tuple[Tensor, Tensor, Tensor],
+    reverse: bool,
+    gradients: tuple[Tensor, Tensor, Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Gradients of i and log_f (B, H, N) in float32; those of `inputs` q, k, v are written to `gradients`."""
+    v = inputs[2]
+    q, k, v, dh = (_rows(x) for x in (*inputs, dh.to(v.dtype)))
+    a, row_sum, limit = (x.contiguous() for x in saved)
     di, dlog_f = a.new_empty(a.shape), a.new_empty(a.shape)
-    saved = [x.contiguous() for x in (a, row_sum, limit)]
-    _call("mlstm_backward", reverse, (q, k, v, None, None, dh), (*saved, None, dq, dk, dv, di, dlog_f))
-    return dq, dk, dv, di, dlog_f
+    _call(
+        "mlstm_backward", reverse, (q, k, v, None, None, dh), (a, row_sum, limit, di, dlog_f), (None, *gradients)
+    )
+    return di, dlog_f
 
 
 @_backward.register_fake
@@ -89,6 +108,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     q, k, v, i, log_f, ctx.reverse = inputs
     ctx.dtypes = i.dtype, log_f.dtype
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # of those, which would be tensors of zeros
     ctx.save_for_backward(q, k, v, *output[1:])
 
 
@@ -101,8 +121,9 @@ _forward.register_autograd(_gradients, setup_context=_setup_context)
 
 
 def _call(
-    function: str, reverse: bool, strided: tuple[Tensor | None, ...], contiguous: tuple[Tensor | None, ...]
-) -> None:
+    function: str, reverse: bool, strided: tuple[Tensor | None, ...], contiguous: tuple[Tensor | None, ...],
+    results: tuple[Tensor | None, ...],
+) -> None:  # fmt: skip
     """Fill in the members of `Arguments` in mlstm.cpp; None for those that the function does not use."""
     q, _, v, *_ = strided
     assert q is not None
@@ -120,7 +141,8 @@ def _call(
         function, q.dtype == torch.bfloat16, *q.shape, v.shape[3], size, reverse,
         *(0 if x is None else x.data_ptr() for x in strided),
         *(stride for x in strided for stride in ((0, 0, 0) if x is None else x.stride()[:3])),
-        *(0 if x is None else x.data_ptr() for x in contiguous),
+        *(0 if x is None else x.data_ptr() for x in (*contiguous, *results)),
+        *(stride for x in results for stride in ((0, 0, 0) if x is None else x.stride()[:3])),
     )  # fmt: skip
 
 

@@ -8,29 +8,24 @@
 
 namespace {
 
-inline Vector sigmoid(Vector x) { return 1.f / (1.f + exponential(-x)); }
+inline Vector sigmoid(Vector x) { return reciprocal(1.f + exponential(-x)); }
 // The derivative of SiLU, from x and its sigmoid.
 inline Vector silu_slope(Vector x, Vector s) { return s * (1.f + x * (1.f - s)); }
 
 constexpr int64_t SPAN = 64;  // tokens of an item, where an item has all channels
 constexpr int64_t SET = 4;    // gates that are computed together
 
-// Adds the parts (parts, n) into the first of them.
-void add_parts(float* sums, int64_t parts, int64_t n) {
-  for (int64_t part = 1; part < parts; part++)
-    for (int64_t i = 0; i < n; i++) sums[i] += sums[part * n + i];
-}
-
 // --- convolution and SiLU --------------------------------------------------------------------------------------------
 
 // Filled in by fused.py, as the other structures: every member has 8 bytes. Strides are in numbers.
 struct Conv {
   Parallel parallel;
-  int64_t threads, bfloat16, images, tokens, height, width, channels, reverse, x_strides[2];
+  int64_t threads, bfloat16, images, tokens, height, width, channels, reverse, silu, x_strides[2], dx_strides[2];
   const int64_t* kept;         // positions of the tokens on the grid, (B, N); null: all positions
-  const void *x, *dy;          // dy and all of the following are contiguous
-  const float *weight, *bias;  // (E, 9), (E,)
-  void *y, *dx;
+  const void *x, *dy;          // dy and all of the following but dx are contiguous
+  const float *weight, *bias;  // (9, E), (E,)
+  void *y, *dx;                // with `silu`, y is SiLU(conv(x)), else x + conv(x)
+  int64_t add;                 // dx is added to what is there
   float* sums;  // (B, 10, E): gradients of the weights and of the bias
 
   // The grid of a vector of channels, with a border of zeros.
@@ -61,20 +56,21 @@ void convolve(const Conv& args, int64_t item, float* memory) {
   for (int64_t e = first; e < end; e += LANES) {
     const float* x = planes + (e - first) / LANES * plane;
     Vector weight[9], bias = load(args.bias + e);
-    for (int k = 0; k < 9; k++)
-      for (int lane = 0; lane < LANES; lane++) weight[k][lane] = args.weight[(e + lane) * 9 + (args.reverse ? 8 - k : k)];
+    for (int k = 0; k < 9; k++) weight[k] = load(args.weight + (args.reverse ? 8 - k : k) * args.channels + e);
+    if (!args.silu) weight[4] += 1.f;
     Vector d_weight[9] = {}, d_bias = {};
     for (int64_t t = 0; t < tokens; t++) {
       const float* corner = x + corners[t];
       Vector total = bias;
 #pragma GCC unroll 9
       for (int k = 0; k < 9; k++) total += weight[k] * load(corner + k / 3 * row + k % 3 * LANES);
-      Vector s = sigmoid(total);
+      Vector s = args.silu ? sigmoid(total) : all(1.f);
       if (!BACKWARD) {
         write(static_cast<T*>(args.y) + base + t * args.channels + e, total * s);
         continue;
       }
-      Vector d = read(static_cast<const T*>(args.dy) + base + t * args.channels + e) * silu_slope(total, s);
+      Vector d = read(static_cast<const T*>(args.dy) + base + t * args.channels + e);
+      if (args.silu) d *= silu_slope(total, s);
       store(gradient + corners[t] + centre, d);
       d_bias += d;
 #pragma GCC unroll 9
@@ -86,7 +82,8 @@ void convolve(const Conv& args, int64_t item, float* memory) {
       Vector total = {};
 #pragma GCC unroll 9
       for (int k = 0; k < 9; k++) total += weight[8 - k] * load(corner + k / 3 * row + k % 3 * LANES);
-      write(static_cast<T*>(args.dx) + base + t * args.channels + e, total);
+      T* dx = static_cast<T*>(args.dx) + image * args.dx_strides[0] + t * args.dx_strides[1] + e;
+      write(dx, args.add ? total + read(dx) : total);
     }
     float* sums = args.sums + image * 10 * args.channels + e;
     for (int k = 0; k < 9; k++) store(sums + (args.reverse ? 8 - k : k) * args.channels, d_weight[k]);
@@ -98,7 +95,7 @@ void convolve(const Conv& args, int64_t item, float* memory) {
 
 struct Project {
   Parallel parallel;
-  int64_t threads, bfloat16, images, tokens, channels, heads, c_strides[2], x_strides[2];
+  int64_t threads, bfloat16, images, tokens, channels, heads, c_strides[2], x_strides[2], dx_strides[2];
   const void *c, *x;                                    // the convolved and the plain branch
   const float *weights[3], *biases[3];                  // of q, k, v: (E / 4, 4, 4), and (E,) or null
   const float *c_gates, *x_gates, *gates_bias;          // (2 H, E), (2 H, E), (2 H,)
@@ -106,10 +103,27 @@ struct Project {
   float *i, *f;                                         // (B, H, N)
   const void *dq, *dk, *dv;
   const float *di, *df;
-  void *dc, *dx;
-  float* sums;  // (B, spans, 3, 5, E): gradients of the weights by column of a block, and of biases; (B, spans, 2, 2 H, E)
+  void *dc, *dx;  // dx has strides
+  float* sums;  // (spans, 3, 5, E): gradients of the weights by column of a block, and of biases; (spans, 2, 2 H, E)
 
-  int64_t spans() const { return (tokens + SPAN - 1) / SPAN; }
+  int64_t spans() const { return (images * tokens + SPAN - 1) / SPAN; }
+};
+
+// Where the tokens of an item are; they may be of several images.
+struct Places {
+  int64_t count, c[SPAN], x[SPAN], dx[SPAN], head[SPAN], gate[SPAN], first;
+  Places(const Project& args, int64_t item) : first(item * SPAN) {
+    const int64_t left = args.images * args.tokens - first, width = args.channels / args.heads;
+    count = left < SPAN ? left : SPAN;
+    int64_t image = first / args.tokens, token = first % args.tokens;
+    for (int64_t t = 0; t < count; t++) {
+      c[t] = image * args.c_strides[0] + token * args.c_strides[1];
+      x[t] = image * args.x_strides[0] + token * args.x_strides[1];
+      dx[t] = image * args.dx_strides[0] + token * args.dx_strides[1];
+      gate[t] = image * args.heads * args.tokens + token, head[t] = gate[t] * width;
+      if (++token == args.tokens) token = 0, image++;
+    }
+  }
 };
 
 // The lane `column` of each four.
@@ -141,60 +155,57 @@ inline void block_weights(const float* weights, int64_t e, bool by_row, Vector (
 
 template <class T>
 void project(const Project& args, int64_t item, float*) {
-  const int64_t image = item / args.spans(), first = item % args.spans() * SPAN, width = args.channels / args.heads;
-  const int64_t end = first + SPAN < args.tokens ? first + SPAN : args.tokens, gates = 2 * args.heads;
-  const T* c = static_cast<const T*>(args.c) + image * args.c_strides[0];
-  const T* x = static_cast<const T*>(args.x) + image * args.x_strides[0];
+  const Places at(args, item);
+  const int64_t width = args.channels / args.heads, gates = 2 * args.heads;
+  const T *c = static_cast<const T*>(args.c), *x = static_cast<const T*>(args.x);
   for (int64_t e = 0; e < args.channels; e += LANES) {
-    const int64_t base = (image * args.heads + e / width) * args.tokens * width + e % width;
+    const int64_t base = e / width * args.tokens * width + e % width;
     T *q = static_cast<T*>(args.q) + base, *k = static_cast<T*>(args.k) + base, *v = static_cast<T*>(args.v) + base;
     Vector weight[3][4], bias[3];
     for (int n = 0; n < 3; n++) {
       block_weights(args.weights[n], e, false, weight[n]);
       bias[n] = args.biases[n] ? load(args.biases[n] + e) : Vector{};
     }
-    for (int64_t t = first; t < end; t++) {
-      const Fours from_c(read(c + t * args.c_strides[1] + e)), from_x(read(x + t * args.x_strides[1] + e));
-      write(q + t * width, times(from_c, weight[0], bias[0]));
-      write(k + t * width, times(from_c, weight[1], bias[1]));
-      write(v + t * width, times(from_x, weight[2], bias[2]));
+    for (int64_t t = 0; t < at.count; t++) {
+      const Fours from_c(read(c + at.c[t] + e)), from_x(read(x + at.x[t] + e));
+      write(q + at.head[t], times(from_c, weight[0], bias[0]));
+      write(k + at.head[t], times(from_c, weight[1], bias[1]));
+      write(v + at.head[t], times(from_x, weight[2], bias[2]));
     }
   }
   for (int64_t g = 0; g < gates; g += SET) {
     float* to[SET];
     for (int64_t m = 0; m < SET; m++)
-      to[m] = (g + m < args.heads ? args.i : args.f) + (image * args.heads + (g + m) % args.heads) * args.tokens;
-    for (int64_t t = first; t < end; t++) {
+      to[m] = (g + m < args.heads ? args.i : args.f) + (g + m) % args.heads * args.tokens;
+    for (int64_t t = 0; t < at.count; t++) {
       Vector total[SET] = {};
       for (int64_t e = 0; e < args.channels; e += LANES) {
-        Vector from_c = read(c + t * args.c_strides[1] + e), from_x = read(x + t * args.x_strides[1] + e);
+        Vector from_c = read(c + at.c[t] + e), from_x = read(x + at.x[t] + e);
 #pragma GCC unroll 4
         for (int64_t m = 0; m < SET; m++) {
           total[m] += from_c * load(args.c_gates + (g + m) * args.channels + e);
           total[m] += from_x * load(args.x_gates + (g + m) * args.channels + e);
         }
       }
-      for (int64_t m = 0; m < SET; m++) to[m][t] = sum(total[m]) + args.gates_bias[g + m];
+      for (int64_t m = 0; m < SET; m++) to[m][at.gate[t]] = sum(total[m]) + args.gates_bias[g + m];
     }
   }
 }
 
 template <class T>
 void project_backward(const Project& args, int64_t item, float* memory) {
-  const int64_t image = item / args.spans(), first = item % args.spans() * SPAN, width = args.channels / args.heads;
-  const int64_t n = first + SPAN < args.tokens ? SPAN : args.tokens - first, gates = 2 * args.heads;
-  const T* c = static_cast<const T*>(args.c) + image * args.c_strides[0] + first * args.c_strides[1];
-  const T* x = static_cast<const T*>(args.x) + image * args.x_strides[0] + first * args.x_strides[1];
-  const int64_t to = (image * args.tokens + first) * args.channels, parts = args.images * args.spans();
-  T *dc = static_cast<T*>(args.dc) + to, *dx = static_cast<T*>(args.dx) + to;
+  const Places at(args, item);
+  const int64_t n = at.count, width = args.channels / args.heads, gates = 2 * args.heads, parts = args.spans();
+  const T *c = static_cast<const T*>(args.c), *x = static_cast<const T*>(args.x);
+  T *dc = static_cast<T*>(args.dc) + at.first * args.channels, *dx = static_cast<T*>(args.dx);
   float *sums = args.sums + item * 15 * args.channels;
   float *gate_sums = args.sums + (parts * 15 + item * 2 * gates) * args.channels, *d_gates = memory;  // (n, 2 H)
   for (int64_t g = 0; g < gates; g++) {
-    const float* from = (g < args.heads ? args.di : args.df) + (image * args.heads + g % args.heads) * args.tokens;
-    for (int64_t t = 0; t < n; t++) d_gates[t * gates + g] = from[first + t];
+    const float* from = (g < args.heads ? args.di : args.df) + g % args.heads * args.tokens;
+    for (int64_t t = 0; t < n; t++) d_gates[t * gates + g] = from[at.gate[t]];
   }
   for (int64_t e = 0; e < args.channels; e += LANES) {
-    const int64_t base = ((image * args.heads + e / width) * args.tokens + first) * width + e % width;
+    const int64_t base = e / width * args.tokens * width + e % width;
     const T *dq = static_cast<const T*>(args.dq) + base, *dk = static_cast<const T*>(args.dk) + base;
     const T* dv = static_cast<const T*>(args.dv) + base;
     float branches[2][SPAN * LANES];  // gradients of c and x so far
@@ -202,8 +213,8 @@ void project_backward(const Project& args, int64_t item, float* memory) {
       Vector weight[3][4], d_weight[3][4] = {}, d_bias[3] = {};
       for (int p = 0; p < 3; p++) block_weights(args.weights[p], e, true, weight[p]);
       for (int64_t t = 0; t < n; t++) {
-        const Fours from_c(read(c + t * args.c_strides[1] + e)), from_x(read(x + t * args.x_strides[1] + e));
-        const Vector d[3] = {read(dq + t * width), read(dk + t * width), read(dv + t * width)};
+        const Fours from_c(read(c + at.c[t] + e)), from_x(read(x + at.x[t] + e));
+        const Vector d[3] = {read(dq + at.head[t]), read(dk + at.head[t]), read(dv + at.head[t])};
 #pragma GCC unroll 3
         for (int p = 0; p < 3; p++) {
           const Fours& from = p < 2 ? from_c : from_x;
@@ -223,11 +234,11 @@ void project_backward(const Project& args, int64_t item, float* memory) {
       for (int branch = 0; branch < 2; branch++) {
         const float* gate_weights = (branch ? args.x_gates : args.c_gates) + g * args.channels + e;
         const T* from = (branch ? x : c) + e;
-        const int64_t stride = branch ? args.x_strides[1] : args.c_strides[1];
+        const int64_t* places = branch ? at.x : at.c;
         Vector weight[SET], total[SET] = {};
         for (int64_t m = 0; m < SET; m++) weight[m] = load(gate_weights + m * args.channels);
         for (int64_t t = 0; t < n; t++) {
-          Vector gradient = load(branches[branch] + t * LANES), value = read(from + t * stride);
+          Vector gradient = load(branches[branch] + t * LANES), value = read(from + places[t]);
 #pragma GCC unroll 4
           for (int64_t m = 0; m < SET; m++) {
             const Vector gate = all(d_gates[t * gates + g + m]);
@@ -239,7 +250,7 @@ void project_backward(const Project& args, int64_t item, float* memory) {
       }
     for (int64_t t = 0; t < n; t++) {
       write(dc + t * args.channels + e, load(branches[0] + t * LANES));
-      write(dx + t * args.channels + e, load(branches[1] + t * LANES));
+      write(dx + at.dx[t] + e, load(branches[1] + t * LANES));
     }
   }
 }
@@ -249,8 +260,9 @@ void project_backward(const Project& args, int64_t item, float* memory) {
 struct Norm {
   Parallel parallel;
   int64_t threads, bfloat16, images, heads, tokens, width, h_strides[3], c_strides[2], gate_strides[2];
+  int64_t dgate_strides[2], sigmoid;  // the gate is SiLU, or the sigmoid
   double eps;
-  const void *h, *c, *gate, *dy;       // gate may be null; dy and all of the following are contiguous
+  const void *h, *c, *gate, *dy;       // c and skip, and gate, may be null; dy and the following but dgate are contiguous
   const float *weight, *bias, *skip;  // (E,); the weight is stored minus 1, the bias may be null
   void *y, *dh, *dc, *dgate;
   float* sums;  // (B, spans, 3, E), zeros: gradients of weight, bias and skip
@@ -266,6 +278,7 @@ void norm(const Norm& args, int64_t item, float* memory) {
   for (int64_t t = first; t < end; t++) {
     const T* c = static_cast<const T*>(args.c) + image * args.c_strides[0] + t * args.c_strides[1];
     const T* gate = static_cast<const T*>(args.gate) + image * args.gate_strides[0] + t * args.gate_strides[1];
+    T* dgate = static_cast<T*>(args.dgate) + image * args.dgate_strides[0] + t * args.dgate_strides[1];
     const int64_t row = (image * args.tokens + t) * channels;
     for (int64_t head = 0; head < args.heads; head++) {
       const T* h = static_cast<const T*>(args.h) + image * args.h_strides[0] + head * args.h_strides[1];
@@ -283,21 +296,22 @@ void norm(const Norm& args, int64_t item, float* memory) {
       const float scale = 1 / std::sqrt(sum(squares) / width + (float)args.eps);
       Vector of_scaled{}, of_product{};
       for (int64_t d = 0, e = head * width; d < width; d += LANES, e += LANES) {
-        const Vector x = load(centred + d) * scale, weight = load(args.weight + e) + 1.f, skip = load(args.skip + e);
-        const Vector branch = read(c + e);
+        const Vector x = load(centred + d) * scale, weight = load(args.weight + e) + 1.f;
+        const Vector skip = args.c ? load(args.skip + e) : Vector{}, branch = args.c ? read(c + e) : Vector{};
         Vector inner = x * weight + skip * branch;
         if (args.bias) inner += load(args.bias + e);
         const Vector z = args.gate ? read(gate + e) : Vector{}, s = args.gate ? sigmoid(z) : Vector{};
+        const Vector factor = args.sigmoid ? s : z * s;
         if (!BACKWARD) {
-          write(static_cast<T*>(args.y) + row + e, args.gate ? inner * (z * s) : inner);
+          write(static_cast<T*>(args.y) + row + e, args.gate ? inner * factor : inner);
           continue;
         }
-        const Vector dy = read(static_cast<const T*>(args.dy) + row + e), d_inner = args.gate ? dy * (z * s) : dy;
-        if (args.gate) write(static_cast<T*>(args.dgate) + row + e, dy * inner * silu_slope(z, s));
-        write(static_cast<T*>(args.dc) + row + e, d_inner * skip);
+        const Vector dy = read(static_cast<const T*>(args.dy) + row + e), d_inner = args.gate ? dy * factor : dy;
+        if (args.gate) write(dgate + e, dy * inner * (args.sigmoid ? s * (1.f - s) : silu_slope(z, s)));
+        if (args.c) write(static_cast<T*>(args.dc) + row + e, d_inner * skip);
         store(sums + e, load(sums + e) + d_inner * x);
         store(sums + channels + e, load(sums + channels + e) + d_inner);
-        store(sums + 2 * channels + e, load(sums + 2 * channels + e) + d_inner * branch);
+        if (args.c) store(sums + 2 * channels + e, load(sums + 2 * channels + e) + d_inner * branch);
         const Vector d_x = d_inner * weight;
         store(scaled + d, d_x), store(centred + d, x);
         of_scaled += d_x, of_product += d_x * x;
@@ -333,10 +347,10 @@ extern "C" int selfvil_conv_backward(const Conv* args) {
   return failed;
 }
 extern "C" int selfvil_project_forward(const Project* args) {
-  return run(*args, args->images * args->spans(), 0, project<float>, project<BFloat16>);
+  return run(*args, args->spans(), 0, project<float>, project<BFloat16>);
 }
 extern "C" int selfvil_project_backward(const Project* args) {
-  const int64_t parts = args->images * args->spans(), floats = SPAN * 2 * args->heads;
+  const int64_t parts = args->spans(), floats = SPAN * 2 * args->heads;
   int failed = run(*args, parts, floats, project_backward<float>, project_backward<BFloat16>);
   add_parts(args->sums, parts, 15 * args->channels);
   add_parts(args->sums + parts * 15 * args->channels, parts, 4 * args->heads * args->channels);

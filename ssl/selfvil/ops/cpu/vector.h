@@ -8,7 +8,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <utility>
-#if defined(__AVX512BF16__)
+#if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
@@ -31,10 +31,20 @@ typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
 inline Vector load(const float* p) { Vector x; memcpy(&x, p, sizeof x); return x; }
 inline void store(float* p, Vector x) { memcpy(p, &x, sizeof x); }
 inline Vector all(float x) { return x - Vector{}; }
-inline Vector choose(Integers condition, Vector yes, Vector no) {
-  return (Vector)(((Integers)yes & condition) | ((Integers)no & ~condition));
+inline Vector choose(Integers condition, Vector yes, Vector no) { return condition ? yes : no; }
+// 1 / x with a relative error below 2e-7, for normal numbers.
+inline Vector reciprocal(Vector x) {
+#if defined(__AVX512F__)  // a division takes as long as ten other operations
+  const Vector y = (Vector)_mm512_rcp14_ps((__m512)x);
+  return y * (2.f - x * y);
+#else
+  return 1.f / x;
+#endif
 }
 inline float sum(Vector x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)x);
+#endif
   float total = 0;
   for (int lane = 0; lane < LANES; lane++) total += x[lane];
   return total;
@@ -86,9 +96,20 @@ inline Bits rounded(Vector x) {
   Bits bits = (Bits)x, nan = (Bits)(x != x);
   return ((bits + 0x7fff + ((bits >> 16) & 1)) & ~nan) | (nan & 0x7fc00000);
 }
+inline Halves halves(Vector x) {
+#if defined(__AVX512BF16__)
+  return (Halves)_mm512_cvtneps_pbh((__m512)x);
+#else
+  return __builtin_convertvector(rounded(x) >> 16, Halves);
+#endif
+}
 inline void write(BFloat16* p, Vector x) {
-  Halves result = __builtin_convertvector(rounded(x) >> 16, Halves);
+  const Halves result = halves(x);
   memcpy(p, &result, sizeof result);
+}
+// Words of neighbouring bfloat16, the first in the lower half.
+inline Vector words_of(Halves first, Halves second) {
+  return (Vector)(__builtin_convertvector(first, Bits) | (__builtin_convertvector(second, Bits) << 16));
 }
 
 // n numbers to float32, with zeros up to padded(n); and back.
@@ -195,8 +216,8 @@ Factor as_right(const float* x, int64_t stride, int64_t rows, int64_t columns, f
   if (Words::PER_WORD == 1) return {x, stride};
   for (int64_t row = 0; row < rows; row += 2)
     for (int64_t c = 0; c < columns; c += LANES) {
-      Bits first = rounded(load(x + row * stride + c)), second = rounded(load(x + (row + 1) * stride + c));
-      store(buffer + row / 2 * stride + c, (Vector)((first >> 16) | (second & 0xffff0000u)));
+      store(buffer + row / 2 * stride + c,
+            words_of(halves(load(x + row * stride + c)), halves(load(x + (row + 1) * stride + c))));
     }
   return {buffer, stride};
 }
@@ -298,6 +319,12 @@ inline void scale(float* y, float factor, int64_t n) {
   for (int64_t d = 0; d < n; d += LANES) store(y + d, factor * load(y + d));
 }
 
+// Adds the parts (parts, n) into the first of them.
+inline void add_parts(float* sums, int64_t parts, int64_t n) {
+  for (int64_t part = 1; part < parts; part++)
+    for (int64_t i = 0; i < n; i++) sums[i] += sums[part * n + i];
+}
+
 // --- memory and threads ----------------------------------------------------------------------------------------------
 
 // Parts of one block of memory, each aligned to 64 bytes. Without memory it only counts.
@@ -328,6 +355,25 @@ class FlushDenormals {
 #endif
 };
 
+// Working memory of this thread, aligned to 64 bytes, or null. It is kept for the next call: new pages of memory cost
+// as much as the work on them. Each SLOT is another block; blocks above 64 MB are returned by the next smaller request.
+template <int SLOT>
+float* kept_memory(int64_t floats) {
+  struct Block {
+    void* memory = nullptr;
+    int64_t floats = 0;
+    ~Block() { free(memory); }
+  };
+  static thread_local Block block;
+  if (block.floats < floats || (block.floats > (1 << 24) && floats <= (1 << 24))) {
+    free(block.memory);
+    block.floats = 0;
+    if (posix_memalign(&block.memory, 64, floats * sizeof(float))) return block.memory = nullptr, nullptr;
+    block.floats = floats;
+  }
+  return static_cast<float*>(block.memory);
+}
+
 // Starts a function in all threads of OpenMP's pool: GOMP_parallel of the library that torch has loaded.
 using Parallel = void (*)(void (*function)(void*), void* argument, unsigned threads, unsigned flags);
 
@@ -342,14 +388,13 @@ bool for_each(int64_t items, int64_t floats, int64_t threads, Parallel parallel,
   auto run = [](void* argument) {
     Shared& shared = *static_cast<Shared*>(argument);
     FlushDenormals flush;
-    void* memory = nullptr;
-    if (shared.floats && posix_memalign(&memory, 64, shared.floats * sizeof(float))) return;
+    float* memory = shared.floats ? kept_memory<0>(shared.floats) : nullptr;
+    if (shared.floats && !memory) return;
     for (;;) {
       int64_t item = __atomic_fetch_add(&shared.next, 1, __ATOMIC_RELAXED);
       if (item >= shared.items) break;
-      shared.work(item, static_cast<float*>(memory));
+      shared.work(item, memory);
     }
-    free(memory);
   };
   if (threads > items) threads = items;
   if (threads > 1)
