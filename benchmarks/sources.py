@@ -148,7 +148,8 @@ def start(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "files": args.files, "first_seconds": round(first["seconds"], 2),
         "second_seconds": [round(each["seconds"], 2) for each in others], "median_second_seconds": round(second, 2),
         "second_processor_seconds": [round(each["processor_seconds"], 2) for each in others],
-        "load_average": round(os.getloadavg()[0], 1), "files_a_second": round(args.files / second), "million_files_seconds": round(1e6 / args.files * second, 1),
+        "load_average": round(os.getloadavg()[0], 1), "files_a_second": round(args.files / second),
+        "million_files_seconds": round(1e6 / args.files * second, 1),
         "grown_mb": max(each["grown_mb"] for each in others),
     }  # fmt: skip
 
