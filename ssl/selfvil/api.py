@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from selfvil.data.index import Pattern
+from selfvil.data.base import Pattern
 from selfvil.errors import UserError
 from selfvil.evaluate import ALL, settings, settings_model
 from selfvil.evaluate.compare import Comparison, draw

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from selfvil import optim
+from selfvil.data.base import Images
 from selfvil.data.classes import class_names
-from selfvil.data.index import Shards, open_shards
+from selfvil.data.index import open_shards
 from selfvil.data.subset import FewLabels
 from selfvil.errors import UserError
 from selfvil.models.adapter import CLASSIFIERS, adapt
@@ -20,12 +21,12 @@ from selfvil.recipe import Recipe
 from selfvil.start_from import start_backbone, start_objective
 
 
-def open_training(recipe: Recipe) -> tuple[Recipe, Shards]:
+def open_training(recipe: Recipe) -> tuple[Recipe, Images]:
     """The images of data.train, and the recipe with the classes that they have where it leaves them open.
 
     Raises UserError if there are none, or their labels are missing or not those of the recipe.
     """
-    shards = open_shards(recipe.data.train, image=recipe.data.image)
+    shards: Images = open_shards(recipe.data.train, image=recipe.data.image)
     if recipe.data.labels_per_class is not None:
         try:
             shards = FewLabels(shards, recipe.data.labels_per_class, recipe.run.seed)
@@ -55,7 +56,7 @@ def open_training(recipe: Recipe) -> tuple[Recipe, Shards]:
     return recipe, shards
 
 
-def classifier(recipe: Recipe, backbone: nn.Module, shards: Shards | None = None) -> dict[str, Any] | None:
+def classifier(recipe: Recipe, backbone: nn.Module, shards: Images | None = None) -> dict[str, Any] | None:
     """What a checkpoint holds of the classifier on `backbone`: its pooling, the label and the name of each class.
 
     Without `shards`, there are no names. None for an objective without classes.

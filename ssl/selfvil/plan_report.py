@@ -19,7 +19,7 @@ from torch import nn
 
 from selfvil import optim, runtime
 from selfvil.build import build_objective, open_training, parameter_groups
-from selfvil.data.index import Shards
+from selfvil.data.base import Images
 from selfvil.data.loader import train_batches
 from selfvil.footprint import free_bytes, multiply_adds
 from selfvil.memory import StepMemory, blank_batch, step_memory
@@ -268,7 +268,7 @@ def _disk(objective: Objective, recipe: Recipe) -> Disk:
     return Disk(values + headers, recipe.run.keep_checkpoints, shutil.disk_usage(existing).free)
 
 
-def draw_crops(objective: Objective, recipe: Recipe, shards: Shards, path: Path) -> Path:
+def draw_crops(objective: Objective, recipe: Recipe, shards: Images, path: Path) -> Path:
     """Draw the crops of the first 8 images of the run, one row for each image, to a PNG file."""
     image = ImageSpec(
         recipe.model.img_size, recipe.model.patch_size or 1, recipe.model.in_chans, recipe.data.mean, recipe.data.std
@@ -282,7 +282,7 @@ def draw_crops(objective: Objective, recipe: Recipe, shards: Shards, path: Path)
     return save_picture(sheet, path)
 
 
-def run_trial(objective: Objective, plan: Plan, shards: Shards, device: torch.device) -> Trial:
+def run_trial(objective: Objective, plan: Plan, shards: Images, device: torch.device) -> Trial:
     """Take 3 steps of one micro-batch each on the run's first images, and time loading and computing apart.
 
     The first step is not counted: it also allocates memory and chooses kernels. `objective` is trained by this.

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from selfvil import checkpoint, optim, runtime
 from selfvil.build import build_objective, classifier, open_training, parameter_groups
-from selfvil.data.index import Shards
+from selfvil.data.base import Images
 from selfvil.data.ledger import Ledger
 from selfvil.data.loader import train_batches
 from selfvil.divergence import BuffersBefore, NonFinite, non_finite
@@ -62,7 +62,7 @@ def pretrain(recipe: Recipe, *, summarise: bool = True) -> Summary:
         return summary
 
 
-def train(recipe: Recipe, engine: Engine, folder: RunFolder, shards: Shards, start: Start) -> Summary:
+def train(recipe: Recipe, engine: Engine, folder: RunFolder, shards: Images, start: Start) -> Summary:
     """Train from `start` to the end of its plan, or until a stop."""
     plan = Plan.read(start.steps, recipe, len(shards), engine.world_size)
     accumulate, rank = recipe.optim.accumulate, engine.rank
@@ -194,7 +194,7 @@ def train(recipe: Recipe, engine: Engine, folder: RunFolder, shards: Shards, sta
 # --- before the first step -------------------------------------------------------------------------------------------
 
 
-def open_data(recipe: Recipe, engine: Engine) -> tuple[Recipe, Shards]:
+def open_data(recipe: Recipe, engine: Engine) -> tuple[Recipe, Images]:
     """The recipe with the classes of its images, the images, and all else that the run needs, checked.
 
     Raises UserError.
@@ -229,7 +229,7 @@ def open_ledger(recipe: Recipe, engine: Engine, folder: RunFolder, num_samples: 
 
 
 def greet(
-    journal: Journal, recipe: Recipe, engine: Engine, objective: Objective, shards: Shards, first_step: int,
+    journal: Journal, recipe: Recipe, engine: Engine, objective: Objective, shards: Images, first_step: int,
     total_steps: int,
 ) -> None:  # fmt: skip
     """Print what will be trained, on what, and for how long."""

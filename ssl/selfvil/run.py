@@ -16,7 +16,7 @@ from typing import Any
 
 from selfvil import checkpoint, lease
 from selfvil.checkpoint import Checkpoint
-from selfvil.data.index import Shards
+from selfvil.data.base import Images
 from selfvil.errors import UserError, shorten
 from selfvil.files import write_text
 from selfvil.plan import Plan
@@ -109,7 +109,7 @@ class RunFolder:
                 f"{name} cannot be made or written ({error.strerror or error}): choose another folder"
             ) from None
 
-    def start(self, recipe: Recipe, shards: Shards) -> Start:
+    def start(self, recipe: Recipe, shards: Images) -> Start:
         """Decide how this launch begins, without changing anything.
 
         Raises:
@@ -233,7 +233,7 @@ def _recipe_of(saved: Checkpoint) -> Recipe | None:
         return None
 
 
-def _check_continues(out: Path, newest: Checkpoint, old: Recipe | None, recipe: Recipe, shards: Shards) -> None:
+def _check_continues(out: Path, newest: Checkpoint, old: Recipe | None, recipe: Recipe, shards: Images) -> None:
     """Raise UserError unless a run of `recipe` on `shards` may continue from `newest`. old: its recipe, if known."""
     meta = newest.meta
     try:
@@ -293,7 +293,7 @@ def _short(error: Exception) -> str:
 
 
 def checkpoint_meta(
-    recipe: Recipe, shards: Shards, networks: Mapping[str, str], export: str, step: int, seconds: float, plan: Plan,
+    recipe: Recipe, shards: Images, networks: Mapping[str, str], export: str, step: int, seconds: float, plan: Plan,
     run_id: str,
 ) -> dict[str, Any]:  # fmt: skip
     """Facts in a checkpoint, sufficient to export its networks and to continue the run without any other file."""

@@ -14,7 +14,8 @@ import webdataset
 from PIL import Image
 
 from selfvil.data import index
-from selfvil.data.index import DamagedSample, IndexReport, expand_shards, index_shards, open_shards
+from selfvil.data.base import DamagedSample
+from selfvil.data.index import IndexReport, expand_shards, index_shards, open_shards
 from selfvil.data.tar import members
 from selfvil.errors import UserError
 from tars import labelled, png, write_tar
@@ -111,7 +112,7 @@ def test_samples_keys_labels(tmp_path):
     assert [shards.key(i) for i in (8, 0, 4, 5)] == ["k8", "k0", "k4", "k5"]
     assert [shards.shard_of(i).name for i in (0, 4, 5, 8)] == ["a.tar", "a.tar", "b.tar", "b.tar"]
     assert shards.labels is not None
-    assert shards.labels.dtype == np.int64
+    assert shards.labels.dtype == np.int32
     assert shards.labels.tolist() == [i % 3 for i in range(9)]
     assert shards.num_classes == 3
     for outside in (-1, 9):
@@ -455,7 +456,7 @@ def test_memory_is_twelve_bytes_and_a_label_per_sample(tmp_path):
     """Measured on the arrays; names are not in memory."""
     write_tar(tmp_path / "a.tar", labelled(50))
     shards = open_shards(tmp_path)
-    assert sum(value.nbytes for value in vars(shards).values() if isinstance(value, np.ndarray)) == 50 * (12 + 8)
+    assert sum(value.nbytes for value in vars(shards).values() if isinstance(value, np.ndarray)) == 50 * (12 + 4)
     assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > index._OPEN_FILES
 
 

@@ -184,9 +184,9 @@ def test_shards_are_packed_again(shared_data, tmp_path):
     assert (report.samples, report.shards, report.classes) == (5000, 2, 10)
     assert (tmp_path / "out" / "classes.txt").read_text() == (shared_data / "cifar10" / "classes.txt").read_text()
     before, after = open_shards(f"{shared_data}/cifar10/cifar10-test-000000.tar"), open_shards(tmp_path / "out")
-    crcs = {before._crcs[i]: before.labels[i] for i in range(5000)}
-    assert sorted(after._crcs) == sorted(before._crcs)
-    assert all(crcs[after._crcs[i]] == after.labels[i] for i in range(5000))
+    crcs = {before.crcs[i]: before.labels[i] for i in range(5000)}
+    assert sorted(after.crcs) == sorted(before.crcs)
+    assert all(crcs[after.crcs[i]] == after.labels[i] for i in range(5000))
 
 
 def test_real_photographs_are_resized_in_parallel(shared_data, tmp_path):

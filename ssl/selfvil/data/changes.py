@@ -44,23 +44,28 @@ def describe_changes(changes: Mapping[Path, Change]) -> str:
     return f"{where}: {', '.join(parts)}"
 
 
-def digests(ends: Sequence[int], columns: Sequence[np.ndarray]) -> list[str]:
-    """For each shard i, whose last sample is `ends[i] - 1`: its number of samples and a CRC-32 of these columns."""
+def digests(ends: Sequence[int], sizes: np.ndarray, crcs: np.ndarray, labels: np.ndarray | None) -> list[str]:
+    """For each part i, whose last sample is `ends[i] - 1`: its number of samples and a CRC-32 of these columns."""
     found, first = [], 0
     for end in ends:
+        part = slice(first, end)
+        numbers = np.full(end - first, -1) if labels is None else labels[part].astype(np.int64)
         crc = 0
-        for column in columns:
-            crc = zlib.crc32(np.ascontiguousarray(column[first:end]).tobytes(), crc)
+        for column in (sizes[part], crcs[part], numbers):
+            crc = zlib.crc32(np.ascontiguousarray(column).data, crc)
         found.append(f"{end - first}:{crc:08x}")
         first = end
     return found
 
 
-def describe_difference(before: Sequence[str], now: Sequence[str], paths: Sequence[Path]) -> str:
-    """A sentence: how shards differ from earlier ones, by the `digests` of both. paths: of the present shards."""
+def describe_difference(before: Sequence[str], now: Sequence[str], paths: Sequence[Path], holder: str) -> str:
+    """A sentence: how images differ from earlier ones, by the `digests` of both.
+
+    paths: of the present images. holder: what a path is called.
+    """
     if Counter(before) == Counter(now):
-        return "the shards are the same, in another order"
+        return f"the {holder}s are the same, in another order"
     if len(before) != len(now):
-        return f"there are {len(now):,} shards, {len(before):,} before"
+        return f"there are {len(now):,} {holder}s, {len(before):,} before"
     changed = [path for path, old, new in zip(paths, before, now) if old != new]
-    return f"{len(changed):,} of {len(now):,} shards hold other images or labels, the first is {changed[0]}"
+    return f"{len(changed):,} of {len(now):,} {holder}s hold other images or labels, the first is {changed[0]}"

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from selfvil.data.index import Shards
+from selfvil.data.base import Images
 from selfvil.errors import UserError
 
 CLASSES = "classes.txt"
@@ -32,7 +32,7 @@ def read_classes(file: Path) -> list[str]:
     return [line.rstrip() for line in text.rstrip().splitlines()]
 
 
-def class_names(*parts: Shards) -> Classes | None:
+def class_names(*parts: Images) -> Classes | None:
     """The classes of all shards in `parts`, whose folders must agree; None if no folder has a classes.txt.
 
     Two lists agree if the shorter one is the beginning of the longer one. Folders without a classes.txt are ignored.
@@ -57,7 +57,7 @@ def class_names(*parts: Shards) -> Classes | None:
     return longest
 
 
-def _files(parts: Sequence[Shards]) -> Iterator[Path]:
+def _files(parts: Sequence[Images]) -> Iterator[Path]:
     """The classes.txt of each folder that holds a shard, in the order of the shards."""
     shards = {path.parent: path for part in parts for path in part.paths}
     for folder, shard in shards.items():

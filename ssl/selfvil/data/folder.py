@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from selfvil.data.index import Pattern, Progress, Shards, open_shards
+from selfvil.data.base import Images, Pattern, Progress
+from selfvil.data.index import open_shards
 from selfvil.data.read import EXTENSIONS
 from selfvil.data.sources import Files, image_files, open_folder
 from selfvil.errors import UserError
@@ -77,7 +78,7 @@ class FolderImages:
         return digest.hexdigest()[:16]
 
 
-def open_images(images: Pattern, progress: Progress | None = None, image: str | None = None) -> Shards | FolderImages:
+def open_images(images: Pattern, progress: Progress | None = None, image: str | None = None) -> Images:
     """Open a folder of image files in place, or shards by `open_shards`, whose arguments it has.
 
     Raises:
@@ -87,7 +88,7 @@ def open_images(images: Pattern, progress: Progress | None = None, image: str | 
         raise UserError(f"image extension {image!r} is not known; expected one of {', '.join(EXTENSIONS)}")
     path = Path(images).expanduser() if isinstance(images, (str, os.PathLike)) and os.fspath(images) else None
     if path is not None and path.is_dir() and (files := image_files(path)) is not None:
-        return FolderImages(files, image)
+        return FolderImages(files, image)  # type: ignore[return-value]  # it has the interface
     if path is not None and path.is_file() and path.suffix.lower()[1:] in EXTENSIONS:
         raise UserError(f"{path} is one image; expected a folder of images, or WebDataset shards (.tar)")
     return open_shards(images, progress, image)

@@ -6,10 +6,8 @@ saved in a file `SHARD.index.npz` in the same folder, or in a cache folder if th
 that is older than its shard is built again.
 """
 
-import bisect
 import difflib
 import glob
-import hashlib
 import itertools
 import json
 import logging
@@ -18,10 +16,9 @@ import os
 import re
 import zlib
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO
 
@@ -29,17 +26,12 @@ import numpy as np
 from braceexpand import braceexpand
 
 from selfvil.data import sidecar
-from selfvil.data.changes import Change, compare, describe_changes, describe_difference, digests
-from selfvil.data.read import EXTENSIONS, MAX_BYTES, DamagedImage
+from selfvil.data.base import Images, Pattern, Progress
+from selfvil.data.changes import Change, compare, describe_changes
+from selfvil.data.read import EXTENSIONS, MAX_BYTES
 from selfvil.data.sidecar import LARGEST_LABEL, SIDECAR, ShardIndex, Stamp, sidecars
 from selfvil.data.tar import BLOCK, members
 from selfvil.errors import UserError, shorten
-
-Pattern = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
-"""A shard pattern, or a list of them."""
-
-Progress = Callable[[int, int], None]
-"""Called with (done, total) after each part of the work."""
 
 _log = logging.getLogger(__name__)
 _MOST_SHARDS = 1_000_000
@@ -51,14 +43,6 @@ _NAMING = (
     "a.b.jpg is the member b.jpg of the sample a, which is no image. Use file names with one dot, or pack the folder "
     "with `selfvil pack`, which renames the files"
 )
-
-
-class DamagedSample(DamagedImage):
-    """A sample whose bytes cannot be read, or differ from those that were indexed."""
-
-    def __init__(self, shard: Path, key: str, reason: str) -> None:
-        super().__init__(reason)
-        self.shard, self.key, self.reason = shard, key, reason
 
 
 @dataclass(frozen=True)
@@ -358,35 +342,23 @@ def index_shards(pattern: Pattern, progress: Progress | None = None, image: str 
     )  # fmt: skip
 
 
-class Shards:
-    """The samples of all shards, in order. Made by `open_shards`. Safe to fork and to pickle; not thread-safe.
-
-    Attributes:
-        paths: the shards.
-        labels: int64 (len,), -1 for samples without one; None if no sample has a label.
-        num_classes: the largest label + 1; 0 without labels.
-        ignored: samples left out because they have no image.
-        several: number of samples with more than one image, by their extensions; the first extension is used.
-        image: the requested extension for samples with several images, or None.
-        changed: how images and labels differ from the last indexing; "" if they are the same.
-    """
+class Shards(Images):
+    """The samples of all shards, in order. Made by `open_shards`."""
 
     def __init__(self, paths: Sequence[Path], indexes: Sequence[ShardIndex], image: str | None = None) -> None:
-        self.paths, self.image, self.changed = list(paths), image, ""
+        super().__init__(
+            paths,
+            list(itertools.accumulate(len(index.labels) for index in indexes)),
+            np.concatenate([index.sizes for index in indexes]),
+            np.concatenate([index.crcs for index in indexes]),
+            np.concatenate([index.labels.astype(np.int32) for index in indexes]),
+            image,
+        )
         self.several = sum((index.combinations() for index in indexes), Counter())
         self.ignored = int(sum(index.ignored for index in indexes))
-        self._ends = list(itertools.accumulate(len(index.labels) for index in indexes))
         self._blocks = np.concatenate([index.blocks for index in indexes])
-        self._sizes = np.concatenate([index.sizes for index in indexes])
-        self._crcs = np.concatenate([index.crcs for index in indexes])
-        labels = np.concatenate([index.labels for index in indexes])
-        self.labels: np.ndarray | None = labels if (labels >= 0).any() else None
-        self.num_classes = int(labels.max()) + 1 if self.labels is not None else 0
         self._descriptors: OrderedDict[int, int] = OrderedDict()
         self._keys: tuple[int, list[str]] | None = None
-
-    def __len__(self) -> int:
-        return self._ends[-1]
 
     def read(self, i: int) -> bytes:
         """The bytes of sample i's image file, decompressed if the member is a .gz file.
@@ -394,64 +366,27 @@ class Shards:
         Raises:
             DamagedSample: the bytes cannot be read, or differ from those that were indexed.
         """
-        shard, size, data = self._shard(i), int(self._sizes[i]), b""
+        shard, size, data = self._number(i), int(self.sizes[i]), b""
         try:
             data = os.pread(self._descriptor(shard), size, int(self._blocks[i]) * BLOCK)
         except OSError as error:
             raise self._damaged(i, f"cannot be read: {error.strerror or error}") from None
         if len(data) != size:
             raise self._damaged(i, f"the shard ends inside it ({len(data)} of {size} bytes)")
-        if zlib.crc32(data) != self._crcs[i]:
+        if zlib.crc32(data) != self.crcs[i]:
             raise self._damaged(i, "its bytes have changed since they were indexed (CRC-32 differs)")
         return self._unpack(i, data) if data[:2] == _GZIP else data
 
     def key(self, i: int) -> str:
         """The sample's name within its shard: the path of its members, up to the first dot of the file name."""
-        shard = self._shard(i)
+        shard = self._number(i)
         if self._keys is None or self._keys[0] != shard:  # names are read from the disk when needed, to save memory
             try:
                 self._keys = shard, _load_or_build(self.paths[shard], self.image)[0].names()
             except UserError:  # the shard was damaged after it was opened
                 self._keys = shard, []
-        number, names = i - (self._ends[shard - 1] if shard else 0), self._keys[1]
+        number, names = i - (self.ends[shard - 1] if shard else 0), self._keys[1]
         return names[number] if number < len(names) else f"sample {number}"
-
-    def shard_of(self, i: int) -> Path:
-        """The shard that holds sample i."""
-        return self.paths[self._shard(i)]
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """16 hex digits that depend only on all images and labels and their order, not on paths or times."""
-        digest = hashlib.sha256()
-        for column in (self._sizes, self._crcs, self.labels):
-            digest.update(b"-" if column is None else np.ascontiguousarray(column).tobytes())
-        return digest.hexdigest()[:16]
-
-    @property
-    def contents(self) -> np.ndarray:
-        """uint64 (len,): CRC-32 and size of each image file. Equal files have equal values; collisions are rare."""
-        return self._crcs.astype(np.uint64) << np.uint64(32) | self._sizes
-
-    @cached_property
-    def digests(self) -> list[str]:
-        """For each shard: its number of samples and 8 hex digits that depend on its images and labels."""
-        labels = np.full(len(self), -1) if self.labels is None else self.labels
-        return digests(self._ends, (self._sizes, self._crcs, labels))
-
-    def describe_change(self, num_samples: int, before: Sequence[str] | None) -> str:
-        """A sentence: how these shards differ from earlier ones, which had another fingerprint.
-
-        num_samples: of the earlier shards. before: the earlier `digests`, if they are known.
-        """
-        parts = [f"there are {len(self):,} images, {num_samples:,} before"] if len(self) != num_samples else []
-        parts += [describe_difference(before, self.digests, self.paths)] if before else []
-        return "; ".join([*parts, *filter(None, [self.changed])]) or "images or labels differ"
-
-    def _shard(self, i: int) -> int:
-        if not 0 <= i < len(self):
-            raise IndexError(f"no sample {i} among {len(self)}")
-        return bisect.bisect_right(self._ends, i)
 
     def _descriptor(self, shard: int) -> int:
         descriptor = self._descriptors.get(shard)
@@ -472,9 +407,6 @@ class Shards:
         if not unpacker.eof:
             raise self._damaged(i, f"cannot be unpacked: truncated, or more than {MAX_BYTES} bytes")
         return unpacked
-
-    def _damaged(self, i: int, reason: str) -> DamagedSample:
-        return DamagedSample(self.shard_of(i), self.key(i), reason)
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_descriptors": OrderedDict(), "_keys": None}

@@ -13,9 +13,8 @@ import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from types import FrameType
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,7 +22,7 @@ from PIL.Image import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from selfvil.data.index import Shards
+from selfvil.data.base import Images
 from selfvil.data.ledger import BadSample
 from selfvil.data.order import Order
 from selfvil.data.read import DamagedImage, decode_image
@@ -37,23 +36,6 @@ View = Callable[[Image], Tensor]
 
 Span = tuple[int, int]
 """First and last position of a batch, the last one excluded."""
-
-
-class Images(Protocol):
-    """A list of image files: `Shards`, or `FolderImages` of `data/folder.py`."""
-
-    labels: np.ndarray | None
-    """int64 (len,), -1 for images without one; None if no image has a label."""
-
-    def __len__(self) -> int: ...
-    def read(self, i: int) -> bytes:
-        """The bytes of image file i. Raises DamagedImage."""
-
-    def key(self, i: int) -> str:
-        """The name of image i within its shard or folder."""
-
-    def shard_of(self, i: int) -> Path:
-        """The shard or folder that holds image i."""
 
 
 _TRIES = 16  # replacements that are tried for one damaged sample
@@ -99,7 +81,7 @@ class Batch:
 
 
 def train_batches(
-    shards: Shards,
+    shards: Images,
     views: Sequence[View],
     *,
     seed: int,
@@ -228,7 +210,7 @@ class _Samples(Dataset):
                 if self.crops:
                     images.append(image)
         positions, ids = positions[kept], ids[kept]
-        labels = np.full(len(ids), -1) if self.shards.labels is None else self.shards.labels[ids]
+        labels = np.full(len(ids), -1) if self.shards.labels is None else self.shards.labels[ids].astype(np.int64)
         drawn = Drawn.collate(images, made, self.crops) if self.crops else None
         stacked = [] if drawn else [torch.stack(rows) if rows else torch.zeros(0) for rows in made]
         return Batch(stacked, torch.from_numpy(positions), torch.from_numpy(ids), torch.from_numpy(labels), bad, drawn)

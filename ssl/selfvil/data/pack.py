@@ -27,9 +27,10 @@ import numpy as np
 import torch
 from webdataset import TarWriter
 
+from selfvil.data.base import Pattern, Progress
 from selfvil.data.check import SEVERAL_PAGES, Checked, Checker, decoding_rates
 from selfvil.data.classes import CLASSES
-from selfvil.data.index import Pattern, Progress, index_shards
+from selfvil.data.index import index_shards
 from selfvil.data.order import Order
 from selfvil.data.sources import MASK, Source, open_source
 from selfvil.errors import UserError, shorten

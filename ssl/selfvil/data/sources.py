@@ -17,8 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
+from selfvil.data.base import Pattern
 from selfvil.data.classes import class_names
-from selfvil.data.index import Pattern, Shards, describe_several, group_members, open_shards, order_images
+from selfvil.data.index import Shards, describe_several, group_members, open_shards, order_images
 from selfvil.data.read import EXTENSIONS, MAX_BYTES, DamagedImage
 from selfvil.errors import UserError, shorten
 

@@ -4,11 +4,9 @@ from collections.abc import Callable
 
 import numpy as np
 
+from selfvil.data.base import Images
 from selfvil.data.folder import FolderImages
-from selfvil.data.index import Shards
 from selfvil.errors import UserError, shorten
-
-Images = Shards | FolderImages
 
 
 def image_keys(images: Images) -> tuple[Callable[[int], str], str]:

@@ -20,8 +20,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from selfvil.data.base import Pattern
 from selfvil.data.folder import open_images
-from selfvil.data.index import Pattern
 from selfvil.data.loader import ordered_batches
 from selfvil.embedding.encoder import Encoder, load_encoder
 from selfvil.embedding.formats import FORMAT, Layout, Rows, open_writer, publish, require_format, require_lines, targets
@@ -423,7 +423,7 @@ def _finish(job: _Job, folder: PartFolder, out: Path, metadata: dict[str, Any]) 
 
 
 def _rows(job: _Job, part: Part) -> Rows:
-    labels = None if job.images.labels is None else job.images.labels[part.ids]
+    labels = None if job.images.labels is None else job.images.labels[part.ids].astype(np.int64)
     return Rows([job.key(id) for id in part.ids.tolist()], labels, part.features, part.patches)
 
 

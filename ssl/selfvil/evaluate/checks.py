@@ -7,13 +7,13 @@ step. The images of pretraining are not compared with the test images: pretraini
 import numpy as np
 import torch
 
+from selfvil.data.base import Images
 from selfvil.data.classes import class_names
-from selfvil.data.index import Shards
 from selfvil.errors import UserError
 from selfvil.evaluate.features import Features, names, require_labels, shared_classes
 
 
-def check_classes(train: Shards, test: Shards, allow_shared: bool = False) -> list[str]:
+def check_classes(train: Images, test: Images, allow_shared: bool = False) -> list[str]:
     """Check labels, classes and contents of two parts of a data set; returns warnings, a sentence each.
 
     Raises UserError if images have no label, a label means different classes in two folders, the test images have a
@@ -41,7 +41,7 @@ def check_classes(train: Shards, test: Shards, allow_shared: bool = False) -> li
     return warnings
 
 
-def shared_images(train: Shards, test: Shards) -> int:
+def shared_images(train: Images, test: Images) -> int:
     """The number of test images whose files are also training images, by CRC-32 and size.
 
     Files are compared, not pixels: a copy that was encoded again is not found. Its pixels differ slightly if the format
@@ -50,7 +50,7 @@ def shared_images(train: Shards, test: Shards) -> int:
     return int(np.isin(test.contents, train.contents).sum())
 
 
-def _compare_contents(train: Shards, test: Shards, allowed: bool) -> list[str]:
+def _compare_contents(train: Images, test: Images, allowed: bool) -> list[str]:
     shared = shared_images(train, test)
     if not shared:
         return []

@@ -16,7 +16,7 @@ import torch
 from rich.table import Table
 from rich.text import Text
 
-from selfvil.data.index import Pattern
+from selfvil.data.base import Pattern
 from selfvil.errors import UserError
 from selfvil.evaluate.features import ALONE, Precision
 from selfvil.evaluate.processes import Processes

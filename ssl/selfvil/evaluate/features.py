@@ -21,7 +21,7 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from selfvil import runtime, terminal
-from selfvil.data.index import Shards
+from selfvil.data.base import Images
 from selfvil.data.ledger import BadSample
 from selfvil.data.loader import ordered_batches
 from selfvil.data.views import CenterCrop
@@ -96,7 +96,7 @@ def choose_readout(backbone: nn.Module, readout: str | None = None) -> str:
 
 def extract(
     backbone: nn.Module,
-    shards: Shards,
+    shards: Images,
     *,
     readout: str | None = None,
     **options: Any,
@@ -109,7 +109,7 @@ def extract(
 
 def extract_all(
     backbone: nn.Module,
-    shards: Shards,
+    shards: Images,
     readouts: Sequence[str],
     *,
     img_size: int | Sequence[int],
@@ -172,7 +172,7 @@ def _read_out(adapter: BackboneAdapter, images: Tensor, readouts: Sequence[str])
 
 
 def raw_pixels(
-    shards: Shards,
+    shards: Images,
     img_size: int | Sequence[int],
     *,
     channels: int = 3,
@@ -191,7 +191,7 @@ def raw_pixels(
     )
 
 
-def labelled_rows(row: Callable[[Tensor], Tensor], shards: Shards, *options: Any) -> Features | None:
+def labelled_rows(row: Callable[[Tensor], Tensor], shards: Images, *options: Any) -> Features | None:
     """`row` of every readable image in `shards`: images (B, channels, H, W) to rows (B, D); else as `named_rows`."""
     found = named_rows(lambda images: {"rows": row(images)}, shards, *options)
     return None if found is None else found["rows"]
@@ -199,7 +199,7 @@ def labelled_rows(row: Callable[[Tensor], Tensor], shards: Shards, *options: Any
 
 def named_rows(
     rows: Callable[[Tensor], Mapping[str, Tensor]],
-    shards: Shards,
+    shards: Images,
     view: CenterCrop,
     channels: int,
     batch_size: int,
@@ -297,7 +297,7 @@ def require_disk(shape: Sequence[int]) -> None:
         )
 
 
-def require_labels(shards: Shards) -> None:
+def require_labels(shards: Images) -> None:
     """Raises UserError if any image has no label."""
     unlabelled = len(shards) if shards.labels is None else int((shards.labels < 0).sum())
     if unlabelled:
@@ -307,7 +307,7 @@ def require_labels(shards: Shards) -> None:
         )
 
 
-def names(shards: Shards) -> str:
+def names(shards: Images) -> str:
     """The first shard, and how many more there are, for messages."""
     more = len(shards.paths) - 1
     return f"{shards.paths[0]}{f' and {more} more shard' if more else ''}{'s' if more > 1 else ''}"

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from selfvil.data.base import Images
 from selfvil.data.classes import class_names
-from selfvil.data.index import Shards
 from selfvil.errors import UserError
 from selfvil.evaluate.task import Task
 from selfvil.files import write_text
@@ -100,7 +100,7 @@ def export_classifier(
     return out
 
 
-def add_score(out: Path, accuracy: float, test: Shards) -> None:
+def add_score(out: Path, accuracy: float, test: Images) -> None:
     """Write the top-1 accuracy in percent on `test` into the model card in `out`."""
     path = out / "README.md"
     score = f"{accuracy:.2f} % top-1 on {len(test):,} test images"

@@ -19,7 +19,8 @@ import torch
 from rich.console import Group
 from rich.table import Table
 
-from selfvil.data.index import Pattern, Shards, open_shards
+from selfvil.data.base import Images, Pattern
+from selfvil.data.index import open_shards
 from selfvil.errors import UserError
 from selfvil.evaluate import ALL, evaluation, needs, settings, want
 from selfvil.evaluate.checks import shared_images
@@ -117,7 +118,7 @@ def score_pairs(
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     load = partial(load_pretrained, source, network=network, seed=seed)
 
-    def make(name: str, loaded: Network, train: Shards, test: Shards) -> Task:
+    def make(name: str, loaded: Network, train: Images, test: Images) -> Task:
         task = Task(
             name, None if name == RAW else loaded, loaded.normalisation, train, test,
             partial(load, untrained=name == UNTRAINED), device=device, precision=precision, batch_size=batch_size,
@@ -127,13 +128,15 @@ def score_pairs(
         want(task, chosen.items())
         return task
 
-    def checked() -> tuple[Network, list[tuple[Shards, Shards]]]:
+    def checked() -> tuple[Network, list[tuple[Images, Images]]]:
         if not pairs:
             raise UserError("There are no images to score: give a pair of training and test shards.")
         for name in chosen:
             evaluation(name)
         loaded = load()
-        opened = [(open_shards(pair.train, image=image), open_shards(pair.test, image=image)) for pair in pairs]
+        opened: list[tuple[Images, Images]] = [
+            (open_shards(pair.train, image=image), open_shards(pair.test, image=image)) for pair in pairs
+        ]
         warnings = list[str]()
         for train, test in opened:
             task = make(PRETRAINED, loaded, train, test)

@@ -27,7 +27,7 @@ from rich.progress import track
 from torch import Tensor
 
 from selfvil import terminal
-from selfvil.data.index import DamagedSample
+from selfvil.data.base import DamagedSample
 from selfvil.errors import UserError
 from selfvil.evaluate.dense import pictures
 from selfvil.evaluate.dense.head import LinearHead, Training, train_head

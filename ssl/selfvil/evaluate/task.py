@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from selfvil import footprint
+from selfvil.data.base import Images
 from selfvil.data.classes import class_names
-from selfvil.data.index import Shards
 from selfvil.evaluate import intervals
 from selfvil.evaluate.features import TOKENS, Features, Precision, choose_readout, extract_all, raw_pixels
 from selfvil.evaluate.processes import Processes
@@ -102,8 +102,8 @@ class Task:
     name: str
     network: Network | None
     normalisation: Normalisation
-    train: Shards
-    test: Shards
+    train: Images
+    test: Images
     create: Callable[..., Network]
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     precision: Precision = "fp32"
@@ -151,10 +151,10 @@ class Task:
         device = torch.device("cpu") if on_cpu or name == TOKENS else self.device
         return Parts(parts.train.to(device), parts.test.to(device), parts.seconds)
 
-    def shards(self) -> dict[str, Shards]:
+    def shards(self) -> dict[str, Images]:
         return {"train": self.train, "test": self.test}
 
-    def extract(self, network: Network | None, shards: Shards, readout: str, part: str) -> Features | None:
+    def extract(self, network: Network | None, shards: Images, readout: str, part: str) -> Features | None:
         """Features of `network` (None: raw pixels) on `shards`, on the CPU; None but on the main process. A collective.
 
         part: train or test, for the progress bar.
@@ -163,7 +163,7 @@ class Task:
         return None if found is None else found[readout]
 
     def extract_all(
-        self, network: Network | None, shards: Shards, readouts: list[str], part: str
+        self, network: Network | None, shards: Images, readouts: list[str], part: str
     ) -> dict[str, Features] | None:
         """As `extract`, under each of several readouts, in one pass over the images."""
         title = f"{self.name}, {part} images"

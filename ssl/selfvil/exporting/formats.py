@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from selfvil.data.index import Shards, open_shards
+from selfvil.data.base import Images
+from selfvil.data.index import open_shards
 from selfvil.errors import UserError
 from selfvil.evaluate.checks import check_classes
 from selfvil.evaluate.knn import require_neighbours
@@ -23,8 +24,8 @@ FORMATS = (ONNX, TORCH_EXPORT, PUBLISHED, INT8)
 class Labelled:
     """Real images that measure the cost of int8. parts: training and test images, for k-NN accuracy."""
 
-    images: Shards
-    parts: tuple[Shards, Shards] | None
+    images: Images
+    parts: tuple[Images, Images] | None
 
 
 def require_formats(formats: Sequence[str]) -> None:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from selfvil.data.index import Shards
+from selfvil.data.base import Images
 from selfvil.data.loader import ordered_batches
 from selfvil.data.views import CenterCrop
 from selfvil.errors import UserError
@@ -73,9 +73,9 @@ def write(source: Path, file: Path) -> None:
 def measure(
     source: Path,
     file: Path,
-    images: Shards,
+    images: Images,
     normalisation: Normalisation,
-    labelled: tuple[Shards, Shards] | None = None,
+    labelled: tuple[Images, Images] | None = None,
     workers: int = 2,
 ) -> dict[str, Any]:
     """The cost of quantisation, as plain values for config.json and card.
@@ -110,7 +110,7 @@ def measure(
     return found
 
 
-def _batches(images: Shards, shown: Normalisation, workers: int) -> Sequence[Tensor]:
+def _batches(images: Images, shown: Normalisation, workers: int) -> Sequence[Tensor]:
     """Batches of the first images, normalised."""
     view = CenterCrop(shown.img_size, shown.mean, shown.std)
     chosen, count = [], 0
@@ -123,7 +123,7 @@ def _batches(images: Shards, shown: Normalisation, workers: int) -> Sequence[Ten
     return chosen
 
 
-def _accuracy(run: Outputs, labelled: tuple[Shards, Shards], shown: Normalisation, workers: int) -> float:
+def _accuracy(run: Outputs, labelled: tuple[Images, Images], shown: Normalisation, workers: int) -> float:
     """k-NN accuracy of pooled features in percent."""
     view = CenterCrop(shown.img_size, shown.mean, shown.std)
 

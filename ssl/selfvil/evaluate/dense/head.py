@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from selfvil.data.index import DamagedSample
+from selfvil.data.base import DamagedSample
 from selfvil.data.read import DamagedImage
 from selfvil.evaluate.dense.masks import Classes, Masked, ahead
 from selfvil.evaluate.dense.patches import PatchFeatures, windows

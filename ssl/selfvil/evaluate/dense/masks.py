@@ -16,8 +16,9 @@ from typing import TypeVar
 import numpy as np
 from PIL import Image
 
+from selfvil.data.base import DamagedSample, Images
 from selfvil.data.classes import class_names
-from selfvil.data.index import DamagedSample, Shards, group_members, order_images
+from selfvil.data.index import Shards, group_members, order_images
 from selfvil.data.read import MAX_BYTES, DamagedImage, decode_image, open_image
 from selfvil.data.sources import MASK
 from selfvil.errors import UserError, shorten
@@ -81,14 +82,19 @@ class Classes:
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-def open_masked(shards: Shards, mask: str | None = None) -> Masked:
+def open_masked(shards: Images, mask: str | None = None) -> Masked:
     """The images of `shards` with their masks; every mask is decoded once, and the header of every image read.
 
     mask: extension of the masks; None chooses for each sample, as above.
 
-    Raises UserError if an image has no mask or one of another size, a mask is no PNG-like image of one channel of 8
-    bits, or an image is smaller than SMALLEST or larger than LARGEST.
+    Raises UserError if the images are not in shards, an image has no mask or one of another size, a mask is no PNG-like
+    image of one channel of 8 bits, or an image is smaller than SMALLEST or larger than LARGEST.
     """
+    if not isinstance(shards, Shards):
+        raise UserError(
+            f"{shards.paths[0]} is no WebDataset shard, and masks are read from shards: pack images and masks with "
+            "`selfvil pack`"
+        )
     places = _find(shards, mask)
 
     def inspect(item: tuple[int, bytes, bytes]) -> tuple[np.ndarray, tuple[int, int]]:
@@ -258,7 +264,7 @@ def read_classes(train: Masked, test: Masked, ignore: Sequence[int]) -> tuple[Cl
     ]
 
 
-def _require_new_images(train: Shards, test: Shards) -> None:
+def _require_new_images(train: Images, test: Images) -> None:
     shared = np.flatnonzero(np.isin(test.contents, train.contents))
     if shared.size:
         raise UserError(

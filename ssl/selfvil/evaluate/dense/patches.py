@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from selfvil.data.index import DamagedSample
+from selfvil.data.base import DamagedSample
 from selfvil.errors import UserError
 from selfvil.evaluate.dense.masks import Classes, Masked, readable
 from selfvil.evaluate.processes import Processes
