@@ -1,5 +1,6 @@
 """The cache of downloaded files: one download for all processes, a limit that holds, and no file removed in use."""
 
+import contextlib
 import errno
 import multiprocessing
 import os
@@ -183,10 +184,8 @@ def test_processes_share_the_limit(cache):
     def use(number: int) -> None:
         for step in range(12):
             name = "abcdefghi"[(number + 5 * step) % 9] * 2
-            try:
+            with contextlib.suppress(Full):  # the others use all three
                 assert filled(cache, name, pause=0.002) == content(name)
-            except Full:  # the others use all three
-                pass
             with most.get_lock():
                 found = [entry for entry in os.scandir(cache.folder) if entry.name.endswith(".tar")]
                 most.value = max(most.value, len(found))

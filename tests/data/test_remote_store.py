@@ -8,7 +8,8 @@ import pytest
 
 from http_store import serve
 from selfvil.data.remote import store, web
-from selfvil.data.remote.store import Changed, Denied, Missing, StoreFailed, Version
+from selfvil.data.remote.access import Changed, Denied, Missing, Version
+from selfvil.data.remote.store import StoreFailed
 from selfvil.data.remote.urls import Url, expand_braces, is_remote
 from selfvil.errors import UserError
 
@@ -116,11 +117,12 @@ def test_final_answers_are_not_repeated(served):
     assert served.requests["a.tar"] == served.requests["none.tar"] == 1
 
 
-def test_a_store_that_keeps_failing_is_an_error_after_the_patience(served):
+def test_a_store_that_keeps_failing_is_an_error_after_the_patience(served, monkeypatch):
+    monkeypatch.setattr(store, "PATIENCE_AT_START", 0.3)
     served.faults["a.tar"] = ["503*"]
     began = time.monotonic()
     with pytest.raises(StoreFailed, match=r"could not be read: \d+ tries in \d s, the last one: 503"):
-        store.stat(url(served), patience=0.3)
+        store.stat(url(served))
     assert time.monotonic() - began < 2
     assert served.requests["a.tar"] > 2
 
@@ -132,9 +134,10 @@ def test_a_store_that_hangs_is_asked_again(served, monkeypatch):
     assert served.requests["a.tar"] == 3
 
 
-def test_nobody_answers():
+def test_nobody_answers(monkeypatch):
+    monkeypatch.setattr(store, "PATIENCE_AT_START", 0.1)
     with pytest.raises(StoreFailed, match="refused"):
-        store.stat(Url("http://127.0.0.1:9/a.tar"), patience=0.1)
+        store.stat(Url("http://127.0.0.1:9/a.tar"))
 
 
 @pytest.mark.parametrize("target", ["file:///etc/passwd", "ftp://127.0.0.1/a.tar", "gopher://127.0.0.1/"])

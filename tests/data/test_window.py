@@ -13,8 +13,8 @@ SIZES = {
 }
 
 
-def order(sizes, window=4, seed=3, variant=0):
-    return WindowOrder(np.cumsum(sizes).tolist(), seed, window, variant)
+def order(sizes, window=4, seed=3):
+    return WindowOrder(np.cumsum(sizes).tolist(), seed, window)
 
 
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
@@ -94,9 +94,9 @@ def test_shards_are_well_mixed_within_a_window():
     assert 12 < counts.var() < 27  # hypergeometric: 17.8
 
 
-def test_a_variant_stays_in_the_same_window():
+def test_another_seed_for_replacements_stays_in_the_same_window():
     each = order(SIZES["unequal"])
-    other = each.varied(1)
+    other = each.seeded(4)
     positions = np.arange(2 * each.length)
     ends = np.cumsum(SIZES["unequal"])
     assert (each.ids(positions) != other.ids(positions)).any()

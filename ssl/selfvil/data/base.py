@@ -12,12 +12,14 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 
 from selfvil.data.changes import describe_difference, digests
+from selfvil.data.order import Order
 from selfvil.data.read import DamagedImage
+from selfvil.data.remote.urls import Location, Url
+from selfvil.data.remote.window import WindowOrder
 
 Pattern = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 """A path or a shard pattern, or a list of them."""
@@ -31,7 +33,7 @@ _CHUNK = 1 << 20  # samples whose labels are converted at once
 class DamagedSample(DamagedImage):
     """A sample whose bytes cannot be read, or differ from those that were indexed."""
 
-    def __init__(self, shard: Path, key: str, reason: str) -> None:
+    def __init__(self, shard: Location, key: str, reason: str) -> None:
         super().__init__(reason)
         self.shard, self.key, self.reason = shard, key, reason
 
@@ -40,7 +42,7 @@ class Images(ABC):
     """A list of n image files. Safe to fork and to pickle; not thread-safe.
 
     Attributes:
-        paths: the files or folders that hold the images, in the order of the images.
+        paths: the files or folders that hold the images, or their URLs, in the order of the images.
         ends: for each path, the number of images in it and in those before it.
         sizes, crcs: uint32 (n,), bytes and CRC-32 of each image file.
         labels: int32 (n,), -1 for images without one; None if no image has a label.
@@ -57,7 +59,7 @@ class Images(ABC):
     """What an entry of `paths` is called in messages."""
 
     def __init__(
-        self, paths: Sequence[Path], ends: Sequence[int], sizes: np.ndarray, crcs: np.ndarray, labels: np.ndarray,
+        self, paths: Sequence[Location], ends: Sequence[int], sizes: np.ndarray, crcs: np.ndarray, labels: np.ndarray,
         image: str | None = None,
     ) -> None:  # fmt: skip
         """labels: int32 (n,), -1 for none."""
@@ -81,13 +83,25 @@ class Images(ABC):
     def key(self, i: int) -> str:
         """The name of image i within `shard_of(i)`."""
 
-    def shard_of(self, i: int) -> Path:
+    def shard_of(self, i: int) -> Location:
         """The file or folder that holds image i."""
         return self.paths[self._number(i)]
 
     def parts(self) -> "list[Images]":
         """The sources it is made of: itself, unless it is a mixture."""
         return [self]
+
+    @property
+    def remote(self) -> bool:
+        """Whether the images are in a store, and not on a local disk."""
+        return any(isinstance(path, Url) for path in self.paths)
+
+    def order(self, seed: int, window: int | None = None) -> Order | WindowOrder:
+        """The order of a run with this seed: of all images, or of those in `window` paths at a time."""
+        return Order(len(self), seed) if window is None else WindowOrder(self.ends, seed, window)
+
+    def ahead(self, numbers: Sequence[int]) -> None:  # noqa: B027 - most sources have nothing to prepare
+        """Images in these paths are read now and next, in this order. A source that is slow to open prepares them."""
 
     @cached_property
     def fingerprint(self) -> str:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from selfvil.data.base import Images
+from selfvil.data.remote import store
+from selfvil.data.remote.urls import Location, Url
 from selfvil.errors import UserError
 
 CLASSES = "classes.txt"
@@ -20,15 +22,21 @@ class Classes:
     """names: the class of each label, from 0. file: the file they were read from."""
 
     names: list[str]
-    file: Path
+    file: Location
 
 
-def read_classes(file: Path) -> list[str]:
+def read_classes(file: Location) -> list[str]:
     """The lines of `file`, without blank lines at its end. Raises UserError if it cannot be read."""
+    if isinstance(file, Url):
+        return _lines(store.read_small(file))
     try:
         text = file.read_text(encoding="utf-8-sig", errors="backslashreplace")
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror or error}") from None
+    return _lines(text)
+
+
+def _lines(text: str) -> list[str]:
     return [line.rstrip() for line in text.rstrip().splitlines()]
 
 
@@ -57,11 +65,16 @@ def class_names(*parts: Images) -> Classes | None:
     return longest
 
 
-def _files(parts: Sequence[Images]) -> Iterator[Path]:
+def _files(parts: Sequence[Images]) -> Iterator[Location]:
     """The classes.txt of each folder that holds a shard, in the order of the shards."""
     shards = {path.parent: path for part in parts for path in part.paths}
     for folder, shard in shards.items():
-        for file in (folder / CLASSES, shard.resolve().parent / CLASSES):  # shards may be links into another folder
-            if file.exists():
+        for file in _places(folder, shard):
+            if store.exists(file) if isinstance(file, Url) else file.exists():
                 yield file
                 break
+
+
+def _places(folder: Location, shard: Location) -> list[Location]:
+    """Where the classes.txt of a shard may be: shards may be links into another folder."""
+    return [folder / CLASSES, *([shard.resolve().parent / CLASSES] if isinstance(shard, Path) else [])]

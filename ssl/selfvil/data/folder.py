@@ -6,6 +6,7 @@ image is its path relative to the folder, with its extension, so keys are unique
 
 import hashlib
 import os
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -43,6 +44,10 @@ class FolderImages:
                 f"files of {files.folder} left out: {len(source.left_out)}, the first is {name}: {reason}"
             )
         self._source = source
+        self.ends = [source.size]
+
+    def ahead(self, numbers: Sequence[int]) -> None:
+        """As in `Images`."""
 
     def __len__(self) -> int:
         return self._source.size

@@ -16,8 +16,7 @@ import os
 import re
 import zlib
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -28,7 +27,11 @@ from braceexpand import braceexpand
 from selfvil.data import sidecar
 from selfvil.data.base import Images, Pattern, Progress
 from selfvil.data.changes import Change, compare, describe_changes
+from selfvil.data.files import ShardFiles
 from selfvil.data.read import EXTENSIONS, MAX_BYTES
+from selfvil.data.remote.cache import Cache
+from selfvil.data.remote.shards import in_threads, open_remote
+from selfvil.data.remote.urls import Location, is_remote
 from selfvil.data.sidecar import LARGEST_LABEL, SIDECAR, ShardIndex, Stamp, sidecars
 from selfvil.data.tar import BLOCK, members
 from selfvil.errors import UserError, shorten
@@ -87,8 +90,7 @@ def expand_shards(pattern: Pattern) -> list[Path]:
     `train-{000000..000009}.tar` or `{a,b}/*.tar` (in the order of the braces); `~` is the home folder.
 
     Raises:
-        UserError: nothing matches, files are missing (all of them are named), a file is given twice, or the pattern is
-            a URL or a command.
+        UserError: nothing matches, files are missing (all of them are named), or a file is given twice.
     """
     patterns = [pattern] if isinstance(pattern, (str, os.PathLike)) else list(pattern)
     if not patterns or not all(os.fspath(each) for each in patterns):
@@ -102,8 +104,6 @@ def expand_shards(pattern: Pattern) -> list[Path]:
 
 
 def _expand(pattern: str) -> list[Path]:
-    if pattern.startswith("pipe:") or re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", pattern):
-        raise UserError(f"{pattern} is not a file: only local shards are read; download them first and give their path")
     pattern = os.path.expanduser(pattern)
     ranges = re.findall(r"{(-?\d{1,18})\.\.(-?\d{1,18})[.}]", pattern)
     if math.prod(abs(int(last) - int(first)) + 1 for first, last in ranges) > _MOST_SHARDS:
@@ -175,7 +175,7 @@ def _split_name(name: str) -> tuple[str, str] | None:
     return f"{folder}{slash}{stem}", extension.lower()
 
 
-def group_members(file: BinaryIO, path: Path) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
+def group_members(file: BinaryIO, path: Location) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
     """The samples of a shard: each key with the (offset, size) of its members by extension.
 
     As in webdataset, consecutive members with the same key are one sample."""
@@ -195,31 +195,35 @@ def group_members(file: BinaryIO, path: Path) -> Iterator[tuple[str, dict[str, t
 
 
 def _build(path: Path, image: str | None = None) -> ShardIndex:
-    """Index a shard, reading every image once. Raises UserError if it is damaged or has no image."""
+    with open(path, "rb", buffering=1 << 20) as file:
+        return build(file, path, image)
+
+
+def build(file: BinaryIO, path: Location, image: str | None = None) -> ShardIndex:
+    """Index the shard in `file`, reading every image once. Raises UserError if it is damaged or has no image."""
     blocks, sizes, crcs, labels, keys = [], [], [], [], []
     without_image, invalid = [], []
     several = Counter[tuple[str, ...]]()
-    with open(path, "rb", buffering=1 << 20) as file:
-        for key, parts in group_members(file, path):
-            images = order_images(parts, image)
-            if not images:
-                without_image.append(_describe(key, parts))
-                continue
-            if len(images) > 1:
-                several[tuple(images)] += 1
-            offset, size = parts[images[0]]
-            if size >= 1 << 31 or offset >= BLOCK << 32:
-                raise UserError(f"{path}: image {key} at byte {offset} ({size} bytes) is beyond the limits of an index")
-            blocks.append(offset // BLOCK)
-            sizes.append(size)
-            file.seek(offset)
-            crcs.append(zlib.crc32(file.read(size)))
-            keys.append(key)
-            label = _read_label(file, *parts["cls"]) if "cls" in parts else "-1"  # some writers use -1 for no label
-            valid = label.isascii() and label.isdigit() and int(label) <= LARGEST_LABEL
-            labels.append(int(label) if valid else -1)
-            if not valid and label != "-1":
-                invalid.append(f"{key}: {label!r}")
+    for key, parts in group_members(file, path):
+        images = order_images(parts, image)
+        if not images:
+            without_image.append(_describe(key, parts))
+            continue
+        if len(images) > 1:
+            several[tuple(images)] += 1
+        offset, size = parts[images[0]]
+        if size >= 1 << 31 or offset >= BLOCK << 32:
+            raise UserError(f"{path}: image {key} at byte {offset} ({size} bytes) is beyond the limits of an index")
+        blocks.append(offset // BLOCK)
+        sizes.append(size)
+        file.seek(offset)
+        crcs.append(zlib.crc32(file.read(size)))
+        keys.append(key)
+        label = _read_label(file, *parts["cls"]) if "cls" in parts else "-1"  # some writers use -1 for no label
+        valid = label.isascii() and label.isdigit() and int(label) <= LARGEST_LABEL
+        labels.append(int(label) if valid else -1)
+        if not valid and label != "-1":
+            invalid.append(f"{key}: {label!r}")
     if not blocks:
         found = f"only {', '.join(without_image[:4])}" if without_image else "no samples at all"
         raise UserError(
@@ -269,9 +273,9 @@ def _load_or_build(path: Path, image: str | None = None) -> tuple[ShardIndex, Ch
     try:
         stamp = Stamp.of(path)
         for location in locations:
-            if (loaded := sidecar.load(location, stamp)) is not None:
-                index, valid = loaded
-                if valid:
+            if (loaded := sidecar.load(location, stamp.size)) is not None:
+                index, built_from = loaded
+                if built_from == stamp:
                     return index, None
                 before = before or index
         index = _build(path, image)
@@ -291,37 +295,36 @@ def _load_or_build(path: Path, image: str | None = None) -> tuple[ShardIndex, Ch
 # --- all shards as one list ---------------------------------------------------------------------------------------
 
 
-def open_shards(pattern: Pattern, progress: Progress | None = None, image: str | None = None) -> "Shards":
+def open_shards(
+    pattern: Pattern, progress: Progress | None = None, image: str | None = None, cache: Cache | None = None
+) -> "Shards":
     """Open the shards that match `pattern` (see `expand_shards`); shards without a valid index are indexed.
 
     A sample may have several images, such as a photograph KEY.jpg and its mask KEY.png. `image` is the extension of
-    the one to use; without it, the first of EXTENSIONS is used, with a warning.
+    the one to use; without it, the first of EXTENSIONS is used, with a warning. URLs (https://, s3://, gs://, hf://)
+    are read through `cache`, by default a folder in the user's cache folder.
 
     Raises:
         UserError: as `expand_shards`; or shards are damaged, truncated, no plain tar files, or hold no image; or
-            `image` is not one of EXTENSIONS.
+            `image` is not one of EXTENSIONS; or a store fails.
     """
     if image is not None and image not in EXTENSIONS:
         raise UserError(f"image extension {image!r} is not known; expected one of {', '.join(EXTENSIONS)}")
+    if is_remote(pattern):
+        remote = open_remote(pattern, build, progress, image, cache)
+        return _shards(remote.urls, remote.indexes, remote.changed, image, remote.files)
     paths = expand_shards(pattern)
-    indexes: list[ShardIndex] = []
-    changed: dict[Path, Change] = {}
-    errors: list[str] = []
-    with ThreadPoolExecutor(min(len(paths), os.cpu_count() or 1, 16)) as pool:  # zlib and file reads run in parallel
-        for number, future in enumerate([pool.submit(_load_or_build, path, image) for path in paths]):
-            try:
-                index, change = future.result()
-                indexes.append(index)
-                if change:
-                    changed[paths[number]] = change
-            except UserError as error:
-                errors.append(str(error))
-            if progress is not None:
-                progress(number + 1, len(paths))
-    if errors:
-        more = f"; and {len(errors) - 5} more" if len(errors) > 5 else ""
-        raise UserError("; ".join(errors[:5]) + more)
-    shards = Shards(paths, indexes, image)
+    threads = min(len(paths), os.cpu_count() or 1, 16)  # zlib and file reads run in parallel
+    loaded = in_threads(lambda path: _load_or_build(path, image), paths, threads, progress)
+    changed: dict[Location, Change] = {path: change for path, (_, change) in zip(paths, loaded) if change}
+    return _shards(paths, [index for index, _ in loaded], changed, image, _LocalFiles(paths, image))
+
+
+def _shards(
+    paths: Sequence[Location], indexes: Sequence[ShardIndex], changed: Mapping[Location, Change], image: str | None,
+    files: ShardFiles,
+) -> "Shards":  # fmt: skip
+    shards = Shards(paths, indexes, files, image)
     if changed:
         shards.changed = describe_changes(changed)
         _log.warning("%s. If this was not intended, copy the shards again", shards.changed)
@@ -335,7 +338,7 @@ def index_shards(pattern: Pattern, progress: Progress | None = None, image: str 
     shards = open_shards(pattern, progress, image)
     labels = np.zeros(0, np.int64) if shards.labels is None else shards.labels[shards.labels >= 0]
     found = np.unique(labels).tolist()
-    size = sum(path.stat().st_size for path in shards.paths)
+    size = sum(shards.files.size(number) for number in range(len(shards.paths)))
     return IndexReport(
         len(shards.paths), len(shards), len(labels), len(found), (found[0], found[-1]) if found else None, size,
         shards.ignored, shards.several,
@@ -345,7 +348,9 @@ def index_shards(pattern: Pattern, progress: Progress | None = None, image: str 
 class Shards(Images):
     """The samples of all shards, in order. Made by `open_shards`."""
 
-    def __init__(self, paths: Sequence[Path], indexes: Sequence[ShardIndex], image: str | None = None) -> None:
+    def __init__(
+        self, paths: Sequence[Location], indexes: Sequence[ShardIndex], files: ShardFiles, image: str | None = None
+    ) -> None:
         super().__init__(
             paths,
             list(itertools.accumulate(len(index.labels) for index in indexes)),
@@ -357,7 +362,7 @@ class Shards(Images):
         self.several = sum((index.combinations() for index in indexes), Counter())
         self.ignored = int(sum(index.ignored for index in indexes))
         self._blocks = np.concatenate([index.blocks for index in indexes])
-        self._descriptors: OrderedDict[int, int] = OrderedDict()
+        self.files = files
         self._keys: tuple[int, list[str]] | None = None
 
     def read(self, i: int) -> bytes:
@@ -365,10 +370,11 @@ class Shards(Images):
 
         Raises:
             DamagedSample: the bytes cannot be read, or differ from those that were indexed.
+            UserError: a store fails, or has another version of the shard.
         """
         shard, size, data = self._number(i), int(self.sizes[i]), b""
         try:
-            data = os.pread(self._descriptor(shard), size, int(self._blocks[i]) * BLOCK)
+            data = self.files.read(shard, int(self._blocks[i]) * BLOCK, size)
         except OSError as error:
             raise self._damaged(i, f"cannot be read: {error.strerror or error}") from None
         if len(data) != size:
@@ -382,21 +388,14 @@ class Shards(Images):
         shard = self._number(i)
         if self._keys is None or self._keys[0] != shard:  # names are read from the disk when needed, to save memory
             try:
-                self._keys = shard, _load_or_build(self.paths[shard], self.image)[0].names()
+                self._keys = shard, self.files.index(shard).names()
             except UserError:  # the shard was damaged after it was opened
                 self._keys = shard, []
         number, names = i - (self.ends[shard - 1] if shard else 0), self._keys[1]
         return names[number] if number < len(names) else f"sample {number}"
 
-    def _descriptor(self, shard: int) -> int:
-        descriptor = self._descriptors.get(shard)
-        if descriptor is None:
-            descriptor = os.open(self.paths[shard], os.O_RDONLY | os.O_CLOEXEC)
-            self._descriptors[shard] = descriptor
-            if len(self._descriptors) > _OPEN_FILES:
-                os.close(self._descriptors.popitem(last=False)[1])
-        self._descriptors.move_to_end(shard)
-        return descriptor
+    def ahead(self, numbers: Sequence[int]) -> None:
+        self.files.ahead(numbers)
 
     def _unpack(self, i: int, data: bytes) -> bytes:
         try:
@@ -409,7 +408,37 @@ class Shards(Images):
         return unpacked
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_descriptors": OrderedDict(), "_keys": None}
+        return {**self.__dict__, "_keys": None}
+
+
+class _LocalFiles(ShardFiles):
+    """Shards on a local disk, of which a process keeps some open."""
+
+    def __init__(self, paths: Sequence[Path], image: str | None) -> None:
+        self._paths, self._image = list(paths), image
+        self._descriptors: OrderedDict[int, int] = OrderedDict()
+
+    def read(self, number: int, offset: int, size: int) -> bytes:
+        descriptor = self._descriptors.get(number)
+        if descriptor is None:
+            descriptor = os.open(self._paths[number], os.O_RDONLY | os.O_CLOEXEC)
+            self._descriptors[number] = descriptor
+            if len(self._descriptors) > _OPEN_FILES:
+                os.close(self._descriptors.popitem(last=False)[1])
+        self._descriptors.move_to_end(number)
+        return os.pread(descriptor, size, offset)
+
+    def open(self, number: int) -> BinaryIO:
+        return open(self._paths[number], "rb", buffering=1 << 20)
+
+    def size(self, number: int) -> int:
+        return self._paths[number].stat().st_size
+
+    def index(self, number: int) -> ShardIndex:
+        return _load_or_build(self._paths[number], self._image)[0]
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_descriptors": OrderedDict()}
 
     def __del__(self) -> None:
         for descriptor in self.__dict__.get("_descriptors", {}).values():

@@ -26,6 +26,7 @@ from selfvil.data.base import Images
 from selfvil.data.ledger import BadSample
 from selfvil.data.order import Order
 from selfvil.data.read import DamagedImage, decode_image
+from selfvil.data.remote.window import WindowOrder
 from selfvil.data.render import Drawn, require_renderable
 from selfvil.data.views import RandomCropFlip, preserved_randomness, seed_randomness
 from selfvil.errors import UserError
@@ -95,6 +96,7 @@ def train_batches(
     workers: int = 0,
     channels: int = 3,
     augment: Literal["workers", "device"] = "workers",
+    window: int | None = None,
 ) -> Generator[Batch, None, None]:
     """Micro-batches of steps [start_step, stop_step) for one rank, in order: `accumulate` of them for each step.
 
@@ -106,6 +108,7 @@ def train_batches(
         channels: of the decoded images: 1 (grey), 3 (RGB) or 4 (RGBA).
         augment: where augmentation runs: in the workers, or on the device in `Batch.to`, with the images and random
             numbers of the workers. Both give the same views to the rounding of 8 bits.
+        window: shuffle the samples of this many shards at a time, for shards in a store; None: all samples.
 
     If a worker dies, this process makes the next batches itself, more slowly, with the reason in `problem`. All
     processes of a run can then finish the step, save and stop together.
@@ -121,7 +124,7 @@ def train_batches(
             "micro-batches); change optim.batch_size, optim.accumulate or the number of processes"
         )
     crops = require_renderable(views) if augment == "device" else None
-    samples = _Samples(shards, views, channels, seed, Order(len(shards), seed), crops)
+    samples = _Samples(shards, views, channels, seed, shards.order(seed, window), crops)
     share = batch_size // world_size
     micro = micro_batch or share // accumulate
 
@@ -182,13 +185,14 @@ class _Samples(Dataset):
     views: Sequence[View]
     channels: int
     seed: int
-    order: Order | None
+    order: Order | WindowOrder | None
     crops: Sequence[RandomCropFlip] | None = None
     skip_damaged: bool = False
 
     def __getitem__(self, span: tuple[int, int]) -> Batch | UserError:
         positions = np.arange(*span)
         ids = positions.copy() if self.order is None else self.order.ids(positions)
+        self.shards.ahead(self._ahead(positions))
         made: list[list[Any]] = [[] for _ in self.views]
         images: list[Image] = []
         bad: list[BadSample] = []
@@ -215,9 +219,16 @@ class _Samples(Dataset):
         stacked = [] if drawn else [torch.stack(rows) if rows else torch.zeros(0) for rows in made]
         return Batch(stacked, torch.from_numpy(positions), torch.from_numpy(ids), torch.from_numpy(labels), bad, drawn)
 
+    def _ahead(self, positions: np.ndarray) -> Sequence[int]:
+        """The shards to prepare for a batch and those after it."""
+        if self.order is not None:
+            return self.order.ahead(int(positions[0]))
+        first, last = np.searchsorted(self.shards.ends, positions[[0, -1]], side="right").tolist()
+        return range(first, min(last + 2, len(self.shards.ends)))
+
     def _image(self, position: int, first: int, bad: list[BadSample]) -> tuple[Image, int]:
-        """The image for a position, and its id. A damaged sample is replaced by the sample that the order of another
-        seed has at this position, which is the same for any number of processes."""
+        """The image for a position, and its id. A damaged sample is replaced by the sample that a variant of the order
+        has at this position, which is the same for any number of processes."""
         failed: list[tuple[int, str]] = []
         id = first
         for hop in range(_TRIES):
@@ -227,7 +238,8 @@ class _Samples(Dataset):
                 if self.skip_damaged:
                     raise
                 failed.append((id, str(damage)))
-                id = int(Order(len(self.shards), self.seed + hop + 1).ids(np.array([position]))[0])
+                order = self.order or Order(len(self.shards), self.seed)
+                id = int(order.seeded(self.seed + hop + 1).ids(np.array([position]))[0])
                 continue
             for each, reason in failed:
                 bad.append(self._bad(position, each, reason, id))

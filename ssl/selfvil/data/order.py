@@ -41,6 +41,14 @@ class Order:
             outside = outside[ids[outside] >= self.length]
         return ids.astype(np.int64)
 
+    def seeded(self, seed: int) -> "Order":
+        """The order of another seed, for replacements of damaged samples."""
+        return Order(self.length, seed)
+
+    def ahead(self, position: int) -> list[int]:
+        """The shards to prepare at `position`: none, since the next samples may be in any."""
+        return []
+
     def _permute(self, ids: np.ndarray, keys: np.ndarray) -> np.ndarray:
         half, down = np.uint64(self.half), np.uint64(64 - self.half)
         left, right = ids >> half, ids & np.uint64((1 << self.half) - 1)

@@ -7,9 +7,10 @@ as FSSPEC_S3_ANON=true, hold too.
 import os
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, TypeVar
 
-from selfvil.data.remote.store import Changed, Denied, Missing, Store, Temporary, Version
+from selfvil.data.remote.access import Changed, Denied, Missing, Store, Temporary, Version
 from selfvil.data.remote.urls import Url
 from selfvil.errors import UserError, redact
 
@@ -46,7 +47,7 @@ class BucketStore(Store):
     def stream(self, url: Url, version: Version, start: int, stop: int) -> Iterator[bytes]:
         for first in range(start, stop, _PART):
             last = min(first + _PART, stop)
-            data = self._try(url, lambda a=first, b=last: self._files(url).cat_file(url.text, start=a, end=b))
+            data = self._try(url, partial(self._files(url).cat_file, url.text, start=first, end=last))
             if len(data) != last - first:  # the same range of a file that became shorter
                 self._require(url, version)
                 raise Temporary(f"it sent {len(data):,} of {last - first:,} bytes")

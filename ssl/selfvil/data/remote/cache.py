@@ -123,8 +123,10 @@ class Cache:
             os.close(space)
 
 
-def cache_folder() -> Path:
-    """The default folder, in the user's cache folder. Raises UserError if there is none."""
+def cache_folder(folder: str | None = None) -> Path:
+    """`folder`; without one, a folder in the user's cache folder. Raises UserError if there is no home folder."""
+    if folder is not None:
+        return Path(folder).absolute()
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     if not os.path.isabs(cache):  # no home folder; the XDG specification ignores relative paths
         raise UserError("there is no home folder for downloaded shards: set data.cache to a folder")

@@ -8,18 +8,15 @@ better (a missing file, a refusal, another version) is an error at once.
 import random
 import threading
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from functools import cache
-from typing import BinaryIO, NamedTuple, TypeVar
+from typing import BinaryIO, TypeVar
 
+from selfvil.data.remote.access import Denied, Missing, Store, Temporary, Version
 from selfvil.data.remote.urls import Url
 from selfvil.errors import UserError
 
-CHUNK = 1 << 17
-"""Bytes that are held in memory at a time while a file is downloaded."""
-
-PATIENCE = 300.0
+PATIENCE = 120.0
 """Seconds for which a failing store is asked again during a run."""
 
 PATIENCE_AT_START = 20.0
@@ -30,71 +27,13 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0  # seconds
 _T = TypeVar("_T")
 
 
-class Version(NamedTuple):
-    """size: bytes. tag: ETag, or what else the store gives to tell versions apart; may be empty. ranges: whether parts
-    of the file can be requested."""
-
-    size: int
-    tag: str
-    ranges: bool = True
-
-    def __str__(self) -> str:
-        return f"{self.size:,} bytes, {self.tag or 'no ETag'}"
-
-
-class Temporary(Exception):
-    """A request failed and may succeed later. wait: seconds that the store asks to wait, if it does."""
-
-    def __init__(self, reason: str, wait: float | None = None) -> None:
-        super().__init__(reason)
-        self.wait = wait
-
-
-class Missing(UserError):
-    def __init__(self, url: Url) -> None:
-        super().__init__(f"{url} does not exist; check the URL")
-
-
-class Denied(UserError):
-    def __init__(self, url: Url, reason: str) -> None:
-        super().__init__(
-            f"{url} cannot be read ({reason}): the file does not exist, or the credentials in the environment do not "
-            "allow it (docs/howto/remote.md)"
-        )
-
-
-class Changed(UserError):
-    def __init__(self, url: Url, before: Version, now: Version) -> None:
-        super().__init__(
-            f"{url} changed while it was used: {before} before, {now} now. Restore it; or begin a new run, which will "
-            "use the new version"
-        )
-
-
 class StoreFailed(UserError):
     """A store failed for longer than the patience."""
 
 
-class Store(ABC):
-    """The files of one protocol. `stat` and `stream` try once."""
-
-    @abstractmethod
-    def stat(self, url: Url) -> Version:
-        """Raises Temporary, Missing or Denied."""
-
-    @abstractmethod
-    def stream(self, url: Url, version: Version, start: int, stop: int) -> Iterator[bytes]:
-        """Bytes [start, stop) of a file. Raises as `stat`; or Changed where the file has another version."""
-
-    def glob(self, pattern: Url) -> list[Url]:
-        """The files that match a pattern with stars, sorted."""
-        raise UserError(
-            f"{pattern}: {pattern.protocol}:// has no lists of files; name them by braces such as {{000000..000009}}"
-        )
-
-
 @cache
 def store_of(protocol: str) -> Store:
+    """The store of a protocol; one for the process."""
     if protocol in ("http", "https"):
         from selfvil.data.remote.web import HttpStore
 
@@ -104,16 +43,32 @@ def store_of(protocol: str) -> Store:
     return BucketStore(protocol)
 
 
-def stat(url: Url, patience: float = PATIENCE_AT_START) -> Version:
+def stat(url: Url) -> Version:
     """The present version of a file. Raises UserError: Missing, Denied, StoreFailed ..."""
-    return retried(lambda: store_of(url.protocol).stat(url), url, patience)
+    return retried(lambda: store_of(url.protocol).stat(url), url, PATIENCE_AT_START)
+
+
+def exists(url: Url) -> bool:
+    try:
+        stat(url)
+    except (Missing, Denied):  # some stores deny what does not exist
+        return False
+    return True
+
+
+def read_small(url: Url) -> str:
+    """The text of a file of at most 1 MB. Raises UserError."""
+    version = stat(url)
+    if version.size > 1 << 20:
+        raise UserError(f"{url} has {version.size:,} bytes; expected a text of at most 1 MB")
+    return read(url, version, 0, version.size).decode("utf-8-sig", "backslashreplace")
 
 
 def glob(pattern: Url) -> list[Url]:
     return retried(lambda: store_of(pattern.protocol).glob(pattern), pattern, PATIENCE_AT_START)
 
 
-def read(url: Url, version: Version, start: int, stop: int, patience: float = PATIENCE) -> bytes:
+def read(url: Url, version: Version, start: int, stop: int, patience: float | None = None) -> bytes:
     """Bytes [start, stop) of this version of a file. Raises UserError as `stat`, and Changed."""
 
     def once() -> bytes:
@@ -122,16 +77,16 @@ def read(url: Url, version: Version, start: int, stop: int, patience: float = PA
             raise Temporary(f"it sent {len(data):,} of {stop - start:,} bytes")
         return data
 
-    return retried(once, url, patience) if stop > start else b""
+    return retried(once, url, PATIENCE if patience is None else patience) if stop > start else b""
 
 
-def download(url: Url, version: Version, file: BinaryIO, patience: float = PATIENCE) -> None:
+def download(url: Url, version: Version, file: BinaryIO, patience: float | None = None) -> None:
     """Append the rest of this version of a file to `file`, which holds its beginning.
 
     After a failure it continues with the first byte that is missing. Raises UserError as `read`, and OSError if `file`
     cannot be written.
     """
-    pauses = Pauses(patience)
+    pauses = Pauses(PATIENCE if patience is None else patience)
     have = file.seek(0, 2)
     while have < version.size:
         try:

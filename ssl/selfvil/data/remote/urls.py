@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from braceexpand import braceexpand
 
@@ -31,6 +32,10 @@ class Url:
         return redact(self.text)
 
     __repr__ = __str__
+
+    def __fspath__(self) -> str:
+        """The whole URL, secrets included: for opening it again."""
+        return self.text
 
     @property
     def protocol(self) -> str:
@@ -62,6 +67,10 @@ class Url:
             return self.text, ""
         path, mark, query = self.text.partition("?")
         return path, mark + query
+
+
+Location = Path | Url
+"""A local or a remote file. Both have `name`, `parent` and `/`, and `str` is for messages."""
 
 
 def is_remote(pattern: object) -> bool:

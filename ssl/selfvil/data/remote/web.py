@@ -8,9 +8,10 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
-from selfvil.data.remote.store import CHUNK, Changed, Denied, Missing, Store, Temporary, Version
+from selfvil.data.remote.access import CHUNK, Changed, Denied, Missing, Store, Temporary, Version
 from selfvil.data.remote.urls import Url
 from selfvil.errors import UserError
 
@@ -66,7 +67,7 @@ class HttpStore(Store):
             raise UserError(f"{url} cannot be read: {_describe(error)}") from None
         with response:
             hops = [each.url for each in response.history] + [response.url]
-            if any(one.startswith("https:") and not two.startswith("https:") for one, two in zip(hops, hops[1:])):
+            if any(one.startswith("https:") and not two.startswith("https:") for one, two in pairwise(hops)):
                 raise UserError(f"{url} redirects from https to an unencrypted address; this is refused")
             yield response
 

@@ -30,10 +30,10 @@ class WindowOrder:
     Args:
         ends: number of samples in the first shard, in the first two, and so on; the last is N.
         window: shards in a window, at most.
-        variant: another value gives the windows other permutations of the same samples.
+        within: seed of the permutations within windows; None: `seed`, which otherwise permutes only the shards.
     """
 
-    def __init__(self, ends: Sequence[int], seed: int, window: int, variant: int = 0) -> None:
+    def __init__(self, ends: Sequence[int], seed: int, window: int, within: int | None = None) -> None:
         self._ends = np.asarray(ends, np.int64)
         self._sizes = np.diff(self._ends, prepend=0)
         self.length = int(self._ends[-1])
@@ -41,7 +41,7 @@ class WindowOrder:
             raise ValueError(
                 f"an order needs at least one sample and a window of one shard, not {self.length}, {window}"
             )
-        self._seed, self._window, self._variant = seed, window, variant
+        self._seed, self._window, self._within_seed = seed, window, seed if within is None else within
         self._order = Order(len(self._ends), ~seed)
         self._windows = -(-len(self._ends) // window)
         self._epochs: dict[int, _Epoch] = {}
@@ -59,9 +59,9 @@ class WindowOrder:
                 ids[rows] = self._within(epoch, number, window, within[rows] - epoch.starts[window])
         return ids
 
-    def varied(self, variant: int) -> "WindowOrder":
-        """An order with other permutations of the same windows: a replacement from it needs no other shard."""
-        return WindowOrder(self._ends.tolist(), self._seed, self._window, variant)
+    def seeded(self, seed: int) -> "WindowOrder":
+        """Other permutations of the same windows: a replacement of a damaged sample needs no other shard."""
+        return WindowOrder(self._ends.tolist(), self._seed, self._window, seed)
 
     def shards(self, position: int) -> tuple[list[int], list[int]]:
         """The shards of the window of `position`, and those of the next window."""
@@ -72,6 +72,11 @@ class WindowOrder:
         if window + 1 == self._windows:
             epoch, window = self._epoch(number + 1), -1
         return now.tolist(), epoch.shards[epoch.first[window + 1] : epoch.first[window + 2]].tolist()
+
+    def ahead(self, position: int) -> list[int]:
+        """The shards to prepare at `position`: those of its window and the next one."""
+        now, following = self.shards(position)
+        return list(dict.fromkeys(now + following))
 
     def _epoch(self, number: int) -> _Epoch:
         if number not in self._epochs:
@@ -88,7 +93,7 @@ class WindowOrder:
         shards = epoch.shards[epoch.first[window] : epoch.first[window + 1]]
         size = int(epoch.starts[window + 1] - epoch.starts[window])
         # The seed of the run gives each window its own permutation: as if it were an epoch of its own.
-        order = Order(size, self._seed + self._variant)
+        order = Order(size, self._within_seed)
         places = order.ids(places + (number * self._windows + window) * size)
         ends = np.cumsum(self._sizes[shards])
         which = np.searchsorted(ends, places, side="right")
