@@ -111,7 +111,7 @@ def test_without_file_locks_there_is_a_warning_and_a_live_process_is_detected(tm
 
 def test_a_folder_that_cannot_be_created_is_refused_first(digit_shards, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("mine")
-    monkeypatch.setattr("selfvil.build.open_shards", lambda *_, **__: pytest.fail("work was done"))
+    monkeypatch.setattr("selfvil.build.open_images", lambda *_, **__: pytest.fail("work was done"))
     for out, problem in {"file": "is a file", "file/run": "Not a directory", "a" * 300: "File name too long"}.items():
         with pytest.raises(UserError, match=rf"run\.out = .*{problem}"):
             pretrain(small("mae", digit_shards, tmp_path / out, *STEPS))

@@ -11,13 +11,16 @@ from torch import nn
 from selfvil import optim
 from selfvil.data.base import Images
 from selfvil.data.classes import class_names
-from selfvil.data.index import open_shards
+from selfvil.data.images import open_images, open_mixture
+from selfvil.data.mixture import Mixture
+from selfvil.data.remote.cache import Cache
+from selfvil.data.remote.shards import WINDOW
 from selfvil.data.subset import FewLabels
 from selfvil.errors import UserError
 from selfvil.models.adapter import CLASSIFIERS, adapt
 from selfvil.objectives import objective_class
 from selfvil.objectives.base import ImageSpec, Objective
-from selfvil.recipe import Recipe
+from selfvil.recipe import DataSection, Recipe
 from selfvil.start_from import start_backbone, start_objective
 
 
@@ -26,7 +29,11 @@ def open_training(recipe: Recipe) -> tuple[Recipe, Images]:
 
     Raises UserError if there are none, or their labels are missing or not those of the recipe.
     """
-    shards: Images = open_shards(recipe.data.train, image=recipe.data.image)
+    shards = _open(recipe.data)
+    if recipe.data.window is None and shards.remote:  # recorded: the same shards on a local disk have another order
+        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"window": WINDOW})})
+    if isinstance(shards, Mixture):
+        shards.check_step(recipe.optim.batch_size)
     if recipe.data.labels_per_class is not None:
         try:
             shards = FewLabels(shards, recipe.data.labels_per_class, recipe.run.seed)
@@ -54,6 +61,19 @@ def open_training(recipe: Recipe) -> tuple[Recipe, Images]:
             "take those of the images"
         )
     return recipe, shards
+
+
+def cache_of(data: DataSection) -> Cache:
+    """The cache for images behind a URL."""
+    return Cache(data.cache, round(data.cache_gb * 1e9))
+
+
+def _open(data: DataSection) -> Images:
+    """The images of data.train."""
+    cache = cache_of(data)
+    if data.mixture:
+        return open_mixture(data.mixture, data.image, cache)
+    return open_images(data.train, image=data.image, cache=cache)  # type: ignore[arg-type]  # it is no mixture
 
 
 def classifier(recipe: Recipe, backbone: nn.Module, shards: Images | None = None) -> dict[str, Any] | None:

@@ -131,5 +131,7 @@ def _type(schema: dict[str, Any], definitions: dict[str, Any]) -> str:
         items = schema.get("prefixItems") or [schema.get("items", {})]
         count = f"{len(items)} x " if "prefixItems" in schema else ""
         return f"list of {count}{_type(items[0], definitions)}"
+    if schema.get("type") == "object" and "properties" in schema:
+        return f"{{{', '.join(schema['properties'])}}}"
     limits = [f"{words} {schema[key]:g}" for key, words in _LIMITS.items() if key in schema]
     return ", ".join([_TYPES.get(schema.get("type", ""), "value"), *limits])

@@ -24,7 +24,7 @@ from typing import Any
 from selfvil.checkpoint import Checkpoint, save_tensors
 from selfvil.errors import UserError
 from selfvil.exporting.card import files_card, run_card
-from selfvil.exporting.formats import INT8, open_images, require_formats, require_possible, write_formats
+from selfvil.exporting.formats import INT8, open_labelled, require_formats, require_possible, write_formats
 from selfvil.manifest import sha256, write_manifest
 from selfvil.records import RECIPE
 from selfvil.run import read_recipe
@@ -87,7 +87,7 @@ def export(
     network, prefix = choose_network(saved, network)
     backbone.eval().requires_grad_(False)
     require_possible(backbone, formats)
-    labelled = open_images(images, train, test, saved.meta["data"]["pattern"]) if INT8 in formats else None
+    labelled = open_labelled(images, train, test, saved.meta["data"]["pattern"]) if INT8 in formats else None
     arguments, head = dict(saved.meta["model"]["kwargs"]), saved.meta.get("classifier")
     origin: dict[str, Any] = {"network": network, "prefix": prefix, "samples_seen": samples_seen}
     if head is not None:
@@ -127,7 +127,7 @@ def _export_again(
     config = verified_config(source)
     backbone.eval().requires_grad_(False)
     require_possible(backbone, formats)
-    labelled = open_images(images, train, test, None) if INT8 in formats else None
+    labelled = open_labelled(images, train, test, None) if INT8 in formats else None
     with atomic_folder(out) as partial:
         files = write_formats(partial, backbone, normalisation, formats, labelled, workers)
         text = files_card(config, normalisation, files, licence)

@@ -19,7 +19,7 @@ from torch import nn
 
 from selfvil import optim, runtime
 from selfvil.build import build_objective, open_training, parameter_groups
-from selfvil.data.base import Images
+from selfvil.data.base import Images, SourceShare
 from selfvil.data.loader import train_batches
 from selfvil.footprint import free_bytes, multiply_adds
 from selfvil.memory import StepMemory, blank_batch, step_memory
@@ -123,6 +123,8 @@ class Report:
     free_memory: int
     disk: Disk
     trial: Trial | None
+    sources: list[SourceShare]
+    """Of a mixture, with the epochs of the whole run; else empty."""
     warnings: list[str] = field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
@@ -137,6 +139,7 @@ class Report:
         whole = {name: value for name, value in vars(self).items() if name not in ("plan", "peak_lr")}
         whole |= {name: asdict(value) for name, value in whole.items() if hasattr(value, "__dataclass_fields__")}
         whole |= {name: [asdict(row) for row in whole[name]] for name in ("schedules", "groups")}
+        whole["sources"] = [each._asdict() for each in self.sources]
         whole["memory"] |= {"total": self.memory.total}
         return whole | {"plan": numbers}
 
@@ -195,7 +198,7 @@ def report(recipe: Recipe, name: str, processes: int = 1, trial: bool = True, pi
         warnings.append(f"{timed.damaged} of the images of the trial are damaged and were replaced")
     return Report(
         name, recipe.objective.name, recipe.model.name, runtime.device_name(device), plan, _peak_lr(recipe), schedules,
-        groups, size, memory, free, disk, timed, warnings,
+        groups, size, memory, free, disk, timed, shards.shares(plan.samples(plan.total_steps)), warnings,
     )  # fmt: skip
 
 
@@ -276,6 +279,7 @@ def draw_crops(objective: Objective, recipe: Recipe, shards: Images, path: Path)
     batches = train_batches(
         shards, objective.views(), seed=recipe.run.seed, batch_size=min(8, len(shards)), stop_step=1,
         channels=recipe.model.in_chans, augment=recipe.data.augment,
+        balanced=recipe.data.order == "class_balanced", window=recipe.data.window,
     )  # fmt: skip
     with closing(batches):
         sheet = crops_picture(next(batches).to("cpu").views, image)
@@ -292,6 +296,7 @@ def run_trial(objective: Objective, plan: Plan, shards: Images, device: torch.de
     batches = train_batches(
         shards, objective.views(), seed=recipe.run.seed, batch_size=plan.micro_batch, stop_step=_TRIAL_STEPS,
         channels=recipe.model.in_chans, augment=recipe.data.augment,
+        balanced=recipe.data.order == "class_balanced", window=recipe.data.window,
     )  # fmt: skip
     seconds: list[tuple[float, float, float]] = []
     damaged = 0

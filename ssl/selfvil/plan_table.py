@@ -20,6 +20,10 @@ def _overview(report: Report) -> Table:
     table = Table(title=f"{report.recipe}: {report.objective} on {report.model}", show_header=False)
     rows = {
         "images": f"{plan.num_samples:,}",
+        **{
+            f"from {name}": f"{images:,} images, {100 * share:.4g} %: {epochs:,.1f} epochs"
+            for name, images, share, epochs in report.sources
+        },
         "steps": f"{total:,} of {settings.batch_size:,} images: {plan.samples(total):,} samples, "
         f"{plan.epochs(total):,.1f} epochs of {plan.steps_per_epoch:,.1f} steps",
         "micro-batch": f"{plan.micro_batch:,} images; {settings.accumulate} a step in {plan.processes} processes",

@@ -54,6 +54,7 @@ def pretrain(recipe: Recipe, *, summarise: bool = True) -> Summary:
         engine.on_main(folder.take)
         with engine.main_first():
             recipe, shards = open_data(recipe, engine)
+        check_same_images(engine, shards)
         start = engine.on_main(partial(folder.start, recipe, shards))
         summary = start.finished or train(recipe, engine, folder, shards, start)
         engine.close()
@@ -83,6 +84,7 @@ def train(recipe: Recipe, engine: Engine, folder: RunFolder, shards: Images, sta
         shards, objective.views(), seed=recipe.run.seed, batch_size=recipe.optim.batch_size, rank=rank,
         world_size=engine.world_size, accumulate=accumulate, start_step=first_step, stop_step=plan.total_steps,
         workers=recipe.data.workers, channels=recipe.model.in_chans, augment=recipe.data.augment,
+        balanced=recipe.data.order == "class_balanced", window=recipe.data.window,
     )  # fmt: skip
     greet(journal, recipe, engine, objective, shards, first_step, plan.total_steps)
     head = classifier(recipe, objective.backbone, shards)
@@ -164,7 +166,7 @@ def train(recipe: Recipe, engine: Engine, folder: RunFolder, shards: Images, sta
             if reason := problem or journal.outputs.failure or (PAUSE if paused else None):
                 stop.request(reason)
             if log_due:
-                journal.log(step, rates, nonfinite)
+                journal.log(step, rates, nonfinite, shards.shares(plan.samples(step)))
             with journal.clock.paused():
                 # While steps are being skipped, the checkpoint from before stays the newest.
                 if step == plan.total_steps or (not skipped and save_due(step, recipe)):
@@ -208,6 +210,16 @@ def open_data(recipe: Recipe, engine: Engine) -> tuple[Recipe, Images]:
     return recipe, shards
 
 
+def check_same_images(engine: Engine, shards: Images) -> None:
+    """Raise UserError if a process has other images than the main one, as on a host with an old copy. Collective."""
+    found = engine.gather([(shards.fingerprint, len(shards))])
+    if different := [rank for rank, each in enumerate(found) if each != found[0]]:
+        raise UserError(
+            f"data.train: process {different[0]} has other images or labels than process 0 ({found[different[0]][1]:,} "
+            f"and {found[0][1]:,} images): give all hosts the same version of the images"
+        )
+
+
 def prepare(recipe: Recipe, engine: Engine, plan: Plan, fresh: bool) -> Objective:
     """The objective on its device, once it is known that a step can be taken. Raises UserError.
 
@@ -245,6 +257,8 @@ def greet(
         f"({total_steps * batch_size / len(shards):.1f} epochs) on {engine.world_size} x "
         f"{runtime.device_name(engine.device)}, {recipe.run.precision}, into {recipe.run.out}"
     )
+    for name, images, share, epochs in shards.shares(total_steps * batch_size):
+        journal.say(f"{100 * share:.4g} % from {name}: {images:,} images, {epochs:.1f} epochs")
     if first_step:
         journal.say(f"continuing after step {first_step:,}")
     if crowded := workers_warning(recipe.data.workers, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))):

@@ -7,22 +7,23 @@ editors. A recipe contains only values: no import paths, no interpolation, no in
 """
 
 import logging
-import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from selfvil import advice
 from selfvil import overrides as command_line
-from selfvil.errors import UserError
+from selfvil.errors import UserError, redact
 from selfvil.packaged import find as find
 from selfvil.packaged import packaged_recipes as packaged_recipes
 from selfvil.safe_yaml import read_mapping
 from selfvil.settings import PathText, Section, Size
+from selfvil.training_sections import BudgetSection as BudgetSection
+from selfvil.training_sections import OptimSection as OptimSection
 
 log = logging.getLogger("selfvil")
 
@@ -151,14 +152,53 @@ class ModelSection(Section):
         return kwargs | {key: value for key in optional if (value := getattr(self, key)) is not None}
 
 
+class SourceEntry(Section):
+    """One source of a mixture."""
+
+    source: PathText | list[PathText]
+    """What data.train may be without a mixture."""
+    weight: float = Field(1.0, gt=0, le=1e6)
+    """Images taken from this source, in relation to the weights of the others."""
+
+
+def _sources(value: Any) -> Any:
+    """Entries of a mixture are checked here, since the messages of a union do not name the faulty part."""
+    if not isinstance(value, list | tuple) or not any(isinstance(each, dict | SourceEntry) for each in value):
+        return value
+    entries, keys = [], {"data.train": list(SourceEntry.model_fields)}
+    for number, each in enumerate(value, 1):
+        if not isinstance(each, dict | SourceEntry):
+            raise ValueError(
+                f"source {number} is {str(each)[:80]!r}; in a mixture, each is {{source: ..., weight: ...}}"
+            )
+        try:
+            entries.append(SourceEntry.model_validate(each))
+        except ValidationError as error:
+            problems = [sentence for _, sentence in advice.explain_errors(error, SourceEntry, keys, "data.train")]
+            raise ValueError(f"source {number}: {'; '.join(problems)[:300]}") from None
+    return entries
+
+
 class DataSection(Section):
     """Where the images come from."""
 
-    train: PathText | list[PathText]
-    """WebDataset shards: a path, a glob, a folder or a brace pattern such as shards/train-{000000..000009}.tar."""
+    train: Annotated[PathText | list[PathText] | list[SourceEntry], BeforeValidator(_sources)]
+    """WebDataset shards (a path, a glob, a folder, or a brace pattern such as shards/train-{000000..000009}.tar), their
+    URLs (https, s3, gs, hf), a folder of image files, a table of paths (.csv, .parquet), or a Hugging Face data set on disk; or a mixture: a list
+    of {source: ..., weight: ...}, from which every window of images takes exact shares."""
+    order: Literal["shuffled", "class_balanced"] = "shuffled"
+    """shuffled: every image once in each epoch. class_balanced: every class equally often, each with its own epochs;
+    needs labels."""
     image: str | None = None
     """Extension of the image if samples have several, such as KEY.jpg with a mask KEY.png; null takes the first of jpg,
     png, webp, tif ... and warns."""
+    window: int | None = Field(None, ge=1)
+    """Shuffle the images of this many shards at a time, in a new order of the shards in each epoch; null: 16 where images
+    are behind a URL, so that each shard is downloaded once an epoch, and otherwise all images at once."""
+    cache: PathText | None = None
+    """Folder for downloaded shards, which several runs may share; null: selfvil/remote in the user's cache folder."""
+    cache_gb: float = Field(50.0, gt=0)
+    """Size of that folder, in GB; the shards that were not used for the longest time are removed. Two windows should fit."""
     labels_per_class: int | None = Field(None, ge=1)
     """Train on this many images of each class only, drawn by run.seed; needs labels. null trains on all images."""
     mean: list[Annotated[float, Field(ge=0, le=1)]] = list(IMAGENET_MEAN)  # noqa: RUF012 - pydantic copies it
@@ -174,102 +214,28 @@ class DataSection(Section):
     """Share of samples that may be damaged before the run saves and stops, but at least 10 samples, counted over all
     processes and launches. They are replaced and listed in ledger*.jsonl. 0 allows none."""
 
-
-class OptimSection(Section):
-    """AdamW, its schedules, and the size of a step."""
-
-    batch_size: int = Field(ge=1)
-    """Images in one optimizer step, over all processes and accumulated micro-batches together."""
-    accumulate: int = Field(1, ge=1)
-    """Micro-batches a step is split into, to save memory."""
-    base_lr: float = Field(gt=0)
-    """Learning rate for 256 images per step; lr_scaling determines it for other batch sizes."""
-    lr_scaling: Literal["linear", "sqrt", "none"] = "linear"
-    """Peak learning rate for a batch: base_lr * batch_size / 256, base_lr * sqrt(batch_size / 256), or base_lr."""
-    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
-    """Learning rate after the warm-up: a half cosine; wsd, stable until the last cooldown; or constant."""
-    min_lr: float = Field(0.0, ge=0)
-    """Learning rate at the end of the schedule, unless it is constant (not scaled by the batch size)."""
-    warmup: float = Field(0.05, ge=0, lt=1)
-    """Share of the budget over which the learning rate rises linearly from 0."""
-    cooldown: float = Field(0.2, gt=0, le=1)
-    """With schedule wsd: share of the budget, its last, over which the learning rate falls to min_lr."""
-    heads_first: float = Field(0.0, ge=0, lt=1)
-    """The backbone is frozen for this first fraction of the run: for new heads on a trained backbone."""
-    layer_decay: float = Field(1.0, gt=0, le=1)
-    """Ratio of the learning rate of a backbone's layer to that of the next layer (for ViL, of pairs of blocks)."""
-    patch_embed_lr: float = Field(1.0, ge=0)
-    """Factor on the learning rate of the patch embedding; 0 freezes it."""
-    weight_decay: float = Field(0.05, ge=0)
-    """Decoupled weight decay; norms, LayerScale, positions, skips and biases are never decayed."""
-    weight_decay_end: float | None = Field(None, ge=0)
-    """Weight decay at the end of a cosine schedule; null keeps it constant."""
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
-    """AdamW's decay rates of the two moments."""
-    clip_norm: float | None = Field(1.0, gt=0)
-    """Maximum norm of the gradient; null does not clip."""
-    clip_per_tensor: bool = False
-    """Clip the gradient of each parameter tensor separately (as DINO does) instead of the whole gradient."""
-    on_nonfinite: Literal["skip", "stop"] = "skip"
-    """A step whose loss or gradient is NaN or infinite on any process: skip leaves weights, optimizer and teacher as
-    they were, records the step in skipped.jsonl, and stops after more than 10 in a row; stop ends the run at once."""
-
-    @model_validator(mode="after")
-    def _batch_splits(self) -> "OptimSection":
-        if self.batch_size % self.accumulate:
-            raise ValueError(f"batch_size {self.batch_size} is not divisible by accumulate {self.accumulate}")
-        return self
+    @property
+    def mixture(self) -> list[tuple[str | list[str], float]]:
+        """The sources and weights of a mixture; empty for a single source."""
+        return [(each.source, each.weight) for each in self.train if isinstance(each, SourceEntry)]
 
     @property
-    def peak_lr(self) -> float:
-        """Peak learning rate at this batch size: base_lr is the one for 256 images a step.
+    def described(self) -> str:
+        """data.train as one line, without the secrets of URLs."""
 
-        "linear": Goyal et al. (2017); "sqrt", the rule for Adam: Malladi et al. (2022), and DINOv2's; "none": base_lr.
-        """
-        ratio = self.batch_size / 256
-        return self.base_lr * {"linear": ratio, "sqrt": math.sqrt(ratio), "none": 1.0}[self.lr_scaling]
+        def line(source: str | list[str]) -> str:
+            return redact(source if isinstance(source, str) else " ".join(source))
 
-    @model_validator(mode="after")
-    def _rate_falls(self) -> "OptimSection":
-        if self.schedule != "constant" and self.min_lr > self.peak_lr:
-            raise ValueError(
-                f"min_lr {self.min_lr:g}, the rate at the end, is above the peak rate {self.peak_lr:g} that base_lr "
-                f"{self.base_lr:g} gives at batch_size {self.batch_size}: lower min_lr, or raise base_lr"
-            )
-        return self
+        parts = [f"{weight:g} x {line(source)}" for source, weight in self.mixture]
+        return " + ".join(parts) if parts else line(self.train)  # type: ignore[arg-type]  # it is no mixture
 
     @model_validator(mode="after")
-    def _schedule_fits(self) -> "OptimSection":
-        if self.schedule == "wsd" and self.warmup + self.cooldown > 1:
-            raise ValueError(f"warmup {self.warmup} and cooldown {self.cooldown} together are more than the whole run")
+    def _one_list_of_labels(self) -> "DataSection":
+        if self.mixture and self.labels_per_class is not None:
+            raise ValueError("labels_per_class is for one source, and train is a mixture: leave one of them out")
+        if self.train == []:
+            raise ValueError("train is an empty list: give at least one source")
         return self
-
-
-class BudgetSection(Section):
-    """How long a run lasts: exactly one of epochs, samples and steps."""
-
-    epochs: float | None = Field(None, gt=0)
-    """Passes over the training images."""
-    samples: int | None = Field(None, gt=0)
-    """Images seen, with repetition."""
-    steps: int | None = Field(None, gt=0)
-    """Optimizer steps."""
-    pause_minutes: float | None = Field(None, gt=0)
-    """Save and stop after this many minutes of this launch; the next launch continues. Schedules do not change."""
-
-    @model_validator(mode="after")
-    def _one_length(self) -> "BudgetSection":
-        given = [key for key in ("epochs", "samples", "steps") if getattr(self, key) is not None]
-        if len(given) != 1:
-            raise ValueError(f"give exactly one of epochs, samples and steps (given: {', '.join(given) or 'none'})")
-        return self
-
-    def total_steps(self, num_samples: int, batch_size: int) -> int:
-        """Optimizer steps of the whole run; at least one."""
-        if self.steps is not None:
-            return self.steps
-        samples = self.samples if self.samples is not None else (self.epochs or 0) * num_samples
-        return max(1, round(samples / batch_size))
 
 
 class RunSection(Section):
@@ -356,7 +322,11 @@ class Recipe(Section):
 
     def to_yaml(self) -> str:
         """The resolved recipe: every field, defaults included, in the order of this file."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=120)
+        return yaml.safe_dump(self.as_record(), sort_keys=False, width=120)
+
+    def as_record(self) -> dict[str, Any]:
+        """Plain values of every field, to be stored: without the secrets of URLs (`errors.redact`)."""
+        return _redacted(self.model_dump(mode="json"))
 
     def identity(self) -> dict[str, Any]:
         """The settings that determine the result: a run may continue another one with an equal identity.
@@ -366,7 +336,7 @@ class Recipe(Section):
         """
         whole = self.model_dump(mode="json")
         whole["run"] = {key: whole["run"][key] for key in ("seed", "precision")}
-        for key in ("train", "workers", "max_bad"):
+        for key in ("train", "workers", "max_bad", "cache", "cache_gb"):
             whole["data"].pop(key)
         for key in ("accumulate", "on_nonfinite"):
             whole["optim"].pop(key)
@@ -486,6 +456,14 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     before, after = dict(_flatten(old)), dict(_flatten(new))
     keys = [key for key in before | after if before.get(key) != after.get(key)]
     return [f"{key}: {before.get(key)} -> {after.get(key)}" for key in keys]
+
+
+def _redacted(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _redacted(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_redacted(each) for each in value]
+    return redact(value) if isinstance(value, str) else value
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -36,7 +36,7 @@ from selfvil.records import (
 
 log = logging.getLogger("selfvil")
 
-_MOST_DIGESTS = 10_000  # of shards in a checkpoint: 200 KB of text
+_MOST_DIGESTS = 10_000  # of shards or folders in a checkpoint: 200 KB of text
 
 
 @dataclass(frozen=True)
@@ -259,9 +259,9 @@ def _check_continues(out: Path, newest: Checkpoint, old: Recipe | None, recipe: 
     if fingerprint != shards.fingerprint:
         change = shards.describe_change(num_samples, meta["data"].get("shards"))
         raise UserError(
-            f"data.train: the shards do not hold the images and labels, in the order, that {out} was trained on "
+            f"data.train: these are not the images and labels, in the order, that {out} was trained on "
             f"({shorten(change, 800)}), so its sample order cannot be continued. File names and dates do not "
-            f"matter. Restore the shards, or choose a new run.out"
+            f"matter. Restore the images, or choose a new run.out"
         )
 
 
@@ -297,7 +297,6 @@ def checkpoint_meta(
     run_id: str,
 ) -> dict[str, Any]:  # fmt: skip
     """Facts in a checkpoint, sufficient to export its networks and to continue the run without any other file."""
-    train = recipe.data.train
     return {
         "format": 1,
         "step": step,
@@ -305,7 +304,7 @@ def checkpoint_meta(
         "seconds": seconds,
         "seed": recipe.run.seed,
         "run": run_id,
-        "recipe": recipe.model_dump(mode="json"),
+        "recipe": recipe.as_record(),
         "plan": plan.as_json(),
         "micro_batch": recipe.optim.batch_size // recipe.optim.accumulate,
         "model": {"name": recipe.model.name, "kwargs": recipe.model.create_kwargs()},
@@ -313,13 +312,13 @@ def checkpoint_meta(
         "export": export,
         "objective": recipe.objective.model_dump(mode="json"),
         "data": {
-            "pattern": train if isinstance(train, str) else " ".join(train),
+            "pattern": recipe.data.described,
             "mean": recipe.data.mean,
             "std": recipe.data.std,
             "img_size": list(recipe.model.img_size),
             "fingerprint": shards.fingerprint,
             "num_samples": len(shards),
-            "shards": shards.digests if len(shards.paths) <= _MOST_DIGESTS else None,
+            "shards": shards.digests if len(shards.digests) <= _MOST_DIGESTS else None,
         },
     }
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from images import random_image
-from selfvil.data.folder import FolderImages, open_images
+from selfvil.data.folder import FolderImages
+from selfvil.data.images import open_images
 from selfvil.data.index import Shards
 from selfvil.data.loader import ordered_batches
 from selfvil.data.read import DamagedImage
@@ -38,13 +39,19 @@ def test_keys_bytes_and_labels(folder):
 
 
 def test_the_fingerprint_changes_with_the_images(folder):
+    """With bytes and labels, not with names and times."""
     before = open_images(folder).fingerprint
     assert open_images(str(folder)).fingerprint == before
     os.utime(folder / "a" / "2.png", ns=(1, 1))
-    assert open_images(folder).fingerprint != before
-    changed = open_images(folder).fingerprint
-    (folder / "a" / "2.png").rename(folder / "a" / "4.png")
-    assert open_images(folder).fingerprint not in (before, changed)
+    (folder / "b" / "0.png").rename(folder / "b" / "1.png")
+    again = open_images(folder)
+    assert (again.fingerprint, again.changed) == (before, "")
+    random_image(9).save(folder / "a" / "2.png")
+    changed = open_images(folder)
+    assert changed.fingerprint != before
+    assert changed.changed == f"{folder} changed since it was last indexed: 1 of 4 samples have other bytes"
+    (folder / "a" / "2.png").rename(folder / "b" / "2.png")
+    assert open_images(folder).fingerprint not in (before, changed.fingerprint)
 
 
 def test_folders_of_shards_and_other_paths(folder, tmp_path):

@@ -81,9 +81,6 @@ def test_patterns(folder, pattern, names):
         (["t-000000.tar", ""], ["no shards given"]),
         (["t-000000.tar", "./t-000000.tar"], ["given twice"]),
         (["t-*.tar", "t-000001.tar"], ["t-000001.tar is given twice"]),
-        ("pipe:cat t-000000.tar", ["no URL that is read", "commands are never run"]),
-        ("ftp://example.org/t-{000000..000009}.tar", ["no URL that is read", "https://"]),
-        (["s3://bucket/t-000000.tar", "t-000000.tar"], ["t-000000.tar is a path", "only URLs"]),
         ("/dev/null", ["no regular file"]),
     ],
 )

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from selfvil.data.remote.cache import Cache, Full, cache_folder
+from selfvil.data.remote.cache import Cache, Full
 from selfvil.errors import UserError
 
 FORK = multiprocessing.get_context("fork")
@@ -268,7 +268,7 @@ def test_a_child_that_is_forked_during_a_download_does_not_keep_the_lock(cache):
 
 def test_the_default_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cache_folder() == tmp_path / "selfvil" / "remote"
+    assert Cache().folder == tmp_path / "selfvil" / "remote"
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
     with pytest.raises(UserError, match=r"data\.cache"):
-        cache_folder()
+        Cache().folder  # noqa: B018 - a property

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from selfvil.data.remote.window import WindowOrder
+from selfvil.data.order import WindowOrder
 
 SIZES = {
     "one shard": [10],

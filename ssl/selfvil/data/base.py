@@ -12,14 +12,15 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 
 from selfvil.data.changes import describe_difference, digests
-from selfvil.data.order import Order
+from selfvil.data.order import AnyOrder, ClassOrder, Order, WindowOrder
 from selfvil.data.read import DamagedImage
 from selfvil.data.remote.urls import Location, Url
-from selfvil.data.remote.window import WindowOrder
+from selfvil.errors import UserError
 
 Pattern = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 """A path or a shard pattern, or a list of them."""
@@ -36,6 +37,15 @@ class DamagedSample(DamagedImage):
     def __init__(self, shard: Location, key: str, reason: str) -> None:
         super().__init__(reason)
         self.shard, self.key, self.reason = shard, key, reason
+
+
+class SourceShare(NamedTuple):
+    """One source of a mixture: its name, number of images, share of a run's images, and epochs so far."""
+
+    name: str
+    images: int
+    share: float
+    epochs: float
 
 
 class Images(ABC):
@@ -60,12 +70,12 @@ class Images(ABC):
 
     def __init__(
         self, paths: Sequence[Location], ends: Sequence[int], sizes: np.ndarray, crcs: np.ndarray, labels: np.ndarray,
-        image: str | None = None,
+        image: str | None = None, highest: int | None = None,
     ) -> None:  # fmt: skip
-        """labels: int32 (n,), -1 for none."""
+        """labels: int32 (n,), -1 for none. highest: the largest label, if it is known."""
         self.paths, self.ends, self.image = list(paths), list(ends), image
         self.sizes, self.crcs = sizes, crcs
-        highest = int(labels.max(initial=-1))
+        highest = int(labels.max(initial=-1)) if highest is None else highest
         self.labels: np.ndarray | None = labels if highest >= 0 else None
         self.num_classes = highest + 1
         self.classes: list[str] = []
@@ -87,21 +97,49 @@ class Images(ABC):
         """The file or folder that holds image i."""
         return self.paths[self._number(i)]
 
+    def source_of(self, i: int) -> str:
+        """The name of the source of image i in a mixture; "" for a single source."""
+        return ""
+
     def parts(self) -> "list[Images]":
         """The sources it is made of: itself, unless it is a mixture."""
         return [self]
 
     @property
     def remote(self) -> bool:
-        """Whether the images are in a store, and not on a local disk."""
+        """Whether images are in a store, and not on a local disk."""
         return any(isinstance(path, Url) for path in self.paths)
 
-    def order(self, seed: int, window: int | None = None) -> Order | WindowOrder:
-        """The order of a run with this seed: of all images, or of those in `window` paths at a time."""
-        return Order(len(self), seed) if window is None else WindowOrder(self.ends, seed, window)
+    def order(self, seed: int, balanced: bool = False, window: int | None = None) -> AnyOrder:
+        """The order of a run. balanced: visit all classes equally often. window: shuffle only the images in this many
+        entries of `paths` at a time.
 
-    def ahead(self, numbers: Sequence[int]) -> None:  # noqa: B027 - most sources have nothing to prepare
-        """Images in these paths are read now and next, in this order. A source that is slow to open prepares them."""
+        Raises UserError if that needs labels, and images have none.
+        """
+        if not balanced:
+            return Order(len(self), seed) if window is None else WindowOrder(self.ends, seed, window)
+        unlabelled = len(self) if self.labels is None else int((self.labels < 0).sum())
+        if self.labels is None or unlabelled:
+            raise UserError(
+                f"data.order = class_balanced needs a label for each image, and {unlabelled:,} of the {len(self):,} "
+                f"images in {self.paths[0]} have none"
+            )
+        return ClassOrder(self.labels, seed)
+
+    def ahead(self, order: AnyOrder | None, position: int) -> None:
+        """The images from `position` on are read next, in this order, or in that of the list."""
+        if isinstance(order, WindowOrder):
+            self.prepare(order.ahead(position))
+        elif order is None:
+            number = self._number(position)
+            self.prepare(range(number, min(number + 2, len(self.paths))))
+
+    def prepare(self, numbers: Sequence[int]) -> None:  # noqa: B027 - most sources have nothing to do
+        """Images in these entries of `paths` are read now and next; others are not for a while."""
+
+    def shares(self, visits: int) -> list[SourceShare]:
+        """The sources of a mixture after the first `visits` images of a run; empty for a single source."""
+        return []
 
     @cached_property
     def fingerprint(self) -> str:

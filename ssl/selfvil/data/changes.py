@@ -4,16 +4,28 @@ import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
 from selfvil.data.remote.urls import Location
-from selfvil.data.sidecar import ShardIndex
+
+
+class HasContents(Protocol):
+    """An index: uint32 sizes and crcs, and integer labels, each (n,)."""
+
+    @property
+    def sizes(self) -> np.ndarray: ...
+    @property
+    def crcs(self) -> np.ndarray: ...
+    @property
+    def labels(self) -> np.ndarray: ...
 
 
 @dataclass(frozen=True)
 class Change:
-    """Two indexes of a shard compared: its samples now and before, and how many have other image bytes or labels."""
+    """Two indexes of a shard or folder compared: its samples now and before, and how many have other image bytes or
+    labels."""
 
     samples: int
     before: int
@@ -21,7 +33,7 @@ class Change:
     labels: int
 
 
-def compare(before: ShardIndex, now: ShardIndex) -> Change | None:
+def compare(before: HasContents, now: HasContents) -> Change | None:
     """None if images and labels are the same in the same order; the names of the samples may differ."""
     old, new = (index.sizes.astype(np.uint64) << np.uint64(32) | index.crcs for index in (before, now))
     if len(old) == len(new):

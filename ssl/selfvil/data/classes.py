@@ -1,4 +1,5 @@
-"""Names of classes: a file `classes.txt` in the folder of the shards, one name per line, in the order of the labels.
+"""Names of classes: of shards, a file `classes.txt` in their folder, one name per line, in the order of the labels; of
+other sources, their own.
 
 Labels are numbers. Only the names show whether a number means the same class in two sets of shards. `selfvil pack`
 numbers the subfolders of each source in alphabetical order. Two sources with different subfolders therefore need
@@ -19,7 +20,7 @@ CLASSES = "classes.txt"
 
 @dataclass(frozen=True)
 class Classes:
-    """names: the class of each label, from 0. file: the file they were read from."""
+    """names: the class of each label, from 0. file: the file that they were read from, or the folder that has them."""
 
     names: list[str]
     file: Location
@@ -41,15 +42,14 @@ def _lines(text: str) -> list[str]:
 
 
 def class_names(*parts: Images) -> Classes | None:
-    """The classes of all shards in `parts`, whose folders must agree; None if no folder has a classes.txt.
+    """The classes of all images in `parts`, whose lists must agree; None if there is no list.
 
-    Two lists agree if the shorter one is the beginning of the longer one. Folders without a classes.txt are ignored.
+    Two lists agree if the shorter one is the beginning of the longer one. Sources without a list are ignored.
 
     Raises UserError if two lists differ, naming both files and their first difference, or if one cannot be read.
     """
     longest: Classes | None = None
-    for file in _files(parts):
-        found = Classes(read_classes(file), file)
+    for found in _lists(parts):
         if longest is None:
             longest = found
             continue
@@ -65,14 +65,18 @@ def class_names(*parts: Images) -> Classes | None:
     return longest
 
 
-def _files(parts: Sequence[Images]) -> Iterator[Location]:
-    """The classes.txt of each folder that holds a shard, in the order of the shards."""
-    shards = {path.parent: path for part in parts for path in part.paths}
-    for folder, shard in shards.items():
-        for file in _places(folder, shard):
-            if store.exists(file) if isinstance(file, Url) else file.exists():
-                yield file
-                break
+def _lists(parts: Sequence[Images]) -> Iterator[Classes]:
+    """The classes that the sources name themselves, or the classes.txt of each folder that holds a shard."""
+    for source in (source for part in parts for source in part.parts()):
+        if source.classes:
+            yield Classes(source.classes, source.paths[0])
+            continue
+        shards = {path.parent: path for path in source.paths}
+        for folder, shard in shards.items():
+            for file in _places(folder, shard):
+                if store.exists(file) if isinstance(file, Url) else file.exists():
+                    yield Classes(read_classes(file), file)
+                    break
 
 
 def _places(folder: Location, shard: Location) -> list[Location]:

@@ -3,11 +3,13 @@
 Opening reads every header once, so a missing or damaged shard is reported before training starts. For each sample it
 keeps the position of the image, its CRC-32 and its label in memory: 12 bytes and the label. The index of a shard is
 saved in a file `SHARD.index.npz` in the same folder, or in a cache folder if that folder cannot be written. An index
-that is older than its shard is built again.
+that is older than its shard is built again. From 4 million samples on, the joined index of all shards is saved as well,
+and memory-mapped from the second start on.
 """
 
 import difflib
 import glob
+import hashlib
 import itertools
 import json
 import logging
@@ -15,19 +17,20 @@ import math
 import os
 import re
 import zlib
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from braceexpand import braceexpand
 
-from selfvil.data import sidecar
+from selfvil.data import columns, sidecar
 from selfvil.data.base import Images, Pattern, Progress
 from selfvil.data.changes import Change, compare, describe_changes
-from selfvil.data.files import ShardFiles
+from selfvil.data.files import LocalFiles, ShardFiles
 from selfvil.data.read import EXTENSIONS, MAX_BYTES
 from selfvil.data.remote.cache import Cache
 from selfvil.data.remote.shards import in_threads, open_remote
@@ -37,8 +40,9 @@ from selfvil.data.tar import BLOCK, members
 from selfvil.errors import UserError, shorten
 
 _log = logging.getLogger(__name__)
+_MAPPED = 1 << 22  # samples from which the joined index is saved: 64 MB
+_COLUMNS = {"blocks": np.uint32, "sizes": np.uint32, "crcs": np.uint32, "labels": np.int32}
 _MOST_SHARDS = 1_000_000
-_OPEN_FILES = 128  # shards that a process keeps open; the usual limit is 1,024 files
 _GZIP = b"\x1f\x8b"
 _PREFERENCE = {f"{name}{gz}": rank for rank, name in enumerate(EXTENSIONS) for gz in ("", ".gz")}
 _NAMING = (
@@ -292,6 +296,10 @@ def _load_or_build(path: Path, image: str | None = None) -> tuple[ShardIndex, Ch
     return index, change
 
 
+def _index(path: Path, image: str | None) -> ShardIndex:
+    return _load_or_build(path, image)[0]
+
+
 # --- all shards as one list ---------------------------------------------------------------------------------------
 
 
@@ -312,25 +320,45 @@ def open_shards(
         raise UserError(f"image extension {image!r} is not known; expected one of {', '.join(EXTENSIONS)}")
     if is_remote(pattern):
         remote = open_remote(pattern, build, progress, image, cache)
-        return _shards(remote.urls, remote.indexes, remote.changed, image, remote.files)
+        return _new(Shards(remote.urls, remote.indexes, remote.files, image), remote.changed)
     paths = expand_shards(pattern)
-    threads = min(len(paths), os.cpu_count() or 1, 16)  # zlib and file reads run in parallel
-    loaded = in_threads(lambda path: _load_or_build(path, image), paths, threads, progress)
+    files = LocalFiles(paths, partial(_index, image=image))
+    joined = columns.cache_file("shards", image, *map(os.path.abspath, paths))
+    if (shards := _load_joined(joined, paths, files, image)) is not None:
+        return shards
+    threads = min(os.cpu_count() or 1, 16)  # zlib and file reads run in parallel
+    loaded = in_threads(partial(_load_or_build, image=image), paths, threads, progress)
     changed: dict[Location, Change] = {path: change for path, (_, change) in zip(paths, loaded) if change}
-    return _shards(paths, [index for index, _ in loaded], changed, image, _LocalFiles(paths, image))
+    shards = _new(Shards(paths, [index for index, _ in loaded], files, image), changed)
+    shards.save(joined, paths)
+    return shards
 
 
-def _shards(
-    paths: Sequence[Location], indexes: Sequence[ShardIndex], changed: Mapping[Location, Change], image: str | None,
-    files: ShardFiles,
-) -> "Shards":  # fmt: skip
-    shards = Shards(paths, indexes, files, image)
+def _new(shards: "Shards", changed: Mapping[Location, Change]) -> "Shards":
+    """The shards, with warnings about them."""
     if changed:
         shards.changed = describe_changes(changed)
         _log.warning("%s. If this was not intended, copy the shards again", shards.changed)
-    if shards.several and image is None:
+    if shards.several and shards.image is None:
         _log.warning("%s; to use another, set data.image, or --image", describe_several(shards.several))
     return shards
+
+
+def _load_joined(file: Path | None, paths: Sequence[Path], files: ShardFiles, image: str | None) -> "Shards | None":
+    """The shards by their joined index; None if there is none, or a shard changed since it was made."""
+    if file is None or not file.is_file():
+        return None
+    try:
+        stamps = _stamps(paths)
+    except OSError:  # the message comes from the index of that shard
+        return None
+    loaded = columns.load(file)
+    return Shards.mapped(paths, *loaded, files, image) if loaded and loaded[0]["stamps"] == stamps else None
+
+
+def _stamps(paths: Sequence[Path]) -> str:
+    """A digest of the sizes and times of these files. Raises OSError."""
+    return hashlib.sha256(repr([tuple(Stamp.of(path)) for path in paths]).encode()).hexdigest()
 
 
 def index_shards(pattern: Pattern, progress: Progress | None = None, image: str | None = None) -> IndexReport:
@@ -338,7 +366,7 @@ def index_shards(pattern: Pattern, progress: Progress | None = None, image: str 
     shards = open_shards(pattern, progress, image)
     labels = np.zeros(0, np.int64) if shards.labels is None else shards.labels[shards.labels >= 0]
     found = np.unique(labels).tolist()
-    size = sum(shards.files.size(number) for number in range(len(shards.paths)))
+    size = sum(map(shards.files.size, range(len(shards.paths))))
     return IndexReport(
         len(shards.paths), len(shards), len(labels), len(found), (found[0], found[-1]) if found else None, size,
         shards.ignored, shards.several,
@@ -351,19 +379,53 @@ class Shards(Images):
     def __init__(
         self, paths: Sequence[Location], indexes: Sequence[ShardIndex], files: ShardFiles, image: str | None = None
     ) -> None:
+        facts = {
+            "ends": list(itertools.accumulate(len(index.labels) for index in indexes)),
+            "several": list(sum((index.combinations() for index in indexes), Counter[tuple[str, ...]]()).items()),
+            "ignored": int(sum(index.ignored for index in indexes)),
+        }
+        joined = {
+            name: np.concatenate([getattr(index, name).astype(dtype, copy=False) for index in indexes])
+            for name, dtype in _COLUMNS.items()
+        }
+        self._fill(paths, facts, joined, files, image)
+
+    @classmethod
+    def mapped(
+        cls, paths: Sequence[Path], facts: Mapping[str, Any], joined: Mapping[str, np.ndarray], files: ShardFiles,
+        image: str | None,
+    ) -> "Shards":  # fmt: skip
+        """The shards by the facts and arrays that `save` wrote."""
+        shards = cls.__new__(cls)
+        shards._fill(paths, facts, joined, files, image)
+        shards.__dict__ |= {name: facts[name] for name in ("fingerprint", "digests")}  # of cached properties
+        return shards
+
+    def _fill(
+        self, paths: Sequence[Location], facts: Mapping[str, Any], joined: Mapping[str, np.ndarray], files: ShardFiles,
+        image: str | None,
+    ) -> None:  # fmt: skip
         super().__init__(
-            paths,
-            list(itertools.accumulate(len(index.labels) for index in indexes)),
-            np.concatenate([index.sizes for index in indexes]),
-            np.concatenate([index.crcs for index in indexes]),
-            np.concatenate([index.labels.astype(np.int32) for index in indexes]),
-            image,
+            paths, facts["ends"], joined["sizes"], joined["crcs"], joined["labels"], image, facts.get("highest")
         )
-        self.several = sum((index.combinations() for index in indexes), Counter())
-        self.ignored = int(sum(index.ignored for index in indexes))
-        self._blocks = np.concatenate([index.blocks for index in indexes])
+        self.several = Counter({tuple(names): count for names, count in facts["several"]})
+        self.ignored = facts["ignored"]
+        self._blocks = joined["blocks"]
         self.files = files
         self._keys: tuple[int, list[str]] | None = None
+
+    def save(self, file: Path | None, paths: Sequence[Path]) -> None:
+        """Save the joined index of a large number of samples in local files for the next start."""
+        if file is None or len(self) < _MAPPED:
+            return
+        facts = {
+            "stamps": _stamps(paths), "ends": self.ends, "several": list(self.several.items()),
+            "ignored": self.ignored, "highest": self.num_classes - 1, "fingerprint": self.fingerprint,
+            "digests": self.digests,
+        }  # fmt: skip
+        labels = np.full(len(self), -1, np.int32) if self.labels is None else self.labels
+        joined = {"blocks": self._blocks, "sizes": self.sizes, "crcs": self.crcs, "labels": labels}
+        columns.save(file, facts, joined)
 
     def read(self, i: int) -> bytes:
         """The bytes of sample i's image file, decompressed if the member is a .gz file.
@@ -394,8 +456,8 @@ class Shards(Images):
         number, names = i - (self.ends[shard - 1] if shard else 0), self._keys[1]
         return names[number] if number < len(names) else f"sample {number}"
 
-    def ahead(self, numbers: Sequence[int]) -> None:
-        self.files.ahead(numbers)
+    def prepare(self, numbers: Sequence[int]) -> None:
+        self.files.prepare(numbers)
 
     def _unpack(self, i: int, data: bytes) -> bytes:
         try:
@@ -409,37 +471,3 @@ class Shards(Images):
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_keys": None}
-
-
-class _LocalFiles(ShardFiles):
-    """Shards on a local disk, of which a process keeps some open."""
-
-    def __init__(self, paths: Sequence[Path], image: str | None) -> None:
-        self._paths, self._image = list(paths), image
-        self._descriptors: OrderedDict[int, int] = OrderedDict()
-
-    def read(self, number: int, offset: int, size: int) -> bytes:
-        descriptor = self._descriptors.get(number)
-        if descriptor is None:
-            descriptor = os.open(self._paths[number], os.O_RDONLY | os.O_CLOEXEC)
-            self._descriptors[number] = descriptor
-            if len(self._descriptors) > _OPEN_FILES:
-                os.close(self._descriptors.popitem(last=False)[1])
-        self._descriptors.move_to_end(number)
-        return os.pread(descriptor, size, offset)
-
-    def open(self, number: int) -> BinaryIO:
-        return open(self._paths[number], "rb", buffering=1 << 20)
-
-    def size(self, number: int) -> int:
-        return self._paths[number].stat().st_size
-
-    def index(self, number: int) -> ShardIndex:
-        return _load_or_build(self._paths[number], self._image)[0]
-
-    def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_descriptors": OrderedDict()}
-
-    def __del__(self) -> None:
-        for descriptor in self.__dict__.get("_descriptors", {}).values():
-            os.close(descriptor)

@@ -17,7 +17,7 @@ _log = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class BadSample:
     """A sample that could not be read or decoded, the position where it occurred, and the id of its replacement, -1 if
-    it was left out."""
+    it was left out. source: its name, in a mixture."""
 
     position: int
     id: int
@@ -25,6 +25,7 @@ class BadSample:
     key: str
     reason: str
     replaced_by: int
+    source: str = ""
 
 
 class Ledger:

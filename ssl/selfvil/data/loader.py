@@ -1,4 +1,4 @@
-"""From shards to batches.
+"""From images to batches.
 
 Sample positions are counted through all epochs: step s of a run covers positions [s·B, (s+1)·B) of the order, for any
 number of processes. Rank r takes the r-th contiguous part of them, and its micro-batches are contiguous parts of that.
@@ -24,9 +24,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from selfvil.data.base import Images
 from selfvil.data.ledger import BadSample
-from selfvil.data.order import Order
+from selfvil.data.order import AnyOrder, Order
 from selfvil.data.read import DamagedImage, decode_image
-from selfvil.data.remote.window import WindowOrder
 from selfvil.data.render import Drawn, require_renderable
 from selfvil.data.views import RandomCropFlip, preserved_randomness, seed_randomness
 from selfvil.errors import UserError
@@ -96,6 +95,7 @@ def train_batches(
     workers: int = 0,
     channels: int = 3,
     augment: Literal["workers", "device"] = "workers",
+    balanced: bool = False,
     window: int | None = None,
 ) -> Generator[Batch, None, None]:
     """Micro-batches of steps [start_step, stop_step) for one rank, in order: `accumulate` of them for each step.
@@ -108,7 +108,8 @@ def train_batches(
         channels: of the decoded images: 1 (grey), 3 (RGB) or 4 (RGBA).
         augment: where augmentation runs: in the workers, or on the device in `Batch.to`, with the images and random
             numbers of the workers. Both give the same views to the rounding of 8 bits.
-        window: shuffle the samples of this many shards at a time, for shards in a store; None: all samples.
+        balanced: visit all classes equally often.
+        window: shuffle the images of this many shards at a time, for shards in a store; None: all images.
 
     If a worker dies, this process makes the next batches itself, more slowly, with the reason in `problem`. All
     processes of a run can then finish the step, save and stop together.
@@ -124,7 +125,7 @@ def train_batches(
             "micro-batches); change optim.batch_size, optim.accumulate or the number of processes"
         )
     crops = require_renderable(views) if augment == "device" else None
-    samples = _Samples(shards, views, channels, seed, shards.order(seed, window), crops)
+    samples = _Samples(shards, views, channels, seed, shards.order(seed, balanced, window), crops)
     share = batch_size // world_size
     micro = micro_batch or share // accumulate
 
@@ -185,14 +186,14 @@ class _Samples(Dataset):
     views: Sequence[View]
     channels: int
     seed: int
-    order: Order | WindowOrder | None
+    order: AnyOrder | None
     crops: Sequence[RandomCropFlip] | None = None
     skip_damaged: bool = False
 
     def __getitem__(self, span: tuple[int, int]) -> Batch | UserError:
         positions = np.arange(*span)
         ids = positions.copy() if self.order is None else self.order.ids(positions)
-        self.shards.ahead(self._ahead(positions))
+        self.shards.ahead(self.order, int(positions[0]))
         made: list[list[Any]] = [[] for _ in self.views]
         images: list[Image] = []
         bad: list[BadSample] = []
@@ -219,16 +220,9 @@ class _Samples(Dataset):
         stacked = [] if drawn else [torch.stack(rows) if rows else torch.zeros(0) for rows in made]
         return Batch(stacked, torch.from_numpy(positions), torch.from_numpy(ids), torch.from_numpy(labels), bad, drawn)
 
-    def _ahead(self, positions: np.ndarray) -> Sequence[int]:
-        """The shards to prepare for a batch and those after it."""
-        if self.order is not None:
-            return self.order.ahead(int(positions[0]))
-        first, last = np.searchsorted(self.shards.ends, positions[[0, -1]], side="right").tolist()
-        return range(first, min(last + 2, len(self.shards.ends)))
-
     def _image(self, position: int, first: int, bad: list[BadSample]) -> tuple[Image, int]:
-        """The image for a position, and its id. A damaged sample is replaced by the sample that a variant of the order
-        has at this position, which is the same for any number of processes."""
+        """The image for a position, and its id. A damaged sample is replaced by the sample that the order with another
+        seed has at this position, which is the same for any number of processes."""
         failed: list[tuple[int, str]] = []
         id = first
         for hop in range(_TRIES):
@@ -250,7 +244,8 @@ class _Samples(Dataset):
         )
 
     def _bad(self, position: int, id: int, reason: str, replaced_by: int) -> BadSample:
-        return BadSample(position, id, str(self.shards.shard_of(id)), self.shards.key(id), reason, replaced_by)
+        shard, key, source = str(self.shards.shard_of(id)), self.shards.key(id), self.shards.source_of(id)
+        return BadSample(position, id, shard, key, reason, replaced_by, source)
 
 
 def _batches_despite_worker_death(

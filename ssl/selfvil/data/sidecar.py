@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from selfvil.data.columns import cache_folder
 from selfvil.data.tar import BLOCK
 
 SIDECAR = ".index.npz"
@@ -82,10 +83,8 @@ def sidecars(path: Path, image: str | None = None) -> list[Path]:
 
 def in_cache(shard: bytes, image: str | None = None) -> Path | None:
     """Path of the index of a shard in the user's cache folder, under a hash of its path or URL; None without a home."""
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    if not os.path.isabs(cache):  # no home folder; the XDG specification ignores relative paths
-        return None
-    return Path(cache, "selfvil", "index", hashlib.sha256(shard).hexdigest()[:32] + ending(image))
+    folder = cache_folder()
+    return None if folder is None else folder / (hashlib.sha256(shard).hexdigest()[:32] + ending(image))
 
 
 def ending(image: str | None = None) -> str:

@@ -9,6 +9,7 @@ Rules for a folder:
 """
 
 import os
+import stat
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -223,14 +224,22 @@ def _by_extension(names: Sequence[str]) -> str:
     return shown + (f" and {len(extensions) - 10} other extensions" if len(extensions) > 10 else "")
 
 
-def _read_file(folder: Path, names: Sequence[str], i: int) -> bytes:
+def read_file(path: str) -> bytes:
+    """The bytes of an image file. Raises DamagedImage if it cannot be read or is too large."""
     try:
-        with open(os.path.join(folder, names[i]), "rb") as file:
-            if (size := os.fstat(file.fileno()).st_size) > MAX_BYTES:
-                raise DamagedImage(f"its {size} bytes are more than the limit of {MAX_BYTES}")
+        with open(path, "rb") as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise DamagedImage("is no regular file")
+            if status.st_size > MAX_BYTES:
+                raise DamagedImage(f"its {status.st_size} bytes are more than the limit of {MAX_BYTES}")
             return file.read()
-    except OSError as error:
-        raise DamagedImage(f"cannot be read: {error.strerror}") from None
+    except (OSError, ValueError) as error:
+        raise DamagedImage(f"cannot be read: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _read_file(folder: Path, names: Sequence[str], i: int) -> bytes:
+    return read_file(os.path.join(folder, names[i]))
 
 
 def _read_beside(folder: Path, masks: Sequence[str | None], i: int) -> bytes | None:

@@ -42,8 +42,8 @@ class FewLabels(Images):
     def shard_of(self, i: int) -> Location:
         return self._all.shard_of(self._id(i))
 
-    def ahead(self, numbers: Sequence[int]) -> None:
-        self._all.ahead(numbers)
+    def prepare(self, numbers: Sequence[int]) -> None:
+        self._all.prepare(numbers)
 
     def _id(self, i: int) -> int:
         """The number of image i among all images."""

@@ -16,7 +16,7 @@ from PIL import Image
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
 from torch import Tensor
 
-from selfvil.data.folder import open_images
+from selfvil.data.images import open_images
 from selfvil.data.loader import ordered_batches
 from selfvil.data.read import DamagedImage, Loaded, convert_image, decode_image, turn_upright
 from selfvil.embedding.encoder import Encoder, load_encoder

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 
 from selfvil.data.base import Images
-from selfvil.data.folder import FolderImages
+from selfvil.data.imagefiles import ImageFiles
 from selfvil.errors import UserError, shorten
 
 
@@ -17,7 +17,7 @@ def image_keys(images: Images) -> tuple[Callable[[int], str], str]:
 
     Raises UserError if a key occurs twice in one shard.
     """
-    if isinstance(images, FolderImages):
+    if isinstance(images, ImageFiles):
         return lambda i: text(images.key(i)), ""
     plain = lambda i: text(images.key(i))  # noqa: E731
     twice = _first_repeated(plain, len(images))

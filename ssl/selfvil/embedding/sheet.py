@@ -9,7 +9,7 @@ from typing import Any
 import matplotlib
 from PIL import Image, ImageDraw, ImageFont
 
-from selfvil.data.folder import open_images
+from selfvil.data.images import open_images
 from selfvil.data.read import DamagedImage, decode_image
 from selfvil.embedding.keys import image_keys
 from selfvil.embedding.reader import EmbeddingFile

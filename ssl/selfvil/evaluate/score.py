@@ -20,8 +20,8 @@ from rich.console import Group
 from rich.table import Table
 
 from selfvil.data.base import Images, Pattern
-from selfvil.data.index import open_shards
-from selfvil.errors import UserError
+from selfvil.data.images import open_images
+from selfvil.errors import UserError, redact
 from selfvil.evaluate import ALL, evaluation, needs, settings, want
 from selfvil.evaluate.checks import shared_images
 from selfvil.evaluate.features import ALONE, Precision
@@ -46,7 +46,7 @@ class Pair(NamedTuple):
     def names(self) -> tuple[str, str]:
         """Both patterns as text, for tables."""
         train, test = (str(each) if isinstance(each, str | os.PathLike) else " ".join(map(str, each)) for each in self)
-        return train, test
+        return redact(train), redact(test)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +135,7 @@ def score_pairs(
             evaluation(name)
         loaded = load()
         opened: list[tuple[Images, Images]] = [
-            (open_shards(pair.train, image=image), open_shards(pair.test, image=image)) for pair in pairs
+            (open_images(pair.train, image=image), open_images(pair.test, image=image)) for pair in pairs
         ]
         warnings = list[str]()
         for train, test in opened:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from selfvil.data.base import Images
-from selfvil.data.index import open_shards
+from selfvil.data.images import open_images
 from selfvil.errors import UserError
 from selfvil.evaluate.checks import check_classes
 from selfvil.evaluate.knn import require_neighbours
@@ -37,7 +37,7 @@ def require_formats(formats: Sequence[str]) -> None:
         onnx.require_packages()
 
 
-def open_images(images: str | None, train: str | None, test: str | None, pretraining: str | None) -> Labelled:
+def open_labelled(images: str | None, train: str | None, test: str | None, pretraining: str | None) -> Labelled:
     """The images that measure int8's cost: `images`, or those of `test`, or those of pretraining.
 
     Raises UserError if none can be opened, only one of `train` and `test` is given, or they do not fit each other.
@@ -46,7 +46,7 @@ def open_images(images: str | None, train: str | None, test: str | None, pretrai
         raise UserError("The k-NN accuracy of --int8 needs both --train and --test, labelled shards.")
     parts = None
     if train is not None and test is not None:
-        parts = open_shards(train), open_shards(test)
+        parts = open_images(train), open_images(test)
         check_classes(*parts)
         require_neighbours(len(parts[0]), [quantise.K])
     if images is None and parts is not None:
@@ -54,7 +54,7 @@ def open_images(images: str | None, train: str | None, test: str | None, pretrai
     if images is None and pretraining is None:
         raise UserError("--int8 measures its cost in accuracy on real images: give --images SHARDS.")
     try:
-        return Labelled(open_shards(str(images or pretraining)), parts)
+        return Labelled(open_images(str(images or pretraining)), parts)
     except UserError as error:
         if images is not None:
             raise

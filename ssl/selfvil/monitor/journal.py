@@ -2,11 +2,12 @@
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import Tensor
 
+from selfvil.data.base import SourceShare
 from selfvil.diagnostics.collapse import Alarm, Doctor
 from selfvil.divergence import LossSpikes, NonFinite, non_finite
 from selfvil.engine import Engine
@@ -64,7 +65,7 @@ class Journal:
         self.last_loss: float | None = None
         self.metrics = MetricsWriter(
             folder.path, first_step, recipe.monitor.tensorboard, recipe.monitor.wandb, folder.path.name, run_id,
-            self.outputs, recipe.model_dump(mode="json"),
+            self.outputs, recipe.as_record(),
         ) if engine.is_main else None  # fmt: skip
         self.line = ProgressLine(first_step, plan.total_steps, enabled=engine.is_main, outputs=self.outputs)
         self.doctor = Doctor(recipe, plan.total_steps, takes_vitals=recipe.monitor.doctor_every is not None)
@@ -77,8 +78,8 @@ class Journal:
         for values in [*outputs, {"grad_norm": grad_norm}]:
             self._means.add(values)
 
-    def log(self, step: int, rates: Rates, nonfinite: NonFinite) -> None:
-        """Write the means since the last call, with the speed. Collective.
+    def log(self, step: int, rates: Rates, nonfinite: NonFinite, sources: Sequence[SourceShare]) -> None:
+        """Write the means since the last call, with the speed and the epochs of the sources of a mixture. Collective.
 
         Raises UserError if a mean is not finite.
         """
@@ -92,6 +93,7 @@ class Journal:
         self.last_loss = values.get("loss", self.last_loss)  # absent if all steps were skipped
         values |= {"lr": rates.lr, "weight_decay": rates.weight_decay, "samples": self.plan.samples(step),
                    "epoch": self.plan.epochs(step), "images_per_second": speed}  # fmt: skip
+        values |= {f"epoch/{source.name}": source.epochs for source in sources}
         if "loss" in values and (height := self._spikes.add(values["loss"])):
             values["loss_spike"] = height
             self.say(f"step {step:,}: loss {values['loss']:.4f} is {height:.0f} deviations above the recent ones")

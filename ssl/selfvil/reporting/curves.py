@@ -143,7 +143,7 @@ def _is_other(key: str, runs: Sequence[Run]) -> bool:
     """Whether a logged value is drawn below the main ones; a weight decay only if it changes or differs."""
     if key == "weight_decay":
         return len({value for run in runs for _, value in run.series(key)}) > 1
-    return key not in _NOT_DRAWN | {"loss"}
+    return key not in _NOT_DRAWN | {"loss"} and not key.startswith("epoch/")
 
 
 def _grid(figures: Sequence[Element]) -> Element:

@@ -20,6 +20,9 @@ from typing import BinaryIO
 
 from selfvil.errors import UserError
 
+LIMIT = 50 * 10**9
+"""Bytes of the cache, unless another limit is given."""
+
 _COMPLETE, _PARTIAL = ".tar", ".part"
 
 
@@ -28,10 +31,20 @@ class Full(OSError):
 
 
 class Cache:
-    """Args: folder, which is made when the first file is written; limit: of all its files together, in bytes."""
+    """Args: folder, by default one in the user's cache folder; limit: of all its files together, in bytes."""
 
-    def __init__(self, folder: Path, limit: int) -> None:
-        self.folder, self.limit = folder, limit
+    def __init__(self, folder: str | Path | None = None, limit: int = LIMIT) -> None:
+        self.given, self.limit = folder, limit
+
+    @property
+    def folder(self) -> Path:
+        """Made when the first file is written. Raises UserError if there is no home folder."""
+        if self.given is not None:
+            return Path(self.given).absolute()
+        cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        if not os.path.isabs(cache):  # no home folder; the XDG specification ignores relative paths
+            raise UserError("there is no home folder for downloaded shards: set data.cache to a folder")
+        return Path(cache, "selfvil", "remote")
 
     def open(self, name: str, size: int) -> int | None:
         """A descriptor of a complete file, or None if it is not there. Until it is closed, the file is in use."""
@@ -121,16 +134,6 @@ class Cache:
         finally:
             fcntl.flock(space, fcntl.LOCK_UN)
             os.close(space)
-
-
-def cache_folder(folder: str | None = None) -> Path:
-    """`folder`; without one, a folder in the user's cache folder. Raises UserError if there is no home folder."""
-    if folder is not None:
-        return Path(folder).absolute()
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    if not os.path.isabs(cache):  # no home folder; the XDG specification ignores relative paths
-        raise UserError("there is no home folder for downloaded shards: set data.cache to a folder")
-    return Path(cache, "selfvil", "remote")
 
 
 def _size(name: str) -> int | None:

@@ -72,7 +72,7 @@ class RemoteFiles(ShardFiles):
             raise UserError(f"the index of {self.files[number].url} was removed from the cache folder")
         return loaded[0]
 
-    def ahead(self, numbers: Sequence[int]) -> None:
+    def prepare(self, numbers: Sequence[int]) -> None:
         """Begin to download these shards, in this order, and close all others."""
         self._check_process()
         wanted = tuple(numbers)

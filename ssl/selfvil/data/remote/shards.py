@@ -7,7 +7,7 @@ from typing import BinaryIO, NamedTuple, TypeVar
 from selfvil.data.base import Pattern, Progress
 from selfvil.data.changes import Change, compare
 from selfvil.data.remote import indexes, store
-from selfvil.data.remote.cache import Cache, cache_folder
+from selfvil.data.remote.cache import Cache
 from selfvil.data.remote.fetch import RemoteFiles, open_whole
 from selfvil.data.remote.indexes import Remote
 from selfvil.data.remote.urls import Location, Url, expand_braces, is_remote
@@ -16,9 +16,6 @@ from selfvil.errors import UserError, shorten
 
 WINDOW = 16
 """Shards in a window of the order, unless `data.window` states another number."""
-
-CACHE_GB = 50.0
-"""Size of the cache in GB (10**9 bytes), unless `data.cache_gb` states another one."""
 
 Build = Callable[[BinaryIO, Location, str | None], ShardIndex]
 """Makes the index of a shard: `selfvil.data.index.build`."""
@@ -50,7 +47,7 @@ def open_remote(
         UserError: a URL is not accepted, given twice or does not exist, the store fails, or a shard is damaged.
     """
     urls = expand_urls(pattern)
-    cache = default_cache() if cache is None else cache
+    cache = Cache() if cache is None else cache
 
     def opened(url: Url) -> tuple[Remote, ShardIndex, Change | None]:
         file = Remote(url, store.stat(url))
@@ -85,11 +82,6 @@ def expand_urls(pattern: Pattern) -> list[Url]:
         twice = next(url for number, url in enumerate(urls) if url in urls[:number])
         raise UserError(f"shard {twice} is given twice; name each shard once")
     return urls
-
-
-def default_cache(folder: str | None = None, gigabytes: float | None = None) -> Cache:
-    """The cache in `folder`, or in the user's cache folder, with this limit. Raises UserError without a home folder."""
-    return Cache(cache_folder(folder), round((CACHE_GB if gigabytes is None else gigabytes) * 1e9))
 
 
 def in_threads(
