@@ -184,8 +184,8 @@ class DataSection(Section):
 
     train: Annotated[PathText | list[PathText] | list[SourceEntry], BeforeValidator(_sources)]
     """WebDataset shards (a path, a glob, a folder, or a brace pattern such as shards/train-{000000..000009}.tar), their
-    URLs (https, s3, gs, hf), a folder of image files, a table of paths (.csv, .parquet), or a Hugging Face data set on disk; or a mixture: a list
-    of {source: ..., weight: ...}, from which every window of images takes exact shares."""
+    URLs (https, s3, gs, hf), a folder of image files, a table of paths (.csv, .parquet), or a Hugging Face data set on
+    disk; or a mixture: a list of {source: ..., weight: ...}, from which every window of images takes exact shares."""
     order: Literal["shuffled", "class_balanced"] = "shuffled"
     """shuffled: every image once in each epoch. class_balanced: every class equally often, each with its own epochs;
     needs labels."""
@@ -193,12 +193,12 @@ class DataSection(Section):
     """Extension of the image if samples have several, such as KEY.jpg with a mask KEY.png; null takes the first of jpg,
     png, webp, tif ... and warns."""
     window: int | None = Field(None, ge=1)
-    """Shuffle the images of this many shards at a time, in a new order of the shards in each epoch; null: 16 where images
-    are behind a URL, so that each shard is downloaded once an epoch, and otherwise all images at once."""
+    """Shuffle the images of this many shards at a time, with another order of the shards in each epoch; null: 16 where
+    images are behind a URL, so that each shard is downloaded once an epoch, and otherwise all images at once."""
     cache: PathText | None = None
     """Folder for downloaded shards, which several runs may share; null: selfvil/remote in the user's cache folder."""
     cache_gb: float = Field(50.0, gt=0)
-    """Size of that folder, in GB; the shards that were not used for the longest time are removed. Two windows should fit."""
+    """Size of that folder, in GB: the least recently used shards are removed. Two windows of shards should fit."""
     labels_per_class: int | None = Field(None, ge=1)
     """Train on this many images of each class only, drawn by run.seed; needs labels. null trains on all images."""
     mean: list[Annotated[float, Field(ge=0, le=1)]] = list(IMAGENET_MEAN)  # noqa: RUF012 - pydantic copies it

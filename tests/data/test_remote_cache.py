@@ -5,6 +5,7 @@ import errno
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -104,6 +105,27 @@ def test_without_waiting_a_file_that_another_process_downloads_is_left_to_it(cac
     assert filled(cache, "aa") == content("aa")  # waits
     process.join(10)
     assert process.exitcode == 0
+
+
+def test_who_waits_for_a_download_goes_on_although_others_read_the_file(cache):
+    started, opened = threading.Event(), []
+
+    def write(file) -> None:
+        started.set()
+        time.sleep(0.3)
+        writer("aa")(file)
+
+    download = threading.Thread(target=lambda: opened.append(cache.fill("aa", SIZE, write)))
+    download.start()
+    assert started.wait(5)
+    waiting = [threading.Thread(target=lambda: opened.append(cache.fill("aa", SIZE, write))) for _ in range(3)]
+    for thread in waiting:
+        thread.start()
+    for thread in (download, *waiting):
+        thread.join(5)
+    assert len(opened) == 4  # and the first is still open
+    for descriptor in opened:
+        os.close(descriptor)
 
 
 def test_after_a_killed_download_the_next_process_continues(cache, tmp_path):

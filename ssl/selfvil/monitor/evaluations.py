@@ -83,7 +83,7 @@ def plain_copy(recipe: Recipe, backbone: nn.Module) -> nn.Module:
 
 def _network(recipe: Recipe, backbone: nn.Module, **overrides: Any) -> Network:
     """A new network with the weights of `backbone`. overrides: arguments of `timm.create_model`."""
-    model, data, cache = recipe.model, recipe.data, cache_of(recipe.data)
+    model, data = recipe.model, recipe.data
     meta = {
         "model": {"name": model.name, "kwargs": model.create_kwargs() | overrides},
         "data": {"mean": data.mean, "std": data.std, "img_size": model.img_size},

@@ -86,9 +86,13 @@ class Cache:
             locked = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
             with os.fdopen(locked, "r+b") as file:
                 try:
-                    fcntl.flock(locked, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+                    fcntl.flock(locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
-                    return None
+                    if not wait:
+                        return None
+                    # Shared: this may be the complete file by then, which others read as long as they want.
+                    fcntl.flock(locked, fcntl.LOCK_SH)
+                    continue
                 try:
                     if not _is(part, locked):
                         continue  # its download has ended, or it was removed
