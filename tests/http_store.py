@@ -108,8 +108,13 @@ def serve(folder: Path, **settings: object) -> Iterator[HttpStore]:
             if cut:
                 self.close_connection = True
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
+    class Server(ThreadingHTTPServer):
+        daemon_threads = True
+
+        def handle_error(self, *_: object) -> None:
+            """A client that closes its connection is no error."""
+
+    server = Server(("127.0.0.1", 0), Handler)
     store.url = f"http://127.0.0.1:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
     thread.start()

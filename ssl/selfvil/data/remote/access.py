@@ -32,21 +32,30 @@ class Temporary(Exception):
 
 
 class Missing(UserError):
-    def __init__(self, url: Url) -> None:
-        super().__init__(f"{url} does not exist; check the URL")
+    """A file does not exist."""
+
+    @classmethod
+    def of(cls, url: Url) -> "Missing":  # no __init__: an error must survive being pickled by a worker
+        return cls(f"{url} does not exist; check the URL")
 
 
 class Denied(UserError):
-    def __init__(self, url: Url, reason: str) -> None:
-        super().__init__(
+    """The store does not allow it."""
+
+    @classmethod
+    def of(cls, url: Url, reason: str) -> "Denied":
+        return cls(
             f"{url} cannot be read ({reason}): the file does not exist, or the credentials in the environment do not "
             "allow it (docs/howto/remote.md)"
         )
 
 
 class Changed(UserError):
-    def __init__(self, url: Url, before: Version, now: Version) -> None:
-        super().__init__(
+    """A file has another version than before."""
+
+    @classmethod
+    def of(cls, url: Url, before: Version, now: Version) -> "Changed":
+        return cls(
             f"{url} changed while it was used: {before} before, {now} now. Restore it; or begin a new run, which will "
             "use the new version"
         )

@@ -63,7 +63,7 @@ class BucketStore(Store):
 
     def _require(self, url: Url, version: Version) -> None:
         if (now := self.stat(url)) != version:
-            raise Changed(url, version, now)
+            raise Changed.of(url, version, now)
 
     def _files(self, url: Url) -> Any:
         """This process's file system."""
@@ -91,14 +91,14 @@ class BucketStore(Store):
         except UserError:
             raise
         except FileNotFoundError:
-            raise Missing(url) from None
+            raise Missing.of(url) from None
         except PermissionError as error:
-            raise Denied(url, _describe(error)) from None
+            raise Denied.of(url, _describe(error)) from None
         except (ValueError, TypeError, NotImplementedError) as error:
             raise UserError(f"{url} cannot be read: {_describe(error)}") from None
         except Exception as error:
             if "Credentials" in type(error).__name__ or "RepositoryNotFound" in type(error).__name__:
-                raise Denied(url, _describe(error)) from None
+                raise Denied.of(url, _describe(error)) from None
             raise Temporary(_describe(error)) from None
 
 

@@ -38,7 +38,7 @@ class HttpStore(Store):
         with self._get(url, start, stop) as response:
             found = _version(url, response)
             if found[:2] != version[:2]:
-                raise Changed(url, version, found)
+                raise Changed.of(url, version, found)
             skip = 0 if found.ranges else start
             if found.ranges and not str(response.headers["Content-Range"]).startswith(f"bytes {start}-{stop - 1}/"):
                 raise Temporary(f"it sent {response.headers['Content-Range']}, not bytes {start}-{stop - 1}")
@@ -87,9 +87,9 @@ def _version(url: Url, response: Any) -> Version:
     """Size and tag of the whole file, from the headers of a response. Raises what its status means."""
     status, headers = response.status_code, response.headers
     if status in (404, 410):
-        raise Missing(url)
+        raise Missing.of(url)
     if status in (401, 403, 407):
-        raise Denied(url, f"{status} {response.reason}")
+        raise Denied.of(url, f"{status} {response.reason}")
     if status in _TEMPORARY or status >= 500:
         seconds = headers.get("Retry-After", "")
         raise Temporary(f"{status} {response.reason}", float(seconds) if seconds.isdecimal() else None)
