@@ -59,6 +59,7 @@ def views(shards, workers=0):
     return torch.cat([batch.views[0] for batch in batches])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", ["s3://images/train/s-{0..2}.tar", "s3://images/train/*.tar"])
 def test_batches_equal_those_of_local_files(bucket, pattern):
     local, shards = open_shards(bucket[0]), open_shards(pattern)

@@ -101,7 +101,10 @@ def test_content_equals_local_files(served, local):
     assert str(shards.shard_of(13)) == f"{served.url}/s-1.tar"
 
 
-@pytest.mark.parametrize(("ranks", "workers"), [(1, 0), (1, 1), (2, 2), (4, 0), (1, 3)])
+_SLOW = [pytest.param(*each, marks=pytest.mark.slow) for each in [(2, 2), (4, 1), (4, 0), (2, 3), (1, 3)]]
+
+
+@pytest.mark.parametrize(("ranks", "workers"), [(1, 0), (1, 1), (2, 0), *_SLOW])
 def test_batches_equal_those_of_local_files(served, local, ranks, workers):
     """Two epochs and a part, for several numbers of processes and workers, with a cache of less than a window."""
     expected = trained(local)
@@ -126,6 +129,7 @@ def test_a_subset_of_labels(served, folder):
     assert same(trained(shards, workers=1), trained(FewLabels(open_shards(folder), 1, seed=0)))
 
 
+@pytest.mark.slow
 def test_each_shard_is_downloaded_once_by_all_workers_in_all_epochs(served):
     shards = remote(served)
     trained(shards, workers=3)
@@ -238,12 +242,13 @@ def test_a_shard_given_twice(served):
 # --- a store that fails -------------------------------------------------------------------------------------------
 
 
-def test_failures_during_training_change_nothing(served, local):
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_failures_during_training_change_nothing(served, local, workers):
     add_sidecars(served)
     shards = remote(served)
     for number in range(7):
         served.faults[f"s-{number}.tar"] = ["503", "short", "500", "long"]
-    assert same(trained(shards, workers=2), trained(local))
+    assert same(trained(shards, workers), trained(local))
 
 
 def test_without_ranges_training_is_the_same(served, local):
@@ -251,7 +256,7 @@ def test_without_ranges_training_is_the_same(served, local):
     assert same(trained(remote(served), workers=1), trained(local))
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_store_that_keeps_failing_ends_the_run_with_one_sentence(served, workers):
     add_sidecars(served)
     shards = remote(served)
