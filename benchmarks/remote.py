@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=224, help="of the view, in pixels")
     parser.add_argument("--per-shard", type=int, default=16, help="images in a shard of the benchmark")
     parser.add_argument("--window", type=int, default=4, help="shards")
-    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--latency", type=float, default=0.02, help="seconds")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--workers", type=int, default=1)
