@@ -122,7 +122,7 @@ def test_report(tmp_path):
     seen = []
     report = index_shards(tmp_path, progress=lambda done, total: seen.append((done, total)))
     assert report == IndexReport(1, 5, 5, 3, (0, 2), (tmp_path / "a.tar").stat().st_size, 1)
-    assert "5 images in 1 shards" in str(report)
+    assert "5 images in 1 shard (" in str(report)
     assert seen == [(1, 1)]
 
 

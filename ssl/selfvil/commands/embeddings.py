@@ -10,7 +10,7 @@ from selfvil.terminal import progress_bar
 
 
 def embed(
-    images: Annotated[list[str], typer.Argument(help="Folder of images, at any depth, or shards.")],
+    images: Annotated[list[str], typer.Argument(help="A folder of images, at any depth, shards, or a table.")],
     model: Annotated[str, typer.Option(help="An export, run or checkpoint.")],
     out: Annotated[Path, typer.Option(help="FILE.parquet (needs pyarrow) or FILE.npy.")],
     patches: Annotated[bool, typer.Option("--patches", help="Also the features of each patch.")] = False,

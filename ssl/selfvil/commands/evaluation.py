@@ -21,8 +21,10 @@ def evaluate(
             "settings: key=value, or NAME.key=value for one of several.",
         ),
     ] = None,
-    train: Annotated[list[str] | None, typer.Option(help="Labelled shards to fit on; repeat for more data.")] = None,
-    test: Annotated[list[str] | None, typer.Option(help="Labelled shards to score, one for each --train.")] = None,
+    train: Annotated[
+        list[str] | None, typer.Option(help="Labelled images to fit on (shards, a folder, a table); repeat for more.")
+    ] = None,
+    test: Annotated[list[str] | None, typer.Option(help="Labelled images to score, one for each --train.")] = None,
     baselines: Annotated[bool, typer.Option("--baselines", help="Also the untrained network and raw pixels.")] = False,
     network: Annotated[str | None, typer.Option(help="Which network of a run that has several.")] = None,
     image: Annotated[str | None, typer.Option(help="Extension of the image if samples have several.")] = None,
@@ -36,7 +38,7 @@ def evaluate(
     chart: Annotated[Path | None, typer.Option(help="Of a comparison: draw it to this PNG or SVG file.")] = None,
     show_help: Annotated[bool, typer.Option("--help", help="Show this message, and the settings of NAME.")] = False,
 ) -> None:  # fmt: skip
-    """Score a pretrained backbone on labelled shards, by all named evaluations in one pass over the images.
+    """Score a pretrained backbone on labelled images, by all named evaluations in one pass over the images.
 
     selfvil eval knn linear EXPORT --train 'a/train-*.tar' --test 'a/test-*.tar' k=20 --json scores.json
 

@@ -8,7 +8,10 @@ import typer
 from selfvil.errors import shorten
 from selfvil.terminal import progress_bar
 
-Shards = Annotated[str, typer.Argument(help="Shards: a path, a glob, a folder, or a pattern with {000000..000009}.")]
+Images = Annotated[
+    str,
+    typer.Argument(help="Shards (a path, a glob, a folder, or a pattern with {000000..000009}), a folder, or a table."),
+]
 
 
 def pack(
@@ -45,12 +48,13 @@ def pack(
 
 
 def index(
-    shards: Shards,
+    images: Images,
     image: Annotated[str | None, typer.Option(help="Extension of the image to use if samples have several.")] = None,
 ) -> None:
-    """Index shards, so that samples can be read by position; pretrain and eval do this if needed."""
-    from selfvil.data.index import index_shards
+    """Index images, so that they can be read by position; pretrain and eval do this if needed."""
+    from selfvil.data.images import open_images
+    from selfvil.data.index import report_index
 
     with progress_bar("indexing") as progress:
-        report = index_shards(shards, progress, image)
+        report = report_index(open_images(images, progress, image))
     print(report)

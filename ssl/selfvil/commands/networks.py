@@ -16,10 +16,10 @@ def export(
     published: Annotated[bool, typer.Option("--published", help="Also weights for the code of NX-AI.")] = False,
     int8: Annotated[bool, typer.Option("--int8", help="Also write model.onnx and model.int8.onnx.")] = False,
     images: Annotated[
-        str | None, typer.Option(help="Shards that measure int8's cost; default: --test, or those of pretraining.")
+        str | None, typer.Option(help="Images that measure int8's cost; default: --test, or those of pretraining.")
     ] = None,
-    train: Annotated[str | None, typer.Option(help="Labelled shards, for int8's k-NN accuracy.")] = None,
-    test: Annotated[str | None, typer.Option(help="Labelled shards, for int8's k-NN accuracy.")] = None,
+    train: Annotated[str | None, typer.Option(help="Labelled images, for int8's k-NN accuracy.")] = None,
+    test: Annotated[str | None, typer.Option(help="Labelled images, for int8's k-NN accuracy.")] = None,
     workers: Annotated[int, typer.Option(min=0, help="Processes that decode images.")] = 2,
     licence: Annotated[str | None, typer.Option(help="For the card, such as apache-2.0.")] = None,
 ) -> None:

@@ -55,7 +55,7 @@ _NAMING = (
 @dataclass(frozen=True)
 class IndexReport:
     """Result of `index_shards`. classes: the number of different labels. labels: the smallest and the largest one, None
-    if no sample has a label. ignored: samples without an image. several: see `Shards`."""
+    if no sample has a label. ignored: samples without an image. several, holder: see `Images`."""
 
     shards: int
     samples: int
@@ -65,13 +65,15 @@ class IndexReport:
     bytes: int
     ignored: int
     several: dict[tuple[str, ...], int] = field(default_factory=dict)
+    holder: str = "shard"
 
     def __str__(self) -> str:
         labels = "no labels"
         if self.labels:
             labels = f"{self.labelled} labelled, labels {self.labels[0]} to {self.labels[1]}: {self.classes} classes"
         ignored = f"; {self.ignored} without an image are ignored" if self.ignored else ""
-        text = f"{self.samples} images in {self.shards} shards ({self.bytes / 1e6:.1f} MB; {labels}{ignored})"
+        parts = f"{self.shards} {self.holder}{'s' * (self.shards > 1)}"
+        text = f"{self.samples} images in {parts} ({self.bytes / 1e6:.1f} MB; {labels}{ignored})"
         return f"{text}; {describe_several(self.several)}" if self.several else text
 
 
@@ -270,7 +272,7 @@ def _read_label(file: BinaryIO, offset: int, size: int) -> str:
     return file.read(min(size, 20)).decode("utf-8", "replace").strip()
 
 
-def _load_or_build(path: Path, image: str | None = None) -> tuple[ShardIndex, Change | None]:
+def load_index(path: Path, image: str | None = None) -> tuple[ShardIndex, Change | None]:
     """The index of a shard, and the changes since it was last indexed (None if there are none)."""
     before: ShardIndex | None = None
     locations = sidecars(path, image)
@@ -296,8 +298,13 @@ def _load_or_build(path: Path, image: str | None = None) -> tuple[ShardIndex, Ch
     return index, change
 
 
+def local_files(paths: Sequence[Path], image: str | None = None) -> LocalFiles:
+    """Shards on a local disk, for `Shards`."""
+    return LocalFiles(paths, partial(_index, image=image))
+
+
 def _index(path: Path, image: str | None) -> ShardIndex:
-    return _load_or_build(path, image)[0]
+    return load_index(path, image)[0]
 
 
 # --- all shards as one list ---------------------------------------------------------------------------------------
@@ -322,12 +329,12 @@ def open_shards(
         remote = open_remote(pattern, build, progress, image, cache)
         return _new(Shards(remote.urls, remote.indexes, remote.files, image), remote.changed)
     paths = expand_shards(pattern)
-    files = LocalFiles(paths, partial(_index, image=image))
+    files = local_files(paths, image)
     joined = columns.cache_file("shards", image, *map(os.path.abspath, paths))
     if (shards := _load_joined(joined, paths, files, image)) is not None:
         return shards
     threads = min(os.cpu_count() or 1, 16)  # zlib and file reads run in parallel
-    loaded = in_threads(partial(_load_or_build, image=image), paths, threads, progress)
+    loaded = in_threads(partial(load_index, image=image), paths, threads, progress)
     changed: dict[Location, Change] = {path: change for path, (_, change) in zip(paths, loaded) if change}
     shards = _new(Shards(paths, [index for index, _ in loaded], files, image), changed)
     shards.save(joined, paths)
@@ -363,13 +370,20 @@ def _stamps(paths: Sequence[Path]) -> str:
 
 def index_shards(pattern: Pattern, progress: Progress | None = None, image: str | None = None) -> IndexReport:
     """Index shards before a run, and report their content. Arguments and errors as `open_shards`."""
-    shards = open_shards(pattern, progress, image)
-    labels = np.zeros(0, np.int64) if shards.labels is None else shards.labels[shards.labels >= 0]
+    return report_index(open_shards(pattern, progress, image))
+
+
+def report_index(images: Images) -> IndexReport:
+    """The content of images. bytes: of the files or shards, or of the image files of a folder or table."""
+    labels = np.zeros(0, np.int32) if images.labels is None else images.labels[images.labels >= 0]
     found = np.unique(labels).tolist()
-    size = sum(map(shards.files.size, range(len(shards.paths))))
+    if isinstance(images, Shards):
+        size = sum(map(images.files.size, range(len(images.paths))))
+    else:
+        size = int(images.sizes.sum(dtype=np.int64))
     return IndexReport(
-        len(shards.paths), len(shards), len(labels), len(found), (found[0], found[-1]) if found else None, size,
-        shards.ignored, shards.several,
+        len(images.paths), len(images), len(labels), len(found), (found[0], found[-1]) if found else None,
+        size, images.ignored, images.several, images.holder,
     )  # fmt: skip
 
 

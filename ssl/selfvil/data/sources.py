@@ -227,7 +227,8 @@ def _by_extension(names: Sequence[str]) -> str:
 def read_file(path: str) -> bytes:
     """The bytes of an image file. Raises DamagedImage if it cannot be read or is too large."""
     try:
-        with open(path, "rb") as file:
+        # Opening a named pipe would block until another process writes into it.
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise DamagedImage("is no regular file")
