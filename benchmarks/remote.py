@@ -5,7 +5,8 @@
 A server in a process of its own sends shards with ranges and waits 20 ms before each response. Each round reads the
 same positions of the same order twice, with one worker and the MAE view, from the disk and from the server with an
 empty cache, in alternating order. What is timed begins after the first window of shards, which no thread can download
-ahead. The server needs part of the same cores. CPU seconds are those of the loader, for all images.
+ahead. The server needs part of the same cores. CPU seconds are those of the loader, for all images:
+where others use the machine, they vary less than images per second.
 """
 
 import argparse
@@ -89,6 +90,7 @@ def measure(args: argparse.Namespace, folder: Path, url: str) -> dict:
     return {
         "images": len(local), "shards_of_benchmark": len(names),
         "shard_megabytes": round(sum(map(local.files.size, range(len(names)))) / len(names) / 1e6, 3),
+        "load_average": os.getloadavg()[0],
         "median_ratio": statistics.median(row["ratio"] for row in rows),
         "median_cpu_ratio": statistics.median(row["cpu_ratio"] for row in rows),
         "median_local": statistics.median(row["local_rate"] for row in rows),
