@@ -14,6 +14,8 @@ from selfvil.data.base import Images
 from selfvil.data.classes import class_names
 from selfvil.data.images import open_images, open_mixture
 from selfvil.data.mixture import Mixture
+from selfvil.data.remote.cache import Cache
+from selfvil.data.remote.shards import WINDOW
 from selfvil.data.subset import FewLabels
 from selfvil.errors import UserError
 from selfvil.models.adapter import CLASSIFIERS, adapt
@@ -30,6 +32,8 @@ def open_training(recipe: Recipe) -> tuple[Recipe, Images]:
     not been measured.
     """
     shards = _open(recipe.data)
+    if recipe.data.window is None and shards.remote:  # recorded: the same shards on a local disk have another order
+        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"window": WINDOW})})
     if isinstance(shards, Mixture):
         shards.check_step(recipe.optim.batch_size)
     if recipe.data.stats == "auto":
@@ -65,11 +69,17 @@ def open_training(recipe: Recipe) -> tuple[Recipe, Images]:
     return recipe, shards
 
 
+def cache_of(data: DataSection) -> Cache:
+    """The cache for images behind a URL."""
+    return Cache(data.cache, round(data.cache_gb * 1e9))
+
+
 def _open(data: DataSection) -> Images:
     """The images of data.train."""
+    cache = cache_of(data)
     if data.mixture:
-        return open_mixture(data.mixture, image=data.image)
-    return open_images(data.train, image=data.image)  # type: ignore[arg-type]  # it is no mixture
+        return open_mixture(data.mixture, data.image, cache)
+    return open_images(data.train, image=data.image, cache=cache)  # type: ignore[arg-type]  # it is no mixture
 
 
 def classifier(recipe: Recipe, backbone: nn.Module, shards: Images | None = None) -> dict[str, Any] | None:

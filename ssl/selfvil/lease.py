@@ -19,7 +19,7 @@ from typing import Any
 
 import psutil
 
-from selfvil.errors import UserError, shorten
+from selfvil.errors import UserError, redact, shorten
 from selfvil.records import LEASE
 
 log = logging.getLogger("selfvil")
@@ -96,7 +96,7 @@ class Lease:
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
-            "command": shorten(" ".join(sys.argv), 300),
+            "command": shorten(redact(" ".join(sys.argv)), 300),
         }
         return (json.dumps(owner) + "\n").encode()
 

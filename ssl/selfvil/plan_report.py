@@ -276,7 +276,7 @@ def draw_crops(objective: Objective, recipe: Recipe, shards: Images, path: Path)
     batches = train_batches(
         shards, objective.views(), seed=recipe.run.seed, batch_size=min(8, len(shards)), stop_step=1,
         channels=recipe.model.in_chans, augment=recipe.data.augment, decode=recipe.data.decode,
-        balanced=recipe.data.order == "class_balanced",
+        balanced=recipe.data.order == "class_balanced", window=recipe.data.window,
     )  # fmt: skip
     with closing(batches):
         sheet = crops_picture(next(batches).to("cpu").views, image_spec(recipe))
@@ -293,7 +293,7 @@ def run_trial(objective: Objective, plan: Plan, shards: Images, device: torch.de
     batches = train_batches(
         shards, objective.views(), seed=recipe.run.seed, batch_size=plan.micro_batch, stop_step=_TRIAL_STEPS,
         channels=recipe.model.in_chans, augment=recipe.data.augment, decode=recipe.data.decode,
-        balanced=recipe.data.order == "class_balanced",
+        balanced=recipe.data.order == "class_balanced", window=recipe.data.window,
     )  # fmt: skip
     seconds: list[tuple[float, float, float]] = []
     damaged = 0

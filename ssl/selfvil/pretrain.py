@@ -84,7 +84,7 @@ def train(recipe: Recipe, engine: Engine, folder: RunFolder, shards: Images, sta
         shards, objective.views(), seed=recipe.run.seed, batch_size=recipe.optim.batch_size, rank=rank,
         world_size=engine.world_size, accumulate=accumulate, start_step=first_step, stop_step=plan.total_steps,
         workers=recipe.data.workers, channels=recipe.model.in_chans, augment=recipe.data.augment,
-        balanced=recipe.data.order == "class_balanced", decode=recipe.data.decode,
+        balanced=recipe.data.order == "class_balanced", decode=recipe.data.decode, window=recipe.data.window,
     )  # fmt: skip
     greet(journal, recipe, engine, objective, shards, first_step, plan.total_steps)
     head = classifier(recipe, objective.backbone, shards)
@@ -125,8 +125,15 @@ def train(recipe: Recipe, engine: Engine, folder: RunFolder, shards: Images, sta
             for micro in range(1, accumulate + 1):
                 if stopping := stop.agreed():
                     break
-                with watchdog.stage("waiting for a batch", patience=1):
-                    batch = next(batches).to(engine.device)
+                try:
+                    with watchdog.stage("waiting for a batch", patience=1):
+                        batch = next(batches).to(engine.device)
+                except UserError as error:  # a store that fails, say
+                    if engine.world_size > 1:  # the others wait in a collective: no state is the same on all
+                        raise
+                    problem, stopping = str(error), True
+                    stop.request(problem)
+                    break
                 output = engine.forward(batch, progress, last=micro == accumulate)
                 engine.backward(output.loss / accumulate, last=micro == accumulate)
                 outputs.append({"loss": output.loss.detach()} | output.logs)

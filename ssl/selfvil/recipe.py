@@ -17,7 +17,7 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from selfvil import advice
 from selfvil import overrides as command_line
-from selfvil.errors import UserError
+from selfvil.errors import UserError, redact
 from selfvil.packaged import find as find
 from selfvil.packaged import packaged_recipes as packaged_recipes
 from selfvil.safe_yaml import read_mapping
@@ -179,15 +179,22 @@ class DataSection(Section):
     """Where the images come from."""
 
     train: Annotated[PathText | list[PathText] | list[SourceEntry], BeforeValidator(_sources)]
-    """WebDataset shards (a path, a glob, a folder or a brace pattern such as shards/train-{000000..000009}.tar), a
-    folder of image files, a table of paths (.csv, .parquet), or a Hugging Face data set on disk; or a mixture: a list
-    of {source: ..., weight: ...}, from which every window of images takes exact shares."""
+    """WebDataset shards (a path, a glob, a folder, or a brace pattern such as shards/train-{000000..000009}.tar), their
+    URLs (https, s3, gs, hf), a folder of image files, a table of paths (.csv, .parquet), or a Hugging Face data set on
+    disk; or a mixture: a list of {source: ..., weight: ...}, from which every window of images takes exact shares."""
     order: Literal["shuffled", "class_balanced"] = "shuffled"
     """shuffled: every image once in each epoch. class_balanced: every class equally often, each with its own epochs;
     needs labels."""
     image: str | None = None
     """Extension of the image if samples have several, such as KEY.jpg with a mask KEY.png; null takes the first of jpg,
     png, webp, tif ... and warns."""
+    window: int | None = Field(None, ge=1)
+    """Shuffle the images of this many shards at a time, with another order of the shards in each epoch; null: 16 where
+    images are behind a URL, so that each shard is downloaded once an epoch, and otherwise all images at once."""
+    cache: PathText | None = None
+    """Folder for downloaded shards, which several runs may share; null: selfvil/remote in the user's cache folder."""
+    cache_gb: float = Field(50.0, gt=0)
+    """Size of that folder, in GB: the least recently used shards are removed. Two windows of shards should fit."""
     labels_per_class: int | None = Field(None, ge=1)
     """Train on this many images of each class only, drawn by run.seed; needs labels. null trains on all images."""
     mean: list[Annotated[float, Field(allow_inf_nan=False)]] = list(IMAGENET_MEAN)  # noqa: RUF012 - pydantic copies it
@@ -220,10 +227,10 @@ class DataSection(Section):
 
     @property
     def described(self) -> str:
-        """data.train as one line."""
+        """data.train as one line, without the secrets of URLs."""
 
         def line(source: str | list[str]) -> str:
-            return source if isinstance(source, str) else " ".join(source)
+            return redact(source if isinstance(source, str) else " ".join(source))
 
         parts = [f"{weight:g} x {line(source)}" for source, weight in self.mixture]
         return " + ".join(parts) if parts else line(self.train)  # type: ignore[arg-type]  # it is no mixture
@@ -333,7 +340,11 @@ class Recipe(Section):
 
     def to_yaml(self) -> str:
         """The resolved recipe: every field, defaults included, in the order of this file."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=120)
+        return yaml.safe_dump(self.as_record(), sort_keys=False, width=120)
+
+    def as_record(self) -> dict[str, Any]:
+        """Plain values of every field, to be stored: without the secrets of URLs (`errors.redact`)."""
+        return _redacted(self.model_dump(mode="json"))
 
     def identity(self) -> dict[str, Any]:
         """The settings that determine the result: a run may continue another one with an equal identity.
@@ -343,7 +354,7 @@ class Recipe(Section):
         """
         whole = self.model_dump(mode="json")
         whole["run"] = {key: whole["run"][key] for key in ("seed", "precision")}
-        for key in ("train", "workers", "max_bad", "stats"):
+        for key in ("train", "workers", "max_bad", "stats", "cache", "cache_gb"):
             whole["data"].pop(key)
         for key in ("accumulate", "on_nonfinite"):
             whole["optim"].pop(key)
@@ -443,6 +454,14 @@ def _warn_of_old_eval(section: Any, where: str) -> None:
 
         if warning := old_form_warning(section, where):
             log.warning("%s", warning)
+
+
+def _redacted(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _redacted(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_redacted(each) for each in value]
+    return redact(value) if isinstance(value, str) else value
 
 
 TEXTS = frozenset({"model.name", "model.start_from", "data.train", "run.out", "monitor.wandb"})

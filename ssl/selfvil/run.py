@@ -304,7 +304,7 @@ def checkpoint_meta(
         "seconds": seconds,
         "seed": recipe.run.seed,
         "run": run_id,
-        "recipe": recipe.model_dump(mode="json"),
+        "recipe": recipe.as_record(),
         "plan": plan.as_json(),
         "micro_batch": recipe.optim.batch_size // recipe.optim.accumulate,
         "model": {"name": recipe.model.name, "kwargs": recipe.model.create_kwargs()},

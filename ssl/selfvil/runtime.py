@@ -28,7 +28,7 @@ from accelerate.utils import (
     compare_versions,
 )
 
-from selfvil.errors import UserError
+from selfvil.errors import UserError, redact
 from selfvil.version import __version__
 
 T = TypeVar("T")
@@ -257,7 +257,7 @@ def describe(accelerator: Accelerator, strategy: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {"selfvil": __version__, "torch": torch.__version__} | {name: _version(name) for name in packages},
         "commit": commit(),
-        "command": " ".join(sys.argv),
+        "command": redact(" ".join(sys.argv)),
     }
 
 

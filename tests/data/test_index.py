@@ -13,6 +13,7 @@ import pytest
 import webdataset
 from PIL import Image
 
+from selfvil.data import files as shard_files
 from selfvil.data import index
 from selfvil.data.base import DamagedSample
 from selfvil.data.index import IndexReport, expand_shards, index_shards, open_shards
@@ -81,9 +82,6 @@ def test_patterns(folder, pattern, names):
         (["t-000000.tar", ""], ["no shards given"]),
         (["t-000000.tar", "./t-000000.tar"], ["given twice"]),
         (["t-*.tar", "t-000001.tar"], ["t-000001.tar is given twice"]),
-        ("pipe:cat t-000000.tar", ["not a file"]),
-        ("https://example.org/t-{000000..000009}.tar", ["not a file", "download"]),
-        ("s3://bucket/t-000000.tar", ["not a file"]),
         ("/dev/null", ["no regular file"]),
     ],
 )
@@ -440,7 +438,7 @@ def test_compressed_members_are_checked(tmp_path, monkeypatch):
 
 
 def test_few_descriptors_are_open_and_all_are_closed(tmp_path, monkeypatch):
-    monkeypatch.setattr(index, "_OPEN_FILES", 3)
+    monkeypatch.setattr(shard_files, "_OPEN_FILES", 3)
     for i in range(8):
         write_tar(tmp_path / f"{i}.tar", labelled(1, first=i))
     before = len(os.listdir("/proc/self/fd"))
@@ -457,7 +455,7 @@ def test_memory_is_twelve_bytes_and_a_label_per_sample(tmp_path):
     write_tar(tmp_path / "a.tar", labelled(50))
     shards = open_shards(tmp_path)
     assert sum(value.nbytes for value in vars(shards).values() if isinstance(value, np.ndarray)) == 50 * (12 + 4)
-    assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > index._OPEN_FILES
+    assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > shard_files._OPEN_FILES
 
 
 def test_copies_for_other_processes_read_the_same(shard):

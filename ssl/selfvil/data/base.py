@@ -12,14 +12,14 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from selfvil.data.changes import describe_difference, digests
-from selfvil.data.order import AnyOrder, ClassOrder, Order
+from selfvil.data.order import AnyOrder, ClassOrder, Order, WindowOrder
 from selfvil.data.read import DamagedImage
+from selfvil.data.remote.urls import Location, Url
 from selfvil.errors import UserError
 
 Pattern = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
@@ -34,7 +34,7 @@ _CHUNK = 1 << 20  # samples whose labels are converted at once
 class DamagedSample(DamagedImage):
     """A sample whose bytes cannot be read, or differ from those that were indexed."""
 
-    def __init__(self, shard: Path, key: str, reason: str) -> None:
+    def __init__(self, shard: Location, key: str, reason: str) -> None:
         super().__init__(reason)
         self.shard, self.key, self.reason = shard, key, reason
 
@@ -52,7 +52,7 @@ class Images(ABC):
     """A list of n image files. Safe to fork and to pickle; not thread-safe.
 
     Attributes:
-        paths: the files or folders that hold the images, in the order of the images.
+        paths: the files or folders that hold the images, or their URLs, in the order of the images.
         ends: for each path, the number of images in it and in those before it.
         sizes, crcs: uint32 (n,), bytes and CRC-32 of each image file.
         labels: int32 (n,), -1 for images without one; None if no image has a label.
@@ -69,7 +69,7 @@ class Images(ABC):
     """What an entry of `paths` is called in messages."""
 
     def __init__(
-        self, paths: Sequence[Path], ends: Sequence[int], sizes: np.ndarray, crcs: np.ndarray, labels: np.ndarray,
+        self, paths: Sequence[Location], ends: Sequence[int], sizes: np.ndarray, crcs: np.ndarray, labels: np.ndarray,
         image: str | None = None, highest: int | None = None,
     ) -> None:  # fmt: skip
         """labels: int32 (n,), -1 for none. highest: the largest label, if it is known."""
@@ -93,7 +93,7 @@ class Images(ABC):
     def key(self, i: int) -> str:
         """The name of image i within `shard_of(i)`."""
 
-    def shard_of(self, i: int) -> Path:
+    def shard_of(self, i: int) -> Location:
         """The file or folder that holds image i."""
         return self.paths[self._number(i)]
 
@@ -105,13 +105,19 @@ class Images(ABC):
         """The sources it is made of: itself, unless it is a mixture."""
         return [self]
 
-    def order(self, seed: int, balanced: bool = False) -> AnyOrder:
-        """The order of a run. balanced: visit all classes equally often.
+    @property
+    def remote(self) -> bool:
+        """Whether images are in a store, and not on a local disk."""
+        return any(isinstance(path, Url) for path in self.paths)
+
+    def order(self, seed: int, balanced: bool = False, window: int | None = None) -> AnyOrder:
+        """The order of a run. balanced: visit all classes equally often. window: shuffle only the images in this many
+        entries of `paths` at a time.
 
         Raises UserError if that needs labels, and images have none.
         """
         if not balanced:
-            return Order(len(self), seed)
+            return Order(len(self), seed) if window is None else WindowOrder(self.ends, seed, window)
         unlabelled = len(self) if self.labels is None else int((self.labels < 0).sum())
         if self.labels is None or unlabelled:
             raise UserError(
@@ -119,6 +125,17 @@ class Images(ABC):
                 f"images in {self.paths[0]} have none"
             )
         return ClassOrder(self.labels, seed)
+
+    def ahead(self, order: AnyOrder | None, position: int) -> None:
+        """The images from `position` on are read next, in this order, or in that of the list."""
+        if isinstance(order, WindowOrder):
+            self.prepare(order.ahead(position))
+        elif order is None:
+            number = self._number(position)
+            self.prepare(range(number, min(number + 2, len(self.paths))))
+
+    def prepare(self, numbers: Sequence[int]) -> None:  # noqa: B027 - most sources have nothing to do
+        """Images in these entries of `paths` are read now and next; others are not for a while."""
 
     def shares(self, visits: int) -> list[SourceShare]:
         """The sources of a mixture after the first `visits` images of a run; empty for a single source."""

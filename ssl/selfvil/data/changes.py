@@ -4,10 +4,11 @@ import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+
+from selfvil.data.remote.urls import Location
 
 
 class HasContents(Protocol):
@@ -41,7 +42,7 @@ def compare(before: HasContents, now: HasContents) -> Change | None:
     return Change(len(new), len(old), int(np.isin(new, old, invert=True).sum()), 0)
 
 
-def describe_changes(changes: Mapping[Path, Change]) -> str:
+def describe_changes(changes: Mapping[Location, Change]) -> str:
     """A sentence: what differs from the last time that these shards were indexed."""
     samples, before, images, labels = (
         sum(getattr(change, name) for change in changes.values()) for name in ("samples", "before", "images", "labels")
@@ -69,7 +70,7 @@ def digests(ends: Sequence[int], sizes: np.ndarray, crcs: np.ndarray, labels: np
     return found
 
 
-def describe_difference(before: Sequence[str], now: Sequence[str], paths: Sequence[Path], holder: str) -> str:
+def describe_difference(before: Sequence[str], now: Sequence[str], paths: Sequence[Location], holder: str) -> str:
     """A sentence: how images differ from earlier ones, by the `digests` of both.
 
     paths: of the present images. holder: what a path is called.

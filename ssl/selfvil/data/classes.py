@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from selfvil.data.base import Images
+from selfvil.data.remote import store
+from selfvil.data.remote.urls import Location, Url
 from selfvil.errors import UserError
 
 CLASSES = "classes.txt"
@@ -21,15 +23,21 @@ class Classes:
     """names: the class of each label, from 0. file: the file that they were read from, or the folder that has them."""
 
     names: list[str]
-    file: Path
+    file: Location
 
 
-def read_classes(file: Path) -> list[str]:
+def read_classes(file: Location) -> list[str]:
     """The lines of `file`, without blank lines at its end. Raises UserError if it cannot be read."""
+    if isinstance(file, Url):
+        return _lines(store.read_small(file))
     try:
         text = file.read_text(encoding="utf-8-sig", errors="backslashreplace")
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror or error}") from None
+    return _lines(text)
+
+
+def _lines(text: str) -> list[str]:
     return [line.rstrip() for line in text.rstrip().splitlines()]
 
 
@@ -65,7 +73,12 @@ def _lists(parts: Sequence[Images]) -> Iterator[Classes]:
             continue
         shards = {path.parent: path for path in source.paths}
         for folder, shard in shards.items():
-            for file in (folder / CLASSES, shard.resolve().parent / CLASSES):  # shards may be links into another folder
-                if file.exists():
+            for file in _places(folder, shard):
+                if store.exists(file) if isinstance(file, Url) else file.exists():
                     yield Classes(read_classes(file), file)
                     break
+
+
+def _places(folder: Location, shard: Location) -> list[Location]:
+    """Where the classes.txt of a shard may be: shards may be links into another folder."""
+    return [folder / CLASSES, *([shard.resolve().parent / CLASSES] if isinstance(shard, Path) else [])]

@@ -10,12 +10,15 @@ from selfvil.data.index import expand_shards, open_shards
 from selfvil.data.mixture import Mixture
 from selfvil.data.parquet import ParquetImages, data_files, holds_images
 from selfvil.data.read import EXTENSIONS
+from selfvil.data.remote.cache import Cache
 from selfvil.data.sources import image_files
 from selfvil.data.table import TableImages
 from selfvil.errors import UserError, shorten
 
 
-def open_images(images: Pattern, progress: Progress | None = None, image: str | None = None) -> Images:
+def open_images(
+    images: Pattern, progress: Progress | None = None, image: str | None = None, cache: Cache | None = None
+) -> Images:
     """Open images by what they are.
 
     - a folder of image files, at any depth, which are read in place;
@@ -45,7 +48,7 @@ def open_images(images: Pattern, progress: Progress | None = None, image: str | 
     patterns = [images] if isinstance(images, (str, os.PathLike)) else list(images)
     if patterns and all(os.fspath(each).lower().endswith((".parquet", ".arrow")) for each in patterns):
         return ParquetImages(expand_shards(images), progress)
-    return open_shards(images, progress, image)
+    return open_shards(images, progress, image, cache)
 
 
 def _require_one_kind(folder: Path) -> None:
@@ -58,13 +61,15 @@ def _require_one_kind(folder: Path) -> None:
             )
 
 
-def open_mixture(sources: Sequence[tuple[Pattern, float]], image: str | None = None) -> Images:
+def open_mixture(
+    sources: Sequence[tuple[Pattern, float]], image: str | None = None, cache: Cache | None = None
+) -> Images:
     """Open several sources with their weights, as one list.
 
     Raises:
         UserError: as `open_images` for each source; or the weights have too many digits.
     """
-    opened = [open_images(source, image=image) for source, _ in sources]
+    opened = [open_images(source, image=image, cache=cache) for source, _ in sources]
     if len(opened) == 1:
         return opened[0]
     names = [

@@ -17,11 +17,10 @@ import math
 import os
 import re
 import zlib
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -31,7 +30,11 @@ from braceexpand import braceexpand
 from selfvil.data import columns, sidecar
 from selfvil.data.base import Images, Pattern, Progress
 from selfvil.data.changes import Change, compare, describe_changes
+from selfvil.data.files import LocalFiles, ShardFiles
 from selfvil.data.read import EXTENSIONS, MAX_BYTES
+from selfvil.data.remote.cache import Cache
+from selfvil.data.remote.shards import in_threads, open_remote
+from selfvil.data.remote.urls import Location, is_remote
 from selfvil.data.sidecar import LARGEST_LABEL, SIDECAR, ShardIndex, Stamp, sidecars
 from selfvil.data.tar import BLOCK, members
 from selfvil.errors import UserError, shorten
@@ -40,7 +43,6 @@ _log = logging.getLogger(__name__)
 _MAPPED = 1 << 22  # samples from which the joined index is saved: 64 MB
 _COLUMNS = {"blocks": np.uint32, "sizes": np.uint32, "crcs": np.uint32, "labels": np.int32}
 _MOST_SHARDS = 1_000_000
-_OPEN_FILES = 128  # shards that a process keeps open; the usual limit is 1,024 files
 _GZIP = b"\x1f\x8b"
 _PREFERENCE = {f"{name}{gz}": rank for rank, name in enumerate(EXTENSIONS) for gz in ("", ".gz")}
 _NAMING = (
@@ -94,8 +96,7 @@ def expand_shards(pattern: Pattern) -> list[Path]:
     `train-{000000..000009}.tar` or `{a,b}/*.tar` (in the order of the braces); `~` is the home folder.
 
     Raises:
-        UserError: nothing matches, files are missing (all of them are named), a file is given twice, or the pattern is
-            a URL or a command.
+        UserError: nothing matches, files are missing (all of them are named), or a file is given twice.
     """
     patterns = [pattern] if isinstance(pattern, (str, os.PathLike)) else list(pattern)
     if not patterns or not all(os.fspath(each) for each in patterns):
@@ -111,8 +112,6 @@ def expand_shards(pattern: Pattern) -> list[Path]:
 
 
 def _expand(pattern: str) -> list[Path]:
-    if pattern.startswith("pipe:") or re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", pattern):
-        raise UserError(f"{pattern} is not a file: only local shards are read; download them first and give their path")
     pattern = os.path.expanduser(pattern)
     ranges = re.findall(r"{(-?\d{1,18})\.\.(-?\d{1,18})[.}]", pattern)
     if math.prod(abs(int(last) - int(first)) + 1 for first, last in ranges) > _MOST_SHARDS:
@@ -184,7 +183,7 @@ def _split_name(name: str) -> tuple[str, str] | None:
     return f"{folder}{slash}{stem}", extension.lower()
 
 
-def group_members(file: BinaryIO, path: Path) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
+def group_members(file: BinaryIO, path: Location) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
     """The samples of a shard: each key with the (offset, size) of its members by extension.
 
     As in webdataset, consecutive members with the same key are one sample."""
@@ -204,31 +203,35 @@ def group_members(file: BinaryIO, path: Path) -> Iterator[tuple[str, dict[str, t
 
 
 def _build(path: Path, image: str | None = None) -> ShardIndex:
-    """Index a shard, reading every image once. Raises UserError if it is damaged or has no image."""
+    with open(path, "rb", buffering=1 << 20) as file:
+        return build(file, path, image)
+
+
+def build(file: BinaryIO, path: Location, image: str | None = None) -> ShardIndex:
+    """Index the shard in `file`, reading every image once. Raises UserError if it is damaged or has no image."""
     blocks, sizes, crcs, labels, keys = [], [], [], [], []
     without_image, invalid = [], []
     several = Counter[tuple[str, ...]]()
-    with open(path, "rb", buffering=1 << 20) as file:
-        for key, parts in group_members(file, path):
-            images = order_images(parts, image)
-            if not images:
-                without_image.append(_describe(key, parts))
-                continue
-            if len(images) > 1:
-                several[tuple(images)] += 1
-            offset, size = parts[images[0]]
-            if size >= 1 << 31 or offset >= BLOCK << 32:
-                raise UserError(f"{path}: image {key} at byte {offset} ({size} bytes) is beyond the limits of an index")
-            blocks.append(offset // BLOCK)
-            sizes.append(size)
-            file.seek(offset)
-            crcs.append(zlib.crc32(file.read(size)))
-            keys.append(key)
-            label = _read_label(file, *parts["cls"]) if "cls" in parts else "-1"  # some writers use -1 for no label
-            valid = label.isascii() and label.isdigit() and int(label) <= LARGEST_LABEL
-            labels.append(int(label) if valid else -1)
-            if not valid and label != "-1":
-                invalid.append(f"{key}: {label!r}")
+    for key, parts in group_members(file, path):
+        images = order_images(parts, image)
+        if not images:
+            without_image.append(_describe(key, parts))
+            continue
+        if len(images) > 1:
+            several[tuple(images)] += 1
+        offset, size = parts[images[0]]
+        if size >= 1 << 31 or offset >= BLOCK << 32:
+            raise UserError(f"{path}: image {key} at byte {offset} ({size} bytes) is beyond the limits of an index")
+        blocks.append(offset // BLOCK)
+        sizes.append(size)
+        file.seek(offset)
+        crcs.append(zlib.crc32(file.read(size)))
+        keys.append(key)
+        label = _read_label(file, *parts["cls"]) if "cls" in parts else "-1"  # some writers use -1 for no label
+        valid = label.isascii() and label.isdigit() and int(label) <= LARGEST_LABEL
+        labels.append(int(label) if valid else -1)
+        if not valid and label != "-1":
+            invalid.append(f"{key}: {label!r}")
     if not blocks:
         found = f"only {', '.join(without_image[:4])}" if without_image else "no samples at all"
         raise UserError(
@@ -278,9 +281,9 @@ def load_index(path: Path, image: str | None = None) -> tuple[ShardIndex, Change
     try:
         stamp = Stamp.of(path)
         for location in locations:
-            if (loaded := sidecar.load(location, stamp)) is not None:
-                index, valid = loaded
-                if valid:
+            if (loaded := sidecar.load(location, stamp.size)) is not None:
+                index, built_from = loaded
+                if built_from == stamp:
                     return index, None
                 before = before or index
         index = _build(path, image)
@@ -297,53 +300,60 @@ def load_index(path: Path, image: str | None = None) -> tuple[ShardIndex, Change
     return index, change
 
 
+def local_files(paths: Sequence[Path], image: str | None = None) -> LocalFiles:
+    """Shards on a local disk, for `Shards`."""
+    return LocalFiles(paths, partial(_index, image=image))
+
+
+def _index(path: Path, image: str | None) -> ShardIndex:
+    return load_index(path, image)[0]
+
+
 # --- all shards as one list ---------------------------------------------------------------------------------------
 
 
-def open_shards(pattern: Pattern, progress: Progress | None = None, image: str | None = None) -> "Shards":
+def open_shards(
+    pattern: Pattern, progress: Progress | None = None, image: str | None = None, cache: Cache | None = None
+) -> "Shards":
     """Open the shards that match `pattern` (see `expand_shards`); shards without a valid index are indexed.
 
     A sample may have several images, such as a photograph KEY.jpg and its mask KEY.png. `image` is the extension of
-    the one to use; without it, the first of EXTENSIONS is used, with a warning.
+    the one to use; without it, the first of EXTENSIONS is used, with a warning. URLs (https://, s3://, gs://, hf://)
+    are read through `cache`, by default a folder in the user's cache folder.
 
     Raises:
         UserError: as `expand_shards`; or shards are damaged, truncated, no plain tar files, or hold no image; or
-            `image` is not one of EXTENSIONS.
+            `image` is not one of EXTENSIONS; or a store fails.
     """
     if image is not None and image not in EXTENSIONS:
         raise UserError(f"image extension {image!r} is not known; expected one of {', '.join(EXTENSIONS)}")
+    if is_remote(pattern):
+        remote = open_remote(pattern, build, progress, image, cache)
+        return _new(Shards(remote.urls, remote.indexes, remote.files, image), remote.changed)
     paths = expand_shards(pattern)
+    files = local_files(paths, image)
     joined = columns.cache_file("shards", image, *map(os.path.abspath, paths))
-    if (shards := _load_joined(joined, paths, image)) is not None:
+    if (shards := _load_joined(joined, paths, files, image)) is not None:
         return shards
-    indexes: list[ShardIndex] = []
-    changed: dict[Path, Change] = {}
-    errors: list[str] = []
-    with ThreadPoolExecutor(min(len(paths), os.cpu_count() or 1, 16)) as pool:  # zlib and file reads run in parallel
-        for number, future in enumerate([pool.submit(load_index, path, image) for path in paths]):
-            try:
-                index, change = future.result()
-                indexes.append(index)
-                if change:
-                    changed[paths[number]] = change
-            except UserError as error:
-                errors.append(str(error))
-            if progress is not None:
-                progress(number + 1, len(paths))
-    if errors:
-        more = f"; and {len(errors) - 5} more" if len(errors) > 5 else ""
-        raise UserError("; ".join(errors[:5]) + more)
-    shards = Shards(paths, indexes, image)
+    threads = min(os.cpu_count() or 1, 16)  # zlib and file reads run in parallel
+    loaded = in_threads(partial(load_index, image=image), paths, threads, progress)
+    changed: dict[Location, Change] = {path: change for path, (_, change) in zip(paths, loaded) if change}
+    shards = _new(Shards(paths, [index for index, _ in loaded], files, image), changed)
+    shards.save(joined, paths)
+    return shards
+
+
+def _new(shards: "Shards", changed: Mapping[Location, Change]) -> "Shards":
+    """The shards, with warnings about them."""
     if changed:
         shards.changed = describe_changes(changed)
         _log.warning("%s. If this was not intended, copy the shards again", shards.changed)
-    shards.save(joined)
-    if shards.several and image is None:
+    if shards.several and shards.image is None:
         _log.warning("%s; to use another, set data.image, or --image", describe_several(shards.several))
     return shards
 
 
-def _load_joined(file: Path | None, paths: Sequence[Path], image: str | None) -> "Shards | None":
+def _load_joined(file: Path | None, paths: Sequence[Path], files: ShardFiles, image: str | None) -> "Shards | None":
     """The shards by their joined index; None if there is none, or a shard changed since it was made."""
     if file is None or not file.is_file():
         return None
@@ -352,7 +362,7 @@ def _load_joined(file: Path | None, paths: Sequence[Path], image: str | None) ->
     except OSError:  # the message comes from the index of that shard
         return None
     loaded = columns.load(file)
-    return Shards.mapped(paths, *loaded, image) if loaded and loaded[0]["stamps"] == stamps else None
+    return Shards.mapped(paths, *loaded, files, image) if loaded and loaded[0]["stamps"] == stamps else None
 
 
 def _stamps(paths: Sequence[Path]) -> str:
@@ -369,17 +379,22 @@ def report_index(images: Images) -> IndexReport:
     """The content of images. bytes: of the files or shards, or of the image files of a folder or table."""
     labels = np.zeros(0, np.int32) if images.labels is None else images.labels[images.labels >= 0]
     found = np.unique(labels).tolist()
-    files = [path.stat().st_size for path in images.paths if isinstance(images, Shards)]
+    if isinstance(images, Shards):
+        size = sum(map(images.files.size, range(len(images.paths))))
+    else:
+        size = int(images.sizes.sum(dtype=np.int64))
     return IndexReport(
         len(images.paths), len(images), len(labels), len(found), (found[0], found[-1]) if found else None,
-        sum(files) or int(images.sizes.sum(dtype=np.int64)), images.ignored, images.several, images.holder,
+        size, images.ignored, images.several, images.holder,
     )  # fmt: skip
 
 
 class Shards(Images):
     """The samples of all shards, in order. Made by `open_shards`."""
 
-    def __init__(self, paths: Sequence[Path], indexes: Sequence[ShardIndex], image: str | None = None) -> None:
+    def __init__(
+        self, paths: Sequence[Location], indexes: Sequence[ShardIndex], files: ShardFiles, image: str | None = None
+    ) -> None:
         facts = {
             "ends": list(itertools.accumulate(len(index.labels) for index in indexes)),
             "several": list(sum((index.combinations() for index in indexes), Counter[tuple[str, ...]]()).items()),
@@ -389,36 +404,38 @@ class Shards(Images):
             name: np.concatenate([getattr(index, name).astype(dtype, copy=False) for index in indexes])
             for name, dtype in _COLUMNS.items()
         }
-        self._fill(paths, facts, joined, image)
+        self._fill(paths, facts, joined, files, image)
 
     @classmethod
     def mapped(
-        cls, paths: Sequence[Path], facts: Mapping[str, Any], joined: Mapping[str, np.ndarray], image: str | None
-    ) -> "Shards":
+        cls, paths: Sequence[Path], facts: Mapping[str, Any], joined: Mapping[str, np.ndarray], files: ShardFiles,
+        image: str | None,
+    ) -> "Shards":  # fmt: skip
         """The shards by the facts and arrays that `save` wrote."""
         shards = cls.__new__(cls)
-        shards._fill(paths, facts, joined, image)
+        shards._fill(paths, facts, joined, files, image)
         shards.__dict__ |= {name: facts[name] for name in ("fingerprint", "digests")}  # of cached properties
         return shards
 
     def _fill(
-        self, paths: Sequence[Path], facts: Mapping[str, Any], joined: Mapping[str, np.ndarray], image: str | None
-    ) -> None:
+        self, paths: Sequence[Location], facts: Mapping[str, Any], joined: Mapping[str, np.ndarray], files: ShardFiles,
+        image: str | None,
+    ) -> None:  # fmt: skip
         super().__init__(
             paths, facts["ends"], joined["sizes"], joined["crcs"], joined["labels"], image, facts.get("highest")
         )
         self.several = Counter({tuple(names): count for names, count in facts["several"]})
         self.ignored = facts["ignored"]
         self._blocks = joined["blocks"]
-        self._descriptors: OrderedDict[int, int] = OrderedDict()
+        self.files = files
         self._keys: tuple[int, list[str]] | None = None
 
-    def save(self, file: Path | None) -> None:
-        """Save the joined index of a large number of samples for the next start."""
+    def save(self, file: Path | None, paths: Sequence[Path]) -> None:
+        """Save the joined index of a large number of samples in local files for the next start."""
         if file is None or len(self) < _MAPPED:
             return
         facts = {
-            "stamps": _stamps(self.paths), "ends": self.ends, "several": list(self.several.items()),
+            "stamps": _stamps(paths), "ends": self.ends, "several": list(self.several.items()),
             "ignored": self.ignored, "highest": self.num_classes - 1, "fingerprint": self.fingerprint,
             "digests": self.digests,
         }  # fmt: skip
@@ -431,10 +448,11 @@ class Shards(Images):
 
         Raises:
             DamagedSample: the bytes cannot be read, or differ from those that were indexed.
+            UserError: a store fails, or has another version of the shard.
         """
         shard, size, data = self._number(i), int(self.sizes[i]), b""
         try:
-            data = os.pread(self._descriptor(shard), size, int(self._blocks[i]) * BLOCK)
+            data = self.files.read(shard, int(self._blocks[i]) * BLOCK, size)
         except OSError as error:
             raise self._damaged(i, f"cannot be read: {error.strerror or error}") from None
         if len(data) != size:
@@ -448,25 +466,14 @@ class Shards(Images):
         shard = self._number(i)
         if self._keys is None or self._keys[0] != shard:  # names are read from the disk when needed, to save memory
             try:
-                self._keys = shard, load_index(self._file(shard), self.image)[0].names()
+                self._keys = shard, self.files.index(shard).names()
             except UserError:  # the shard was damaged after it was opened
                 self._keys = shard, []
         number, names = i - (self.ends[shard - 1] if shard else 0), self._keys[1]
         return names[number] if number < len(names) else f"sample {number}"
 
-    def _file(self, number: int) -> Path:
-        """The tar file with the images of `paths[number]`."""
-        return self.paths[number]
-
-    def _descriptor(self, shard: int) -> int:
-        descriptor = self._descriptors.get(shard)
-        if descriptor is None:
-            descriptor = os.open(self._file(shard), os.O_RDONLY | os.O_CLOEXEC)
-            self._descriptors[shard] = descriptor
-            if len(self._descriptors) > _OPEN_FILES:
-                os.close(self._descriptors.popitem(last=False)[1])
-        self._descriptors.move_to_end(shard)
-        return descriptor
+    def prepare(self, numbers: Sequence[int]) -> None:
+        self.files.prepare(numbers)
 
     def _unpack(self, i: int, data: bytes) -> bytes:
         try:
@@ -479,8 +486,4 @@ class Shards(Images):
         return unpacked
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_descriptors": OrderedDict(), "_keys": None}
-
-    def __del__(self) -> None:
-        for descriptor in self.__dict__.get("_descriptors", {}).values():
-            os.close(descriptor)
+        return {**self.__dict__, "_keys": None}

@@ -98,6 +98,7 @@ def train_batches(
     augment: Literal["workers", "device"] = "workers",
     balanced: bool = False,
     decode: Literal["scaled", "exact"] = "scaled",
+    window: int | None = None,
 ) -> Generator[Batch, None, None]:
     """Micro-batches of steps [start_step, stop_step) for one rank, in order: `accumulate` of them for each step.
 
@@ -112,6 +113,7 @@ def train_batches(
         balanced: visit all classes equally often.
         decode: "scaled" decodes a large JPEG to a half, a quarter or an eighth of its size if every crop stays twice as
             large as its view (`selfvil.data.jpeg`); only where augmentation runs in the workers.
+        window: shuffle the images of this many shards at a time, for shards in a store; None: all images.
 
     If a worker dies, this process makes the next batches itself, more slowly, with the reason in `problem`. All
     processes of a run can then finish the step, save and stop together.
@@ -129,8 +131,9 @@ def train_batches(
     crops = require_renderable(views) if augment == "device" else None
     scaled = [] if crops or decode == "exact" else [view for view in views if isinstance(view, RandomCropFlip)]
     samples = _Samples(
-        shards, views, channels, seed, shards.order(seed, balanced), crops, scaled if len(scaled) == len(views) else []
-    )
+        shards, views, channels, seed, shards.order(seed, balanced, window), crops,
+        scaled if len(scaled) == len(views) else [],
+    )  # fmt: skip
     share = batch_size // world_size
     micro = micro_batch or share // accumulate
 
@@ -200,6 +203,7 @@ class _Samples(Dataset):
     def __getitem__(self, span: tuple[int, int]) -> Batch | UserError:
         positions = np.arange(*span)
         ids = positions.copy() if self.order is None else self.order.ids(positions)
+        self.shards.ahead(self.order, int(positions[0]))
         made: list[list[Any]] = [[] for _ in self.views]
         images: list[Pixels] = []
         bad: list[BadSample] = []
@@ -237,7 +241,7 @@ class _Samples(Dataset):
     def _image(self, position: int, first: int, bad: list[BadSample]) -> tuple[Pixels, tuple[int, int], int]:
         """The image for a position, its size before it was reduced, and its id.
 
-        A damaged sample is replaced by the sample that the order of another seed has at this position, which is the
+        A damaged sample is replaced by the sample that the order with another seed has at this position, which is the
         same for any number of processes.
         """
         failed: list[tuple[int, str]] = []

@@ -19,7 +19,8 @@ import numpy as np
 from selfvil.data.base import Images, SourceShare
 from selfvil.data.order import AnyOrder, MixtureOrder, other_seed
 from selfvil.data.order import visits as count_visits
-from selfvil.errors import UserError
+from selfvil.data.remote.urls import Location
+from selfvil.errors import UserError, redact
 
 _LONGEST_PERIOD = 100_000  # positions; the sequence of the sources repeats after the sum of the reduced weights
 
@@ -55,7 +56,7 @@ class Mixture(Images):
         source, inner = self._inner(i)
         return source.key(inner)
 
-    def shard_of(self, i: int) -> Path:
+    def shard_of(self, i: int) -> Location:
         source, inner = self._inner(i)
         return source.shard_of(inner)
 
@@ -65,11 +66,16 @@ class Mixture(Images):
     def parts(self) -> list[Images]:
         return self.sources
 
-    def order(self, seed: int, balanced: bool = False) -> MixtureOrder:
+    def order(self, seed: int, balanced: bool = False, window: int | None = None) -> MixtureOrder:
         orders: list[AnyOrder] = [
-            each.order(other_seed(seed, number), balanced) for number, each in enumerate(self.sources)
+            each.order(other_seed(seed, number), balanced, window) for number, each in enumerate(self.sources)
         ]
         return MixtureOrder(orders, self.weights)
+
+    def ahead(self, order: AnyOrder | None, position: int) -> None:
+        if isinstance(order, MixtureOrder):
+            for source, inner, count in zip(self.sources, order.orders, count_visits(self.weights, position)):
+                source.ahead(inner, count)
 
     def shares(self, visits: int) -> list[SourceShare]:
         counts = count_visits(self.weights, visits)
@@ -143,5 +149,5 @@ def reduce_weights(weights: Sequence[float]) -> tuple[int, ...]:
 
 def _different(names: Sequence[str]) -> list[str]:
     """Short names of the sources for metrics and reports, each different."""
-    short = [re.sub(r"[^\w.-]+", "_", Path(name).name).strip("_") or "source" for name in names]
+    short = [re.sub(r"[^\w.-]+", "_", Path(redact(name)).name).strip("_") or "source" for name in names]
     return [name if short.count(name) == 1 else f"{name}_{number}" for number, name in enumerate(short)]

@@ -22,7 +22,7 @@ from typing import Any
 
 from selfvil.data.base import Progress
 from selfvil.data.columns import cache_folder
-from selfvil.data.index import Shards, load_index
+from selfvil.data.index import Shards, load_index, local_files
 from selfvil.data.sidecar import LARGEST_LABEL, Stamp
 from selfvil.errors import UserError, shorten
 
@@ -44,16 +44,13 @@ class ParquetImages(Shards):
     def __init__(self, files: Sequence[Path], progress: Progress | None = None) -> None:
         """files: Parquet files, or Arrow files of `save_to_disk`. Raises UserError."""
         names = _class_names(files)
-        self._tars = []
+        tars = []
         for number, file in enumerate(files):
-            self._tars.append(_convert(file, names))
+            tars.append(_convert(file, names))
             if progress is not None:
                 progress(number + 1, len(files))
-        super().__init__(files, [load_index(tar)[0] for tar in self._tars])
+        super().__init__(files, [load_index(tar)[0] for tar in tars], local_files(tars))
         self.classes = names
-
-    def _file(self, number: int) -> Path:
-        return self._tars[number]
 
 
 def data_files(folder: Path) -> list[Path]:

@@ -76,21 +76,35 @@ def sidecars(path: Path, image: str | None = None) -> list[Path]:
     """Possible paths of the index of a shard: in its folder, or in the cache folder under a hash of its path.
 
     image: the requested extension for samples with several images; each has an index of its own."""
-    suffix = SIDECAR if image is None else f".{image}{SIDECAR}"
-    beside = path.with_name(path.name + suffix)
-    if (cache := cache_folder()) is None:
-        return [beside]
-    name = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32]
-    return [beside, cache / (name + suffix)]
+    beside = path.with_name(path.name + ending(image))
+    cached = in_cache(os.fsencode(path.resolve()), image)
+    return [beside] if cached is None else [beside, cached]
 
 
-def load(sidecar: Path, stamp: Stamp) -> tuple[ShardIndex, bool] | None:
-    """The saved index, and whether it belongs to this version of its shard. None if it is absent or damaged."""
+def in_cache(shard: bytes, image: str | None = None) -> Path | None:
+    """Path of the index of a shard in the user's cache folder, under a hash of its path or URL; None without a home."""
+    folder = cache_folder()
+    return None if folder is None else folder / (hashlib.sha256(shard).hexdigest()[:32] + ending(image))
+
+
+def ending(image: str | None = None) -> str:
+    """What follows the name of a shard in the name of its index."""
+    return SIDECAR if image is None else f".{image}{SIDECAR}"
+
+
+def most_bytes(size: int) -> int:
+    """Of the index of a shard of `size` bytes: its entry for a member is smaller than the header of the member."""
+    return size + _EXTRA_BYTES
+
+
+def load(sidecar: Path, size: int) -> tuple[ShardIndex, Stamp] | None:
+    """The saved index, and the stamp of the shard it was built from. None if it is absent or damaged.
+
+    size: of the present shard, in bytes."""
     if not sidecar.is_file():
         return None
     try:
-        # An index is smaller than its shard: its entry for a member is smaller than the header of the member.
-        columns = _read(sidecar, stamp.size + _EXTRA_BYTES)
+        columns = _read(sidecar, most_bytes(size))
         format, *of = columns.pop("stamp").tolist()
         if format != _FORMAT:
             _log.info("%s has an older format; building it again", sidecar)
@@ -99,7 +113,7 @@ def load(sidecar: Path, stamp: Stamp) -> tuple[ShardIndex, bool] | None:
         if fault := _fault(index, of[0]):
             _log.info("%s is not a valid index (%s); building it again", sidecar, fault)
             return None
-        return index, tuple(of) == stamp
+        return index, Stamp(*of)
     except Exception as error:  # a damaged zip raises many classes
         _log.info("%s cannot be read (%s); building it again", sidecar, error)
     return None

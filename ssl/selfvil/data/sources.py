@@ -265,29 +265,29 @@ def _open_shards(shards: Shards, labels: bool, mask: str | None) -> Source:
         kept = f"; .{mask} is kept as {MASK}" if mask else "; --mask png would keep a png as the mask"
         notes.append(describe_several(shards.several) + kept)
     return Source(
-        len(shards), shards.read, partial(_read_member, masks), lambda i: f"{shards.shard_of(i)}:{shards.key(i)}",
-        numbers, classes, [], notes,
+        len(shards), shards.read, partial(_read_member, shards, masks),
+        lambda i: f"{shards.shard_of(i)}:{shards.key(i)}", numbers, classes, [], notes,
     )  # fmt: skip
 
 
-def _find_masks(shards: Shards, mask: str | None) -> list[tuple[Path, int, int] | None]:
+def _find_masks(shards: Shards, mask: str | None) -> list[tuple[int, int, int] | None]:
     """Shard, offset and size of each sample's mask: the member `mask` unless it is the image, else mask.png."""
-    found: list[tuple[Path, int, int] | None] = []
-    for path in shards.paths:
-        with open(path, "rb") as file:
+    found: list[tuple[int, int, int] | None] = []
+    for number, path in enumerate(shards.paths):
+        with shards.files.open(number) as file:
             for _, parts in group_members(file, path):
                 if images := order_images(parts, shards.image):
                     name = mask if mask in parts and mask != images[0] else MASK
-                    found.append((path, *parts[name]) if name in parts else None)
+                    found.append((number, *parts[name]) if name in parts else None)
     return found
 
 
-def _read_member(masks: Sequence[tuple[Path, int, int] | None], i: int) -> bytes | None:
+def _read_member(shards: Shards, masks: Sequence[tuple[int, int, int] | None], i: int) -> bytes | None:
     if (place := masks[i]) is None:
         return None
-    path, offset, size = place
+    number, offset, size = place
     try:
-        with open(path, "rb") as file:
+        with shards.files.open(number) as file:
             file.seek(offset)
             return file.read(size)
     except OSError as error:

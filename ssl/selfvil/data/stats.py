@@ -19,12 +19,13 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from selfvil.data.arrays import channels_of, decode_pixels, divisor
-from selfvil.data.index import Progress
+from selfvil.data.base import Images, Progress
+from selfvil.data.columns import cache_folder
 from selfvil.data.read import MAX_CHANNELS, DamagedImage
 from selfvil.errors import UserError, shorten
 from selfvil.files import write_text
@@ -37,17 +38,6 @@ _MOST_BYTES = 1 << 20  # of a sidecar
 _MOST_SOURCES = 32  # whose statistics one sidecar holds
 _CHUNK = 16  # images that a worker measures at a time
 _BLOCK = 1 << 20  # values of a channel that are summed at a time
-
-
-class Measurable(Protocol):
-    """What `measure` needs of a list of image files."""
-
-    @property
-    def fingerprint(self) -> str: ...
-    def __len__(self) -> int: ...
-    def read(self, i: int) -> bytes: ...
-    def key(self, i: int) -> str: ...
-    def shard_of(self, i: int) -> Path: ...
 
 
 @dataclass(frozen=True)
@@ -124,7 +114,7 @@ def _of_floats(plane: np.ndarray) -> tuple[float, float]:
 
 
 def measure(
-    images: Measurable, channels: int | None = None, workers: int = 1, progress: Progress | None = None
+    images: Images, channels: int | None = None, workers: int = 1, progress: Progress | None = None
 ) -> ChannelStats:
     """Decode all images, and measure their channels.
 
@@ -158,7 +148,7 @@ def measure(
     return ChannelStats(done - len(damaged), total.n, total.mean.tolist(), std.tolist(), len(damaged), first)
 
 
-def _channels_of_first(images: Measurable) -> int:
+def _channels_of_first(images: Images) -> int:
     reason = "there is none"
     for i in range(min(len(images), 100)):
         try:
@@ -168,7 +158,7 @@ def _channels_of_first(images: Measurable) -> int:
     raise UserError(f"none of the first images of {images.shard_of(0)} can be read: {reason}")
 
 
-_Span = tuple[Measurable, int, int, int]
+_Span = tuple[Images, int, int, int]
 
 
 @contextmanager
@@ -207,7 +197,7 @@ def _measure_span(span: _Span) -> list[tuple[int, Moments | str]]:
 # --- the sidecar --------------------------------------------------------------------------------------------------
 
 
-def save(images: Measurable, stats: ChannelStats) -> Path:
+def save(images: Images, stats: ChannelStats) -> Path:
     """Save statistics where `load` finds them; returns the file. Raises UserError if none can be written."""
     failure = ""
     for path in _places(images):
@@ -225,7 +215,7 @@ def save(images: Measurable, stats: ChannelStats) -> Path:
     raise UserError(f"the statistics cannot be saved ({failure}): set data.mean and data.std to the printed values")
 
 
-def load(images: Measurable, channels: int) -> ChannelStats:
+def load(images: Images, channels: int) -> ChannelStats:
     """The saved statistics of exactly these images. Raises UserError if there are none, or they cannot be used."""
     source = images.shard_of(0)
     stale = []
@@ -260,14 +250,13 @@ def load(images: Measurable, channels: int) -> ChannelStats:
     )
 
 
-def _places(images: Measurable) -> list[Path]:
-    source = images.shard_of(0).absolute()
-    beside = source.with_name(source.name + SIDECAR)
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    if not os.path.isabs(cache):  # no home folder; the XDG specification ignores relative paths
-        return [beside]
-    name = hashlib.sha256(os.fsencode(source.resolve())).hexdigest()[:32]
-    return [beside, Path(cache, "selfvil", "index", name + SIDECAR)]
+def _places(images: Images) -> list[Path]:
+    """Where statistics may be: beside the first shard, and in the cache folder. Those of shards behind a URL: there."""
+    source, cache = images.paths[0], cache_folder()
+    local = isinstance(source, Path)
+    name = hashlib.sha256(os.fsencode(source.resolve()) if local else str(source).encode()).hexdigest()[:32]
+    beside = [source.absolute().with_name(source.name + SIDECAR)] if local else []
+    return [*beside, *([] if cache is None else [cache / (name + SIDECAR)])]
 
 
 def _read(path: Path) -> dict[str, dict[str, Any]]:

@@ -1,10 +1,11 @@
 """A few labelled images of each class, as a data set of its own."""
 
-from pathlib import Path
+from collections.abc import Sequence
 
 import numpy as np
 
 from selfvil.data.base import Images
+from selfvil.data.remote.urls import Location
 from selfvil.errors import UserError
 
 
@@ -38,8 +39,11 @@ class FewLabels(Images):
     def key(self, i: int) -> str:
         return self._all.key(self._id(i))
 
-    def shard_of(self, i: int) -> Path:
+    def shard_of(self, i: int) -> Location:
         return self._all.shard_of(self._id(i))
+
+    def prepare(self, numbers: Sequence[int]) -> None:
+        self._all.prepare(numbers)
 
     def _id(self, i: int) -> int:
         """The number of image i among all images."""

@@ -9,9 +9,9 @@ Formats: POSIX.1-1988 ustar, POSIX.1-2001 pax (`path` and `size` records), GNU l
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from selfvil.data.remote.urls import Location
 from selfvil.errors import UserError
 
 BLOCK = 512
@@ -39,15 +39,15 @@ class Member(NamedTuple):
     size: int
 
 
-def members(file: BinaryIO, path: Path) -> Iterator[Member]:
-    """Yield the regular files of an uncompressed tar, in order. `path` names it in messages.
+def members(file: BinaryIO, path: Location) -> Iterator[Member]:
+    """Yield the regular files of an uncompressed tar, in order. `path`, or a URL, names it in messages.
 
     The caller may move the file's position between two members.
 
     Raises:
         UserError: the file is no tar, is truncated, or has a damaged header; names the file and the offset in bytes.
     """
-    length = os.fstat(file.fileno()).st_size
+    length = file.seek(0, os.SEEK_END)
     if length == 0:
         raise UserError(f"{path} is empty (0 bytes), not a tar file; copy it again")
     offset, name, size = 0, None, None  # name and size: of the next member, from an extension header
@@ -101,7 +101,7 @@ def _checksum_holds(header: bytes) -> bool:
     return high > 0 and unsigned - 256 * high == expected
 
 
-def _number(field: bytes, path: Path, offset: int, base: int = 8) -> int:
+def _number(field: bytes, path: Location, offset: int, base: int = 8) -> int:
     """A size: octal text (decimal in pax records), or binary after a byte 0x80 (GNU, for 8 GiB and more)."""
     if field[:1] == b"\x80":
         return int.from_bytes(field[1:], "big")
@@ -123,7 +123,7 @@ def _text(field: bytes) -> str:
     return field.split(b"\0", 1)[0].decode("utf-8", "surrogateescape")
 
 
-def _pax(data: bytes, path: Path, offset: int) -> dict[str, str]:
+def _pax(data: bytes, path: Location, offset: int) -> dict[str, str]:
     """Records of the form `LENGTH KEY=VALUE\\n`; LENGTH includes itself."""
     records: dict[str, str] = {}
     while data:
@@ -139,7 +139,7 @@ def _pax(data: bytes, path: Path, offset: int) -> dict[str, str]:
     return records
 
 
-def _check_end(file: BinaryIO, path: Path, mark: int) -> None:
+def _check_end(file: BinaryIO, path: Location, mark: int) -> None:
     """Raise UserError unless only zeros follow the end-of-archive mark: other data would be lost silently."""
     file.seek(mark)
     offset = mark
@@ -153,7 +153,7 @@ def _check_end(file: BinaryIO, path: Path, mark: int) -> None:
         offset += len(chunk)
 
 
-def _no_header(path: Path, offset: int, header: bytes) -> UserError:
+def _no_header(path: Location, offset: int, header: bytes) -> UserError:
     if offset:
         return _damaged(path, offset, "a header with a wrong checksum")
     for magic, advice in _FOREIGN.items():
@@ -162,13 +162,13 @@ def _no_header(path: Path, offset: int, header: bytes) -> UserError:
     return UserError(f"{path} is not a tar file: no valid tar header at byte 0; expected a WebDataset shard")
 
 
-def _damaged(path: Path, offset: int, what: str) -> UserError:
+def _damaged(path: Location, offset: int, what: str) -> UserError:
     return UserError(f"{path} is damaged: {what} at byte {offset}; copy the shard again, or leave it out")
 
 
-def _truncated(path: Path, offset: int, what: str) -> UserError:
+def _truncated(path: Location, offset: int, what: str) -> UserError:
     return UserError(f"{path} was cut at byte {offset}: {what}; copy the shard again, or leave it out")
 
 
-def _sparse(path: Path, offset: int) -> UserError:
+def _sparse(path: Location, offset: int) -> UserError:
     return UserError(f"{path} stores a sparse member at byte {offset}; write the tar again without --sparse")

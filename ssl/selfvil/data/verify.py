@@ -46,7 +46,7 @@ def verify_pack(out: Path, workers: int | None = None, progress: Progress | None
         ) from None
     rows = [line.split("\t") for line in lines]
     shards = open_shards(out)
-    for path in shards.paths:
+    for path in out.glob("*.tar"):
         flush_file(path)  # so that the disk is read, not the page cache
     problems: list[tuple[str, str]] = []
     if len(rows) != len(shards):

@@ -114,7 +114,7 @@ def training_images(record: Record, count: int, views: Sequence[View] | None = N
     size = min(128, count, len(shards))
     return train_batches(
         shards, views, seed=recipe.run.seed, batch_size=size, stop_step=min(count, len(shards)) // size,
-        channels=recipe.model.in_chans, decode=recipe.data.decode,
+        channels=recipe.model.in_chans, decode=recipe.data.decode, window=recipe.data.window,
     )  # fmt: skip
 
 

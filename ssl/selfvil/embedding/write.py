@@ -27,7 +27,7 @@ from selfvil.embedding.encoder import Encoder, load_encoder
 from selfvil.embedding.formats import FORMAT, Layout, Rows, open_writer, publish, require_format, require_lines, targets
 from selfvil.embedding.keys import Images, image_keys
 from selfvil.embedding.parts import Part, PartFolder
-from selfvil.errors import UserError, shorten
+from selfvil.errors import UserError, redact, shorten
 from selfvil.evaluate.features import ALONE, Precision
 from selfvil.evaluate.processes import Processes
 from selfvil.files import require_writable
@@ -294,7 +294,7 @@ def _metadata(job: _Job, images: Pattern, model: str | Path, network: str | None
         },
         "precision": encoder.precision,
         "patches": None if shape is None else list(shape),
-        "dataset": [str(each) for each in patterns],
+        "dataset": [redact(str(each)) for each in patterns],
         "image": getattr(job.images, "image", None),
         "fingerprint": job.images.fingerprint,
         "classes": getattr(job.images, "classes", []),

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from selfvil.data.base import Images, Pattern
 from selfvil.data.images import open_images
-from selfvil.errors import UserError
+from selfvil.errors import UserError, redact
 from selfvil.evaluate import ALL, evaluation, needs, settings, want
 from selfvil.evaluate.checks import shared_images
 from selfvil.evaluate.features import ALONE, Precision
@@ -46,7 +46,7 @@ class Pair(NamedTuple):
     def names(self) -> tuple[str, str]:
         """Both patterns as text, for tables."""
         train, test = (str(each) if isinstance(each, str | os.PathLike) else " ".join(map(str, each)) for each in self)
-        return train, test
+        return redact(train), redact(test)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from selfvil.build import classifier
+from selfvil.build import cache_of, classifier
 from selfvil.data.images import open_images
 from selfvil.errors import UserError
 from selfvil.evaluate import evaluation, want
@@ -98,7 +98,7 @@ def _network(recipe: Recipe, backbone: nn.Module, **overrides: Any) -> Network:
 
 
 def _task(recipe: Recipe, entry: Any, backbone: nn.Module | None, device: torch.device, processes: Processes) -> Task:
-    model, data = recipe.model, recipe.data
+    model, data, cache = recipe.model, recipe.data, cache_of(recipe.data)
     normalisation = Normalisation(tuple(data.mean), tuple(data.std), model.img_size)
 
     def create(**overrides: Any) -> Network:
@@ -107,7 +107,8 @@ def _task(recipe: Recipe, entry: Any, backbone: nn.Module | None, device: torch.
 
     return Task(
         "pretrained", None if backbone is None else Network(backbone, normalisation, 0), normalisation,
-        open_images(entry.train, image=data.image), open_images(entry.test, image=data.image), create,
+        open_images(entry.train, image=data.image, cache=cache),
+        open_images(entry.test, image=data.image, cache=cache), create,
         device=device, workers=data.workers, source=recipe.run.out, processes=processes,
         allow_shared=entry.allow_shared,
         labels=tuple(recipe.objective.labels()) if hasattr(recipe.objective, "labels") else (),

@@ -65,7 +65,7 @@ class Journal:
         self.last_loss: float | None = None
         self.metrics = MetricsWriter(
             folder.path, first_step, recipe.monitor.tensorboard, recipe.monitor.wandb, folder.path.name, run_id,
-            self.outputs, recipe.model_dump(mode="json"),
+            self.outputs, recipe.as_record(),
         ) if engine.is_main else None  # fmt: skip
         self.line = ProgressLine(first_step, plan.total_steps, enabled=engine.is_main, outputs=self.outputs)
         self.doctor = Doctor(recipe, plan.total_steps, takes_vitals=recipe.monitor.doctor_every is not None)

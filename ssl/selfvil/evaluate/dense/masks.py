@@ -164,7 +164,7 @@ def _find(shards: Shards, mask: str | None) -> list[tuple[int, int, int]]:
     missing: list[str] = []
     kinds = Counter[str]()
     for number, path in enumerate(shards.paths):
-        with open(path, "rb") as file:
+        with shards.files.open(number) as file:
             for key, parts in group_members(file, path):
                 if not (images := order_images(parts, shards.image)):
                     continue
@@ -191,7 +191,7 @@ def _read_mask(shards: Shards, place: tuple[int, int, int]) -> bytes:
     if size > MAX_BYTES:
         raise DamagedImage(f"its mask has {size:,} bytes, more than the limit of {MAX_BYTES:,}")
     try:
-        with open(shards.paths[number], "rb") as file:
+        with shards.files.open(number) as file:
             file.seek(offset)
             return file.read(size)
     except OSError as error:
