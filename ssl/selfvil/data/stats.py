@@ -253,9 +253,11 @@ def load(images: Images, channels: int) -> ChannelStats:
 def _places(images: Images) -> list[Path]:
     """Where statistics may be: beside the first shard, and in the cache folder. Those of shards behind a URL: there."""
     source, cache = images.paths[0], cache_folder()
-    local = isinstance(source, Path)
-    name = hashlib.sha256(os.fsencode(source.resolve()) if local else str(source).encode()).hexdigest()[:32]
-    beside = [source.absolute().with_name(source.name + SIDECAR)] if local else []
+    if isinstance(source, Path):
+        beside, identity = [source.absolute().with_name(source.name + SIDECAR)], os.fsencode(source.resolve())
+    else:
+        beside, identity = [], str(source).encode()
+    name = hashlib.sha256(identity).hexdigest()[:32]
     return [*beside, *([] if cache is None else [cache / (name + SIDECAR)])]
 
 
