@@ -108,7 +108,7 @@ def test_a_study_runs_once_and_its_figures_say_how(studies, tiny, digit_shards, 
 @pytest.mark.slow
 def test_a_killed_study_continues(tiny, digit_shards, tmp_path):
     """Killed with its children while the first row trains; the result is that of an uninterrupted study."""
-    long = ["--samples", "8000", "--rows", "plain"]
+    long = ["--samples", "2000", "--rows", "plain"]
     words = command(tiny, digit_shards, tmp_path / "killed", *long)
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     process = subprocess.Popen(words, env=environment(), start_new_session=True, **quiet)
