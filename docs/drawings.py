@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from selfvil.data import loader
+from selfvil.data.base import Images
 from selfvil.data.order import Order
 from selfvil.models import VisionLSTM
 from selfvil.models.blocks import TRAVERSALS
@@ -246,9 +247,9 @@ def spans(
     """First and last position of each batch of one process, as the training loader requests them."""
     with mock.patch.object(loader, "_batches_despite_worker_death", lambda samples, spans, workers: spans()):
         batches: Any = loader.train_batches(
-            range(length), [], seed=0, batch_size=batch_size, rank=rank, world_size=world_size, start_step=start_step,
-            stop_step=stop_step,
-        )  # type: ignore[arg-type]  # fmt: skip
+            mock.create_autospec(Images), [], seed=0, batch_size=batch_size, rank=rank, world_size=world_size,
+            start_step=start_step, stop_step=stop_step,
+        )  # fmt: skip
         return list(batches)
 
 

@@ -20,7 +20,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -102,9 +102,11 @@ def expand_shards(pattern: Pattern) -> list[Path]:
     if not patterns or not all(os.fspath(each) for each in patterns):
         raise UserError("no shards given: expected a path, a folder, a glob or a brace pattern of WebDataset tars")
     paths = [path for each in patterns for path in _expand(os.fspath(each))]
-    seen: dict[Path, Path] = {}
+    seen: dict[str, Path] = {}
+    real = lru_cache(os.path.realpath)  # of folders: thousands of shards lie in a few
     for path in paths:
-        if (twice := seen.setdefault(path.resolve(), path)) is not path:
+        resolved = os.path.realpath(path) if path.is_symlink() else os.path.join(real(path.parent), path.name)
+        if (twice := seen.setdefault(resolved, path)) is not path:
             raise UserError(f"shard {path} is given twice (also as {twice}); name each shard once")
     return paths
 
