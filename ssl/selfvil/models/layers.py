@@ -296,7 +296,8 @@ class ViLLayer(GatedScan):
             None if layout.kept is None else layout.kept.ids, layout.grid,
             norm=norm.arguments, up=(self.proj_up.weight, self.proj_up.bias), conv=(self.conv.weight, self.conv.bias),  # type: ignore[arg-type]
             projections=[(p.weight, p.bias) for p in (self.q_proj, self.k_proj, self.v_proj)],
-            gates=(self.igate.weight, self.fgate.weight, self.igate.bias, self.fgate.bias), head_norm=self.outnorm.arguments, skip=self.skip, down=down, reverse=self.reverse,  # type: ignore[arg-type]
+            gates=(self.igate.weight, self.fgate.weight, self.igate.bias, self.fgate.bias),
+            head_norm=self.outnorm.arguments, skip=self.skip, down=down, reverse=self.reverse,  # type: ignore[arg-type]
         )  # fmt: skip
 
 

@@ -50,7 +50,6 @@ def gated_layer(
         gates: weights (h, 3 E) for q, k and v of the input and of the forget gates, and biases (h,) of both.
         skip: (E,).
     """
-    (q, q_bias), (k, k_bias), (v, v_bias) = projections
     weights, biases = zip(*projections, strict=True)
     return _layer(
         x, scale, gaps, kept, *norm[:2], *up, *conv, *weights, *biases, *gates, *head_norm[:2], skip, *down,
@@ -66,8 +65,8 @@ def _layer(
     i_bias: Tensor, f_bias: Tensor, head_weight: Tensor, head_bias: Tensor | None, skip: Tensor, down: Tensor,
     down_bias: Tensor | None, height: int, width: int, eps: float, head_eps: float, reverse: bool, dtype: torch.dtype,
 ) -> list[Tensor]:  # fmt: skip
-    """The result, and for the backward pass y, its statistics, u and z side by side, the gates' weights for c and for u,
-    c, q, k, v, the forget gates' pre-activations, h, a, n and lim of the mLSTM, and the input of the down-projection."""
+    """The result, and for the backward pass y, its statistics, u and z side by side, the gates' weights for c and u, c,
+    q, k, v, the forget gates' pre-activations, h, a, n and lim of the mLSTM, and the input of the down-projection."""
     rows, pairs = x.flatten(0, 1).contiguous(), dtype == torch.bfloat16
     y, statistics = layer_norm(rows, norm_weight, norm_bias, eps, dtype)
     both = y.new_empty(*x.shape[:2], len(up))

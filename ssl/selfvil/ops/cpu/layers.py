@@ -59,9 +59,7 @@ def _mlp(
     before = torch.empty_like(hidden) if keep else y.new_empty(0)
     multiply(y, [w1], hidden, pairs=pairs, transposed=True, bias=single(b1), gelu=1, before=before if keep else None)
     out = torch.empty_like(rows)
-    multiply(
-        hidden, [w2], out, pairs=pairs, transposed=True, bias=single(b2), residual=rows, scale=single(scale)
-    )
+    multiply(hidden, [w2], out, pairs=pairs, transposed=True, bias=single(b2), residual=rows, scale=single(scale))
     return out.view(x.shape), y, statistics, before
 
 
@@ -224,9 +222,7 @@ def _layer_backward(
     d_columns = columns.new_empty(len(rows), total + -(-2 * heads // 16) * 16)
     q, k, v, gate = _split(columns.view(batch, num_tokens, -1), width, heads)
     dq, dk, dv, d_gate = _split(d_columns.view(batch, num_tokens, -1)[..., :total], width, heads)
-    dh, _, d_head = normed_backward(
-        d_inner, h, None, gate, (head_weight, head_bias, None), head_eps, d_gate, sigmoid
-    )
+    dh, _, d_head = normed_backward(d_inner, h, None, gate, (head_weight, head_bias, None), head_eps, d_gate, sigmoid)
     di, dlog_f = scan_backward(dh, (q, k, v), (a, row_sum, limit), reverse, (dq, dk, dv))
     gates_backward(raw, gaps, cap, di, dlog_f, d_columns[:, total:])
     d_used, dy = d_columns[:, : total + 2 * heads], torch.empty_like(y)
