@@ -176,7 +176,7 @@ def _project(
 def projected(
     c: Tensor, x: Tensor, parameters: Sequence[Tensor | None]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """q, k, v, i and f. parameters: weights and biases of q, k and v, the gates' weights for c and x, and their bias."""
+    """q, k, v, i and f. parameters: weights and biases of q, k and v, gates' weights for c and x, and bias."""
     c, x, parameters = _rows(c), _rows(x), [_single(p) for p in parameters]
     c_gates, gates_bias = parameters[6], parameters[8]
     assert c_gates is not None

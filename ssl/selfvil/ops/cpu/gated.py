@@ -110,13 +110,14 @@ def _(
 def _layer_backward(
     d_out: Tensor, x: Tensor, scale: Tensor | None, gaps: Tensor | None, kept: Tensor | None, norm_weight: Tensor,
     up: Tensor, conv: Tensor, conv_bias: Tensor, q_map: Tensor, k_map: Tensor, v_map: Tensor, q_bias: Tensor | None,
-    k_bias: Tensor | None, v_bias: Tensor | None, i_weight: Tensor, f_weight: Tensor, head_weight: Tensor, head_bias: Tensor | None,
+    k_bias: Tensor | None, v_bias: Tensor | None, i_weight: Tensor, f_weight: Tensor,
+    head_weight: Tensor, head_bias: Tensor | None,
     skip: Tensor, down: Tensor, saved: Sequence[Tensor], height: int, width: int, eps: float, head_eps: float,
     reverse: bool, weights: bool,
 ) -> list[Tensor]:  # fmt: skip
-    """Gradients of x; then, unless not `weights`, of the norm (2, C), of weight and bias of the up-projection; sums of
-    `conv_parameters`; of weights (3, E / 4, 4, 4) and biases (3, E) of q, k and v; of weights and biases of the gates; of
-    the head norm and skip (3, E); of weight and bias of the down-projection."""
+    """Gradients of x; then, with `weights`, of the norm (2, C); of weight and bias of the up-projection; the sums of
+    `conv_parameters`; of weights (3, E / 4, 4, 4) and biases (3, E) of q, k, v; of weights and biases of the gates;
+    of the head norm and skip (3, E); of weight and bias of the down-projection."""
     y, statistics, both, c_gates, u_gates, c, q, k, v, f, h, a, row_sum, limit, inner = saved
     rows, pairs, grid = x.flatten(0, 1).contiguous(), y.dtype == torch.bfloat16, (height, width)
     d_rows, d = scaled(d_out, scale, x)

@@ -5,9 +5,9 @@ With y = norm(x) and s the factors of stochastic depth:
     mlp             x + s · (W2 GELU(W1 y + b1) + b2)
     mlstm_layer     x + s · (P (gate(O y) ∘ headnorm(mLSTM(q, k, v, i, f))) + b), with q, k, v, i, f linear in y
 
-One node instead of ten to thirty saves the dispatch of each, which is what few tokens wait for, and lets kernels write into one
-another's buffers: q, k, v and the output gate are columns of one product, and so are their gradients. Results are those of the
-modules in `selfvil.models` to rounding. Tokens are float32 or bfloat16; under autocast, tokens stay float32 and factors of
+One node instead of ten to thirty saves the dispatch of each, and lets kernels write into one another's buffers: q, k, v
+and the output gate are columns of one product, and so are their gradients. Results are those of the modules in
+`selfvil.models` to rounding. Tokens are float32 or bfloat16; under autocast, tokens stay float32 and factors of
 products are bfloat16. First derivatives only. Equal inputs give equal bits, for any number of threads.
 
 Shapes: B images, N tokens, C channels, h heads.
@@ -52,7 +52,7 @@ def _mlp(
     x: Tensor, scale: Tensor | None, norm_weight: Tensor, norm_bias: Tensor | None, w1: Tensor, b1: Tensor | None,
     w2: Tensor, b2: Tensor | None, eps: float, dtype: torch.dtype, keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The result, and for the backward pass y, its statistics and the hidden units before GELU (empty if not `keep`)."""
+    """The result, and for the backward pass y, its statistics and the units before GELU (empty if not `keep`)."""
     rows, pairs = x.flatten(0, 1).contiguous(), dtype == torch.bfloat16
     y, statistics = layer_norm(rows, norm_weight, norm_bias, eps, dtype)
     hidden = y.new_empty(len(rows), len(w1))

@@ -99,7 +99,7 @@ def weight_gradients(dy: Tensor, x: Tensor, pairs: bool) -> tuple[Tensor, Tensor
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """LayerNorm of x (M, C) in `dtype`, whose weight is stored minus 1; and mean and 1 / deviation of each row (M, 2)."""
+    """LayerNorm of x (M, C) in `dtype`, whose weight is stored minus 1; mean and 1 / deviation of rows (M, 2)."""
     y, statistics = x.new_empty(x.shape, dtype=dtype), x.new_empty(len(x), 2, dtype=torch.float32)
     weight, bias = weight.float(), None if bias is None else bias.float()
     call("layer_norm_forward", *_norm_members(x, dtype, eps), x, weight, bias, y, statistics, *4 * [None])
