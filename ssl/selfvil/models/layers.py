@@ -315,7 +315,8 @@ def residual_factors(
     x: Tensor, linear: nn.Linear, layer_scale: nn.Module, drop_path: nn.Module
 ) -> tuple[Tensor | None, Tensor, Tensor | None]:
     """Factors (B,) of stochastic depth, None for 1, and weight and bias of `linear` times LayerScale."""
-    weight, bias = linear.weight, linear.bias
+    weight: Tensor = linear.weight
+    bias: Tensor | None = linear.bias
     if isinstance(layer_scale, LayerScale):
         weight = layer_scale.gamma.unsqueeze(1) * weight
         bias = None if bias is None else layer_scale.gamma * bias

@@ -126,12 +126,12 @@ def _layer_backward(
     multiply(d, [down], d_inner.flatten(0, 1), pairs=pairs)
     dh, dc, d_head = normed_backward(d_inner, h, c, z, (head_weight, head_bias, skip), head_eps, dz)
     assert dc is not None
-    gradients = [torch.empty_like(part) for part in (q, k, v)]
-    di, dlog_f = scan_backward(dh, (q, k, v), (a, row_sum, limit), reverse, (*gradients,))
+    dq, dk, dv = (torch.empty_like(part) for part in (q, k, v))
+    di, dlog_f = scan_backward(dh, (q, k, v), (a, row_sum, limit), reverse, (dq, dk, dv))
     df = torch.sigmoid(-f).mul_(dlog_f)
     df = df if gaps is None else df * gaps.unsqueeze(1)
     weights_of = (q_map, k_map, v_map, c_gates, u_gates)
-    of_c, d_maps, d_gates = projected_backward([*gradients, di, df], c, u, weights_of, du)
+    of_c, d_maps, d_gates = projected_backward([dq, dk, dv, di, df], c, u, weights_of, du)
     dc += of_c
     d_conv = convolved_backward(dc, u, conv, conv_bias, kept, grid, reverse, True, du, True)
     flat, dy = d_both.flatten(0, 1), torch.empty_like(y)
@@ -178,7 +178,7 @@ def _layer_gradients(ctx: Any, d_outputs: list[Tensor]) -> tuple[Tensor | None, 
         d_outputs[0], x, scale, gaps, kept, norm_weight, up, conv, conv_bias, q, k, v, q_bias, k_bias, v_bias, i_weight,
         f_weight, head_weight, head_bias, skip, down, saved[25:], *ctx.settings, needed,
     )  # fmt: skip
-    gradients: list[Tensor | None] = 21 * [None]
+    gradients: Sequence[Tensor | None] = 21 * [None]
     if needed:
         d_norm, d_up, d_up_bias, d_conv, d_maps, d_map_biases, di_weight, df_weight, di_bias, df_bias, *rest = found
         d_head, d_down, d_down_bias = rest

@@ -13,6 +13,7 @@ products are bfloat16. First derivatives only. Equal inputs give equal bits, for
 Shapes: B images, N tokens, C channels, h heads.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -112,7 +113,7 @@ def _mlp_gradients(ctx: Any, d_out: Tensor, *_: Tensor) -> tuple[Tensor | None, 
         d_out, x, scale, norm_weight, w1, w2, *saved, ctx.eps, any(ctx.needs_input_grad[2:8])
     )
     needed = any(ctx.needs_input_grad[2:8])
-    d_parameters = [*d_norm.unbind(), *rest] if needed else 6 * [None]
+    d_parameters: Sequence[Tensor | None] = [*d_norm.unbind(), *rest] if needed else 6 * [None]
     return dx, None, *as_parameters(d_parameters, (norm_weight, norm_bias, w1, b1, w2, b2)), None, None, None
 
 
@@ -230,9 +231,9 @@ def _layer_backward(
     dx, d_norm = layer_norm_backward(dy, rows, statistics, norm_weight, d_rows, eps)
     results = dx.view(x.shape), d_norm.clone()
     if not weights:
-        return *results, *(d_norm.new_empty(0) for _ in range(5))
-    d_first = weight_gradients(d_used, y, pairs)
-    return *results, *d_first, d_head[:2].clone(), *weight_gradients(d, inner.view(len(rows), width), pairs)
+        return *results, *(d_norm.new_empty(0) for _ in range(5))  # type: ignore[return-value]  # as many
+    dw, db = weight_gradients(d_used, y, pairs)
+    return *results, dw, db, d_head[:2].clone(), *weight_gradients(d, inner.view(len(rows), width), pairs)
 
 
 @_layer_backward.register_fake
@@ -262,7 +263,7 @@ def _layer_gradients(ctx: Any, d_out: Tensor, *_: Tensor) -> tuple[Tensor | None
         d_out, x, scale, gaps, norm_weight, qkv, gate_weight, out_gate, head_weight, head_bias, proj,
         *ctx.saved_tensors[15:], *ctx.settings, needed,
     )  # fmt: skip
-    found: list[Tensor | None] = 12 * [None]
+    found: Sequence[Tensor | None] = 12 * [None]
     if needed:
         sizes = len(qkv), len(out_gate), len(gate_weight)
         (of_qkv, of_out, of_gates), (qkv_b, out_b, gates_b) = dw.split(sizes), db.split(sizes)
@@ -290,7 +291,7 @@ def scaled(d_out: Tensor, scale: Tensor | None, x: Tensor) -> tuple[Tensor, Tens
     return d_out.flatten(0, 1), d.flatten(0, 1)
 
 
-def as_parameters(gradients: list[Tensor | None], parameters: Any) -> list[Tensor | None]:
+def as_parameters(gradients: Sequence[Tensor | None], parameters: Any) -> list[Tensor | None]:
     """Gradients in the dtypes of their parameters; None for parameters that do not exist."""
     return [
         None if of is None or gradient is None else gradient.to(of.dtype)
