@@ -296,7 +296,8 @@ class ViLLayer(GatedScan):
             None if layout.kept is None else layout.kept.ids, layout.grid,
             norm=norm.arguments, up=(self.proj_up.weight, self.proj_up.bias), conv=(self.conv.weight, self.conv.bias),  # type: ignore[arg-type]
             projections=[(p.weight, p.bias) for p in (self.q_proj, self.k_proj, self.v_proj)],
-            gates=(self.igate.weight, self.fgate.weight, self.igate.bias, self.fgate.bias), head_norm=self.outnorm.arguments, skip=self.skip, down=down, reverse=self.reverse,  # type: ignore[arg-type]
+            gates=(self.igate.weight, self.fgate.weight, self.igate.bias, self.fgate.bias),
+            head_norm=self.outnorm.arguments, skip=self.skip, down=down, reverse=self.reverse,  # type: ignore[arg-type]
         )  # fmt: skip
 
 
@@ -314,7 +315,8 @@ def residual_factors(
     x: Tensor, linear: nn.Linear, layer_scale: nn.Module, drop_path: nn.Module
 ) -> tuple[Tensor | None, Tensor, Tensor | None]:
     """Factors (B,) of stochastic depth, None for 1, and weight and bias of `linear` times LayerScale."""
-    weight, bias = linear.weight, linear.bias
+    weight: Tensor = linear.weight
+    bias: Tensor | None = linear.bias
     if isinstance(layer_scale, LayerScale):
         weight = layer_scale.gamma.unsqueeze(1) * weight
         bias = None if bias is None else layer_scale.gamma * bias

@@ -241,8 +241,8 @@ class MLPBlock(nn.Module):
         x = self._mix(x, layout)
         linear = self.mlp.fc1, self.mlp.fc2
         if not self.mlp.is_gated and native_linear(x, *linear):
-            scale, *second = residual_factors(x, linear[1], self.ls2, self.drop_path2)
-            return cpu_layers.mlp(x, scale, self.norm2.arguments, (linear[0].weight, linear[0].bias), tuple(second))
+            scale, weight, bias = residual_factors(x, linear[1], self.ls2, self.drop_path2)
+            return cpu_layers.mlp(x, scale, self.norm2.arguments, (linear[0].weight, linear[0].bias), (weight, bias))
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
     def _convolve(self, x: Tensor, layout: TokenLayout) -> Tensor:
@@ -265,12 +265,12 @@ class MLPBlock(nn.Module):
             and scan.outnorm.weight.numel() % (16 * scan.num_heads) == 0
             and native_linear(x, *linear)
         ):
-            scale, *proj = residual_factors(x, layer.proj, self.ls1, self.drop_path)
+            scale, weight, bias = residual_factors(x, layer.proj, self.ls1, self.drop_path)
             positions = layout.scan_positions
             return cpu_layers.mlstm_layer(
                 x, scale, None if positions is None else gaps(positions, layer.reverse).float(), self.norm1.arguments,
                 (scan.qkv.weight, scan.qkv.bias), (scan.gates.weight, scan.gates.bias),
-                (layer.output_gate.weight, layer.output_gate.bias), scan.outnorm.arguments, tuple(proj),
+                (layer.output_gate.weight, layer.output_gate.bias), scan.outnorm.arguments, (weight, bias),
                 cap=scan.gate_cap, sigmoid=layer.activation is torch.sigmoid, reverse=layer.reverse,
             )  # fmt: skip
         return x + self.drop_path(self.ls1(layer(self.norm1(x), layout)))

@@ -118,9 +118,7 @@ def convolved_backward(
     """Gradients of the weights and the bias as one (10, E). That of x is written to dx, or added to it."""
     x, dy = _rows(x), dy.contiguous()
     sums = x.new_zeros(max(1, x.shape[0]), 10, x.shape[2], dtype=torch.float32)
-    _call(
-        "conv_backward", x, *_conv_members(x, weight, bias, kept, grid, reverse, silu, dx, dy), None, dx, add, sums
-    )
+    _call("conv_backward", x, *_conv_members(x, weight, bias, kept, grid, reverse, silu, dx, dy), None, dx, add, sums)
     return sums[0].clone()
 
 
@@ -172,15 +170,13 @@ def _project(
     q_bias: Tensor | None, k_bias: Tensor | None, v_bias: Tensor | None,
     c_gates: Tensor, x_gates: Tensor, gates_bias: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    return projected(
-        c, x, (q_weight, k_weight, v_weight, q_bias, k_bias, v_bias, c_gates, x_gates, gates_bias)
-    )
+    return projected(c, x, (q_weight, k_weight, v_weight, q_bias, k_bias, v_bias, c_gates, x_gates, gates_bias))
 
 
 def projected(
     c: Tensor, x: Tensor, parameters: Sequence[Tensor | None]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """q, k, v, i and f, from the weights and biases of q, k and v, the gates' weights for c and for x, and their bias."""
+    """q, k, v, i and f. parameters: weights and biases of q, k and v, gates' weights for c and x, and bias."""
     c, x, parameters = _rows(c), _rows(x), [_single(p) for p in parameters]
     c_gates, gates_bias = parameters[6], parameters[8]
     assert c_gates is not None
@@ -271,9 +267,7 @@ def _projected(c: Tensor, gates_bias: Tensor) -> tuple[Tensor, Tensor, Tensor, T
 
 
 def _project_sizes(c: Tensor, x: Tensor, gates: Tensor, dx: Tensor | None = None) -> tuple[int, ...]:
-    return (
-        *c.shape, len(gates) // 2, *c.stride()[:2], *x.stride()[:2], *((0, 0) if dx is None else dx.stride()[:2])
-    )
+    return (*c.shape, len(gates) // 2, *c.stride()[:2], *x.stride()[:2], *((0, 0) if dx is None else dx.stride()[:2]))
 
 
 # --- norm, skip and gate ---------------------------------------------------------------------------------------------

@@ -50,7 +50,6 @@ def gated_layer(
         gates: weights (h, 3 E) for q, k and v of the input and of the forget gates, and biases (h,) of both.
         skip: (E,).
     """
-    (q, q_bias), (k, k_bias), (v, v_bias) = projections
     weights, biases = zip(*projections, strict=True)
     return _layer(
         x, scale, gaps, kept, *norm[:2], *up, *conv, *weights, *biases, *gates, *head_norm[:2], skip, *down,
@@ -66,8 +65,8 @@ def _layer(
     i_bias: Tensor, f_bias: Tensor, head_weight: Tensor, head_bias: Tensor | None, skip: Tensor, down: Tensor,
     down_bias: Tensor | None, height: int, width: int, eps: float, head_eps: float, reverse: bool, dtype: torch.dtype,
 ) -> list[Tensor]:  # fmt: skip
-    """The result, and for the backward pass y, its statistics, u and z side by side, the gates' weights for c and for u,
-    c, q, k, v, the forget gates' pre-activations, h, a, n and lim of the mLSTM, and the input of the down-projection."""
+    """The result, and for the backward pass y, its statistics, u and z side by side, the gates' weights for c and u, c,
+    q, k, v, the forget gates' pre-activations, h, a, n and lim of the mLSTM, and the input of the down-projection."""
     rows, pairs = x.flatten(0, 1).contiguous(), dtype == torch.bfloat16
     y, statistics = layer_norm(rows, norm_weight, norm_bias, eps, dtype)
     both = y.new_empty(*x.shape[:2], len(up))
@@ -111,13 +110,14 @@ def _(
 def _layer_backward(
     d_out: Tensor, x: Tensor, scale: Tensor | None, gaps: Tensor | None, kept: Tensor | None, norm_weight: Tensor,
     up: Tensor, conv: Tensor, conv_bias: Tensor, q_map: Tensor, k_map: Tensor, v_map: Tensor, q_bias: Tensor | None,
-    k_bias: Tensor | None, v_bias: Tensor | None, i_weight: Tensor, f_weight: Tensor, head_weight: Tensor, head_bias: Tensor | None,
+    k_bias: Tensor | None, v_bias: Tensor | None, i_weight: Tensor, f_weight: Tensor,
+    head_weight: Tensor, head_bias: Tensor | None,
     skip: Tensor, down: Tensor, saved: Sequence[Tensor], height: int, width: int, eps: float, head_eps: float,
     reverse: bool, weights: bool,
 ) -> list[Tensor]:  # fmt: skip
-    """Gradients of x; then, unless not `weights`, of the norm (2, C), of weight and bias of the up-projection; sums of
-    `conv_parameters`; of weights (3, E / 4, 4, 4) and biases (3, E) of q, k and v; of weights and biases of the gates; of
-    the head norm and skip (3, E); of weight and bias of the down-projection."""
+    """Gradients of x; then, with `weights`, of the norm (2, C); of weight and bias of the up-projection; the sums of
+    `conv_parameters`; of weights (3, E / 4, 4, 4) and biases (3, E) of q, k, v; of weights and biases of the gates;
+    of the head norm and skip (3, E); of weight and bias of the down-projection."""
     y, statistics, both, c_gates, u_gates, c, q, k, v, f, h, a, row_sum, limit, inner = saved
     rows, pairs, grid = x.flatten(0, 1).contiguous(), y.dtype == torch.bfloat16, (height, width)
     d_rows, d = scaled(d_out, scale, x)
@@ -126,12 +126,12 @@ def _layer_backward(
     multiply(d, [down], d_inner.flatten(0, 1), pairs=pairs)
     dh, dc, d_head = normed_backward(d_inner, h, c, z, (head_weight, head_bias, skip), head_eps, dz)
     assert dc is not None
-    gradients = [torch.empty_like(part) for part in (q, k, v)]
-    di, dlog_f = scan_backward(dh, (q, k, v), (a, row_sum, limit), reverse, (*gradients,))
+    dq, dk, dv = (torch.empty_like(part) for part in (q, k, v))
+    di, dlog_f = scan_backward(dh, (q, k, v), (a, row_sum, limit), reverse, (dq, dk, dv))
     df = torch.sigmoid(-f).mul_(dlog_f)
     df = df if gaps is None else df * gaps.unsqueeze(1)
     weights_of = (q_map, k_map, v_map, c_gates, u_gates)
-    of_c, d_maps, d_gates = projected_backward([*gradients, di, df], c, u, weights_of, du)
+    of_c, d_maps, d_gates = projected_backward([dq, dk, dv, di, df], c, u, weights_of, du)
     dc += of_c
     d_conv = convolved_backward(dc, u, conv, conv_bias, kept, grid, reverse, True, du, True)
     flat, dy = d_both.flatten(0, 1), torch.empty_like(y)
@@ -178,7 +178,7 @@ def _layer_gradients(ctx: Any, d_outputs: list[Tensor]) -> tuple[Tensor | None, 
         d_outputs[0], x, scale, gaps, kept, norm_weight, up, conv, conv_bias, q, k, v, q_bias, k_bias, v_bias, i_weight,
         f_weight, head_weight, head_bias, skip, down, saved[25:], *ctx.settings, needed,
     )  # fmt: skip
-    gradients: list[Tensor | None] = 21 * [None]
+    gradients: Sequence[Tensor | None] = 21 * [None]
     if needed:
         d_norm, d_up, d_up_bias, d_conv, d_maps, d_map_biases, di_weight, df_weight, di_bias, df_bias, *rest = found
         d_head, d_down, d_down_bias = rest

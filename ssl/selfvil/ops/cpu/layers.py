@@ -5,14 +5,15 @@ With y = norm(x) and s the factors of stochastic depth:
     mlp             x + s · (W2 GELU(W1 y + b1) + b2)
     mlstm_layer     x + s · (P (gate(O y) ∘ headnorm(mLSTM(q, k, v, i, f))) + b), with q, k, v, i, f linear in y
 
-One node instead of ten to thirty saves the dispatch of each, which is what few tokens wait for, and lets kernels write into one
-another's buffers: q, k, v and the output gate are columns of one product, and so are their gradients. Results are those of the
-modules in `selfvil.models` to rounding. Tokens are float32 or bfloat16; under autocast, tokens stay float32 and factors of
+One node instead of ten to thirty saves the dispatch of each, and lets kernels write into one another's buffers: q, k, v
+and the output gate are columns of one product, and so are their gradients. Results are those of the modules in
+`selfvil.models` to rounding. Tokens are float32 or bfloat16; under autocast, tokens stay float32 and factors of
 products are bfloat16. First derivatives only. Equal inputs give equal bits, for any number of threads.
 
 Shapes: B images, N tokens, C channels, h heads.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -52,16 +53,14 @@ def _mlp(
     x: Tensor, scale: Tensor | None, norm_weight: Tensor, norm_bias: Tensor | None, w1: Tensor, b1: Tensor | None,
     w2: Tensor, b2: Tensor | None, eps: float, dtype: torch.dtype, keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The result, and for the backward pass y, its statistics and the hidden units before GELU (empty if not `keep`)."""
+    """The result, and for the backward pass y, its statistics and the units before GELU (empty if not `keep`)."""
     rows, pairs = x.flatten(0, 1).contiguous(), dtype == torch.bfloat16
     y, statistics = layer_norm(rows, norm_weight, norm_bias, eps, dtype)
     hidden = y.new_empty(len(rows), len(w1))
     before = torch.empty_like(hidden) if keep else y.new_empty(0)
     multiply(y, [w1], hidden, pairs=pairs, transposed=True, bias=single(b1), gelu=1, before=before if keep else None)
     out = torch.empty_like(rows)
-    multiply(
-        hidden, [w2], out, pairs=pairs, transposed=True, bias=single(b2), residual=rows, scale=single(scale)
-    )
+    multiply(hidden, [w2], out, pairs=pairs, transposed=True, bias=single(b2), residual=rows, scale=single(scale))
     return out.view(x.shape), y, statistics, before
 
 
@@ -114,7 +113,7 @@ def _mlp_gradients(ctx: Any, d_out: Tensor, *_: Tensor) -> tuple[Tensor | None, 
         d_out, x, scale, norm_weight, w1, w2, *saved, ctx.eps, any(ctx.needs_input_grad[2:8])
     )
     needed = any(ctx.needs_input_grad[2:8])
-    d_parameters = [*d_norm.unbind(), *rest] if needed else 6 * [None]
+    d_parameters: Sequence[Tensor | None] = [*d_norm.unbind(), *rest] if needed else 6 * [None]
     return dx, None, *as_parameters(d_parameters, (norm_weight, norm_bias, w1, b1, w2, b2)), None, None, None
 
 
@@ -224,9 +223,7 @@ def _layer_backward(
     d_columns = columns.new_empty(len(rows), total + -(-2 * heads // 16) * 16)
     q, k, v, gate = _split(columns.view(batch, num_tokens, -1), width, heads)
     dq, dk, dv, d_gate = _split(d_columns.view(batch, num_tokens, -1)[..., :total], width, heads)
-    dh, _, d_head = normed_backward(
-        d_inner, h, None, gate, (head_weight, head_bias, None), head_eps, d_gate, sigmoid
-    )
+    dh, _, d_head = normed_backward(d_inner, h, None, gate, (head_weight, head_bias, None), head_eps, d_gate, sigmoid)
     di, dlog_f = scan_backward(dh, (q, k, v), (a, row_sum, limit), reverse, (dq, dk, dv))
     gates_backward(raw, gaps, cap, di, dlog_f, d_columns[:, total:])
     d_used, dy = d_columns[:, : total + 2 * heads], torch.empty_like(y)
@@ -234,9 +231,9 @@ def _layer_backward(
     dx, d_norm = layer_norm_backward(dy, rows, statistics, norm_weight, d_rows, eps)
     results = dx.view(x.shape), d_norm.clone()
     if not weights:
-        return *results, *(d_norm.new_empty(0) for _ in range(5))
-    d_first = weight_gradients(d_used, y, pairs)
-    return *results, *d_first, d_head[:2].clone(), *weight_gradients(d, inner.view(len(rows), width), pairs)
+        return *results, *(d_norm.new_empty(0) for _ in range(5))  # type: ignore[return-value]  # as many
+    dw, db = weight_gradients(d_used, y, pairs)
+    return *results, dw, db, d_head[:2].clone(), *weight_gradients(d, inner.view(len(rows), width), pairs)
 
 
 @_layer_backward.register_fake
@@ -266,7 +263,7 @@ def _layer_gradients(ctx: Any, d_out: Tensor, *_: Tensor) -> tuple[Tensor | None
         d_out, x, scale, gaps, norm_weight, qkv, gate_weight, out_gate, head_weight, head_bias, proj,
         *ctx.saved_tensors[15:], *ctx.settings, needed,
     )  # fmt: skip
-    found: list[Tensor | None] = 12 * [None]
+    found: Sequence[Tensor | None] = 12 * [None]
     if needed:
         sizes = len(qkv), len(out_gate), len(gate_weight)
         (of_qkv, of_out, of_gates), (qkv_b, out_b, gates_b) = dw.split(sizes), db.split(sizes)
@@ -294,7 +291,7 @@ def scaled(d_out: Tensor, scale: Tensor | None, x: Tensor) -> tuple[Tensor, Tens
     return d_out.flatten(0, 1), d.flatten(0, 1)
 
 
-def as_parameters(gradients: list[Tensor | None], parameters: Any) -> list[Tensor | None]:
+def as_parameters(gradients: Sequence[Tensor | None], parameters: Any) -> list[Tensor | None]:
     """Gradients in the dtypes of their parameters; None for parameters that do not exist."""
     return [
         None if of is None or gradient is None else gradient.to(of.dtype)

@@ -92,9 +92,7 @@ def scan_backward(
     q, k, v, dh = (_rows(x) for x in (*inputs, dh.to(v.dtype)))
     a, row_sum, limit = (x.contiguous() for x in saved)
     di, dlog_f = a.new_empty(a.shape), a.new_empty(a.shape)
-    _call(
-        "mlstm_backward", reverse, (q, k, v, None, None, dh), (a, row_sum, limit, di, dlog_f), (None, *gradients)
-    )
+    _call("mlstm_backward", reverse, (q, k, v, None, None, dh), (a, row_sum, limit, di, dlog_f), (None, *gradients))
     return di, dlog_f
 
 

@@ -169,7 +169,7 @@ void finish(const Product& x, int64_t row, int64_t rows, int64_t column, int64_t
       const int64_t at = (row + r) * x.c_stride + column + n;
       if (x.gelu == 1) {
         value = round_to(x.c_half, value);
-        write(x.before, x.c_half, at, value);
+        if (x.before) write(x.before, x.c_half, at, value);
         value = Gelu(value).value;
       } else if (x.gelu == 2) {
         const Gelu gelu(read(x.before, x.c_half, at));

@@ -90,15 +90,16 @@ def multiply(
 
 def weight_gradients(dy: Tensor, x: Tensor, pairs: bool) -> tuple[Tensor, Tensor]:
     """Gradients of the weight (O, I) and bias (O,) of a linear map, in float32, of dy (M, O) and x (M, I)."""
-    dw, sums = dy.new_empty(dy.shape[1], x.shape[1], dtype=torch.float32), dy.new_empty(dy.shape[1], dtype=torch.float32)
+    dw, sums = (
+        dy.new_empty(dy.shape[1], x.shape[1], dtype=torch.float32),
+        dy.new_empty(dy.shape[1], dtype=torch.float32),
+    )
     multiply(dy.mT, [x], dw, pairs=pairs, sums=sums)
     return dw, sums
 
 
-def layer_norm(
-    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """LayerNorm of x (M, C) in `dtype`, whose weight is stored minus 1; and mean and 1 / deviation of each row (M, 2)."""
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """LayerNorm of x (M, C) in `dtype`, whose weight is stored minus 1; mean and 1 / deviation of rows (M, 2)."""
     y, statistics = x.new_empty(x.shape, dtype=dtype), x.new_empty(len(x), 2, dtype=torch.float32)
     weight, bias = weight.float(), None if bias is None else bias.float()
     call("layer_norm_forward", *_norm_members(x, dtype, eps), x, weight, bias, y, statistics, *4 * [None])
