@@ -200,8 +200,8 @@ def _project_backward(
     weights (2, 2 H, E)."""
     dx = x.new_empty(x.shape)
     parameters = (q_weight, k_weight, v_weight, c_gates, x_gates)
-    dc, *sums = projected_backward((dq, dk, dv, di, df), c, x, parameters, dx)
-    return dc, dx, *sums
+    dc, linear, gates = projected_backward((dq, dk, dv, di, df), c, x, parameters, dx)
+    return dc, dx, linear, gates
 
 
 def projected_backward(

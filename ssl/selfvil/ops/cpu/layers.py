@@ -87,7 +87,8 @@ def _mlp_backward(
     multiply(d_hidden, [w1], dy, pairs=pairs)
     dx, d_norm = layer_norm_backward(dy, rows, statistics, norm_weight, d_rows, eps)
     if not weights:
-        return dx.view(x.shape), d_norm.clone(), *(d_norm.new_empty(0) for _ in range(4))
+        none = [d_norm.new_empty(0) for _ in range(4)]
+        return dx.view(x.shape), d_norm.clone(), none[0], none[1], none[2], none[3]
     return (
         dx.view(x.shape), d_norm.clone(), *weight_gradients(d_hidden, y, pairs), *weight_gradients(d, hidden, pairs)
     )  # fmt: skip
