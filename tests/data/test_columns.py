@@ -41,7 +41,7 @@ def test_a_hundred_million_samples_need_twenty_bytes_each_and_no_time(monkeypatc
         "ends": [count // shards * (i + 1) for i in range(shards)], "several": [], "ignored": 0, "highest": 3,
         "fingerprint": "0" * 16, "digests": [],
     }  # fmt: skip
-    opened = index.Shards.mapped([Path(f"{i}.tar") for i in range(shards)], facts, joined, None)
+    opened = index.Shards.mapped([Path(f"{i}.tar") for i in range(shards)], facts, joined, None, None)
     assert sum(dtype.itemsize for dtype in (column.dtype for column in joined.values())) <= 20
     tracemalloc.start()
     ids = opened.order(seed=1).ids(np.arange(50_000_000, 50_004_096))
