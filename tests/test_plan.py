@@ -230,7 +230,7 @@ def test_the_command_prints_and_writes(digit_shards, tmp_path, capsys):
 
 
 def test_a_plan_without_a_trial_decodes_no_image(digit_shards, tmp_path, monkeypatch):
-    monkeypatch.setattr("selfvil.data.loader.decode_image", lambda *_: pytest.fail("an image was decoded"))
+    monkeypatch.setattr("selfvil.data.loader.decode_pixels", lambda *_: pytest.fail("an image was decoded"))
     assert report(runs.small("mae", digit_shards, tmp_path / "run"), "mae", trial=False).trial is None
 
 

@@ -15,6 +15,7 @@ import pytest
 from runs import REPOSITORY, assert_same_state, command, environment, launch, overrides, small, state, wait_for_steps
 from selfvil import checkpoint
 from selfvil.pretrain import pretrain
+from selfvil.recipe import Recipe
 from selfvil.records import read_metrics
 from selfvil.stop import STOPPED
 
@@ -48,6 +49,29 @@ def test_a_paused_run_continues_bit_for_bit(digit_shards, tmp_path, objective, w
     pretrain(small(objective, digit_shards, tmp_path / "paused", *more))
     assert_same_state(tmp_path / "straight", tmp_path / "paused")
     assert paused.meta["export"] == ("teacher" if objective in ("dino", "ibot", "dinov2", "ijepa") else "student")
+
+
+def test_a_run_of_a_version_without_the_newer_keys_continues(digit_shards, tmp_path, monkeypatch, caplog):
+    """Keys of a recipe that a checkpoint lacks have their default, which is what the earlier version did."""
+    whole = Recipe.as_record
+
+    def as_before(recipe):
+        record = whole(recipe)
+        for key in ("order", "window", "cache", "cache_gb", "stats", "channel_drop", "decode"):
+            del record["data"][key]
+        del record["monitor"]["picture_channels"]
+        return record
+
+    more = "budget.steps=3", "monitor.log_every=3"
+    pretrain(small("mae", digit_shards, tmp_path / "straight", *more))
+    with monkeypatch.context() as patch:
+        patch.setattr(Recipe, "as_record", as_before)
+        pretrain(small("mae", digit_shards, tmp_path / "run", *more, "budget.pause_minutes=1e-6"))
+    pretrain(small("mae", digit_shards, tmp_path / "run", *more, "data.decode=exact", "budget.pause_minutes=1e-6"))
+    assert "data.decode" not in caplog.text
+    pretrain(small("mae", digit_shards, tmp_path / "run", *more))
+    assert "data.decode is scaled, and was exact" in caplog.text
+    assert_same_state(tmp_path / "straight", tmp_path / "run")
 
 
 def test_a_finished_run_is_not_changed(digit_shards, tmp_path):

@@ -32,7 +32,8 @@ def open_training(recipe: Recipe) -> tuple[Recipe, Images]:
     not been measured.
     """
     shards = _open(recipe.data)
-    if recipe.data.window is None and shards.remote:  # recorded: the same shards on a local disk have another order
+    if recipe.data.window is None and recipe.data.order == "shuffled" and shards.remote:
+        # Recorded: the same shards on a local disk have another order.
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"window": WINDOW})})
     if isinstance(shards, Mixture):
         shards.check_step(recipe.optim.batch_size)

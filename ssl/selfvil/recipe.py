@@ -184,13 +184,13 @@ class DataSection(Section):
     disk; or a mixture: a list of {source: ..., weight: ...}, from which every window of images takes exact shares."""
     order: Literal["shuffled", "class_balanced"] = "shuffled"
     """shuffled: every image once in each epoch. class_balanced: every class equally often, each with its own epochs;
-    needs labels."""
+    needs labels, and window must be null."""
     image: str | None = None
     """Extension of the image if samples have several, such as KEY.jpg with a mask KEY.png; null takes the first of jpg,
     png, webp, tif ... and warns."""
     window: int | None = Field(None, ge=1)
     """Shuffle the images of this many shards at a time, with another order of the shards in each epoch; null: 16 where
-    images are behind a URL, so that each shard is downloaded once an epoch, and otherwise all images at once."""
+    shuffled images are behind a URL, so that each shard is downloaded once an epoch, otherwise all images at once."""
     cache: PathText | None = None
     """Folder for downloaded shards, which several runs may share; null: selfvil/remote in the user's cache folder."""
     cache_gb: float = Field(50.0, gt=0)
@@ -236,11 +236,13 @@ class DataSection(Section):
         return " + ".join(parts) if parts else line(self.train)  # type: ignore[arg-type]  # it is no mixture
 
     @model_validator(mode="after")
-    def _one_list_of_labels(self) -> "DataSection":
+    def _keys_fit(self) -> "DataSection":
         if self.mixture and self.labels_per_class is not None:
             raise ValueError("labels_per_class is for one source, and train is a mixture: leave one of them out")
         if self.train == []:
             raise ValueError("train is an empty list: give at least one source")
+        if self.order == "class_balanced" and self.window is not None:
+            raise ValueError("order = class_balanced visits all shards at once, so window must be null")
         return self
 
 
@@ -350,11 +352,12 @@ class Recipe(Section):
         """The settings that determine the result: a run may continue another one with an equal identity.
 
         The budget is compared separately (`selfvil.plan`), and the images by their fingerprint, not by their path.
-        optim.accumulate changes only rounding, except for objectives that compare the images of a micro-batch.
+        optim.accumulate changes only rounding, except for objectives that compare the images of a micro-batch, and
+        data.decode only details of views.
         """
         whole = self.model_dump(mode="json")
         whole["run"] = {key: whole["run"][key] for key in ("seed", "precision")}
-        for key in ("train", "workers", "max_bad", "stats", "cache", "cache_gb"):
+        for key in ("train", "workers", "max_bad", "stats", "cache", "cache_gb", "decode"):
             whole["data"].pop(key)
         for key in ("accumulate", "on_nonfinite"):
             whole["optim"].pop(key)

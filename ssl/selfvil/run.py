@@ -281,6 +281,14 @@ def _changes(newest: Checkpoint, before: Plan, plan: Plan, recipe: Recipe) -> li
             f"a micro-batch of all processes has {micro_batch:,} images now, and had {old:,}: this objective compares "
             f"the images of a micro-batch with each other, so its loss changes; keep optim.accumulate to avoid that"
         )
+    record = newest.meta.get("recipe")
+    data = record.get("data") if isinstance(record, dict) else None
+    decode = data.get("decode", "exact") if isinstance(data, dict) else "exact"  # as versions without the key
+    if recipe.data.decode != decode:
+        notes.append(
+            f"data.decode is {recipe.data.decode}, and was {decode}: views of large JPEGs differ a little from now on; "
+            f"set data.decode={decode} to avoid that"
+        )
     return notes
 
 

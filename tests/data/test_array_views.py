@@ -54,7 +54,8 @@ def test_random_crops_are_crops_of_the_image():
         image = crop(Image.fromarray(eight))
         seed_randomness(0, seed, 0)
         array = crop((eight / 255).astype(np.float32))
-        assert (image - array.clamp(-0.5 * 255, 0.5 * 255)).abs().max() <= 1.001  # in 255ths; Pillow rounds twice
+        assert (image - array.clamp(-0.5 * 255, 0.5 * 255)).abs().max() <= 1.2  # in 255ths; Pillow rounds twice, and
+        # the second filter, whose weights have absolute values of 1.26 together at most, magnifies the first rounding
 
 
 @pytest.mark.parametrize(

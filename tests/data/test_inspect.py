@@ -60,7 +60,7 @@ def test_all_findings_of_a_folder(folder):
     assert report.images == 20
     assert report.bytes == sum(path.stat().st_size for path in folder.rglob("*.*"))
     assert report.formats == {"JPEG": 9, "PNG": 6, "WEBP": 4}
-    assert report.modes == {"RGB": 18, "I;16": 1}
+    assert report.modes == {"RGB": 18, "1 x uint16": 1}
     assert report.depths == {8: 18, 16: 1}
     assert report.sizes["128 x 96"] == 13
     assert report.shorter_side == {"32-63": 5, "64-127": 14}

@@ -1,6 +1,7 @@
 """JPEG by simplejpeg: Pillow's pixels bit for bit, the same images refused, and the bound of reduced decoding."""
 
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,11 +9,12 @@ from PIL import Image
 from tests.images import encode
 
 from selfvil.data import read
+from selfvil.data.base import Images
 from selfvil.data.index import open_shards
 from selfvil.data.jpeg import REMAINING, allowed_reduction, decode_jpeg, jpeg_size
 from selfvil.data.loader import train_batches
 from selfvil.data.read import DamagedImage, decode_image, load_image
-from selfvil.data.views import CenterCrop, DINOCrop, RandomCropFlip
+from selfvil.data.views import CenterCrop, ClassifierCrop, DINOCrop, RandomCropFlip
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 
@@ -94,19 +96,18 @@ def test_every_crop_keeps_twice_the_size_of_its_view(crops, factor):
     assert factor == 1 or all(min(w / vw, h / vh) >= REMAINING * factor for w, h, vw, vh in crops)
 
 
-class OneImage:
+class OneImage(Images):
     """A source of one image."""
-
-    labels = None
 
     def __init__(self, image: Image.Image) -> None:
         self.data = encode(image, "JPEG", quality=92)
-
-    def __len__(self) -> int:
-        return 1
+        super().__init__([Path("one")], [1], np.ones(1, np.uint32), np.ones(1, np.uint32), np.full(1, -1, np.int32))
 
     def read(self, i: int) -> bytes:
         return self.data
+
+    def key(self, i: int) -> str:
+        return "one"
 
 
 def views_of(image: Image.Image, views: list, decode: str) -> list[np.ndarray]:
@@ -142,6 +143,17 @@ def test_colour_augmentation_is_drawn_as_for_the_full_image():
     view = DINOCrop(32, (0.9, 1), MEAN, STD, blur=0.5, solarise=0.3)
     exact, scaled = (views_of(photo(700, 700), [view], decode)[0] for decode in ("exact", "scaled"))
     assert 0 < np.abs(exact - scaled).mean() < 2, "contrast and saturation magnify the differences"
+
+
+def test_a_reduced_image_is_erased_and_loses_channels_as_the_full_one():
+    view = ClassifierCrop(32, (0.9, 1), MEAN, STD, erasing=1.0, channel_drop=0.4)
+    exact, scaled = (views_of(photo(700, 700), [view], decode)[0] for decode in ("exact", "scaled"))
+    dropped = (exact == 0).all((2, 3))
+    assert 5 < dropped.sum() < 40
+    np.testing.assert_array_equal((scaled == 0).all((2, 3)), dropped)
+    noise = (exact == scaled).mean((2, 3))[~dropped]
+    assert 0 < noise.min() < noise.mean() < 0.5, "the erased part is the same noise, the rest differs a little"
+    assert np.median(np.abs(exact - scaled)) < 1, "levels of 255"
 
 
 @pytest.mark.parametrize("name", ["photos", "cifar10"])

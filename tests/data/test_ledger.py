@@ -29,7 +29,15 @@ def test_each_sample_is_listed_once(tmp_path):
     ledger.record([bad_sample(5), bad_sample(6)])
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [line["id"] for line in lines] == [4, 5, 6]
-    assert lines[0] == {"position": 104, "id": 4, "shard": "s.tar", "key": "k4", "reason": "cut", "replaced_by": 1}
+    assert lines[0] == {
+        "position": 104,
+        "id": 4,
+        "shard": "s.tar",
+        "key": "k4",
+        "reason": "cut",
+        "replaced_by": 1,
+        "source": "",
+    }
     resumed = Ledger(tmp_path, num_samples=1000, max_bad=0.02)
     resumed.record([bad_sample(6), bad_sample(7)])
     assert len(resumed) == len(path.read_text().splitlines()) == 4

@@ -391,7 +391,7 @@ def test_signatures_are_not_shown(served, caplog):
 
 def test_masks_are_read_from_a_store(tmp_path, served):
     from selfvil.data.pack import pack
-    from selfvil.data.sources import open_source
+    from selfvil.data.pack_sources import open_source
 
     source = open_source(f"{served.url}/s-{{0..6}}.tar", None, True, None, None)
     assert source.size == TOTAL

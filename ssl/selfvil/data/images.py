@@ -11,9 +11,10 @@ from selfvil.data.mixture import Mixture
 from selfvil.data.parquet import ParquetImages, data_files, holds_images
 from selfvil.data.read import EXTENSIONS
 from selfvil.data.remote.cache import Cache
+from selfvil.data.remote.urls import is_remote
 from selfvil.data.sources import image_files
 from selfvil.data.table import TableImages
-from selfvil.errors import UserError, shorten
+from selfvil.errors import UserError, redact, shorten
 
 
 def open_images(
@@ -46,7 +47,13 @@ def open_images(
         if suffix == ".csv" or (suffix == ".parquet" and not holds_images(path)):
             return TableImages(path, progress)
     patterns = [images] if isinstance(images, (str, os.PathLike)) else list(images)
-    if patterns and all(os.fspath(each).lower().endswith((".parquet", ".arrow")) for each in patterns):
+    names = [redact(os.fspath(each)).removesuffix("?…").lower() for each in patterns]
+    if is_remote(images) and any(name.endswith((".parquet", ".arrow", ".csv")) for name in names):
+        raise UserError(
+            f"{shorten(redact(os.fspath(patterns[0])), 200)} cannot be read from a store, only shards (.tar) can: "
+            "download it, or pack the images into shards"
+        )
+    if names and all(name.endswith((".parquet", ".arrow")) for name in names):
         return ParquetImages(expand_shards(images), progress)
     return open_shards(images, progress, image, cache)
 

@@ -35,7 +35,7 @@ from selfvil.data.read import EXTENSIONS, MAX_BYTES
 from selfvil.data.remote.cache import Cache
 from selfvil.data.remote.shards import in_threads, open_remote
 from selfvil.data.remote.urls import Location, is_remote
-from selfvil.data.sidecar import LARGEST_LABEL, SIDECAR, ShardIndex, Stamp, sidecars
+from selfvil.data.sidecar import LARGEST_LABEL, SIDECAR, STATS, ShardIndex, Stamp, sidecars
 from selfvil.data.tar import BLOCK, members
 from selfvil.errors import UserError, shorten
 
@@ -136,7 +136,7 @@ def _expand(pattern: str) -> list[Path]:
         elif os.path.exists(name):  # opening a pipe would block
             raise UserError(f"{name} is no regular file; expected a WebDataset shard (.tar)")
         elif glob.has_magic(name):
-            found = sorted(each for each in glob.glob(name, recursive=True) if not each.endswith(SIDECAR))
+            found = sorted(each for each in glob.glob(name, recursive=True) if not each.endswith((SIDECAR, STATS)))
             if not found:
                 raise UserError(f"no file matches {name}{_neighbours(name)}")
             paths += map(Path, found)

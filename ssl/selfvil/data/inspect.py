@@ -52,7 +52,8 @@ class Inspection:
     Attributes:
         source, against: as given.
         images, bytes: number of images, and the size of their files together.
-        formats, modes, depths: number of images by format, by Pillow's mode, and by bits of a channel.
+        formats, modes, depths: number of images by format; by Pillow's mode, or for arrays by number and dtype of their
+            channels, such as "12 x uint16"; and by bits of a channel.
         sizes: the most frequent "width x height", and how many images have them.
         shorter_side: number of images by the length of the shorter side, in ranges such as "256-511".
         width, height: smallest, median and largest, in pixels.

@@ -31,8 +31,9 @@ from selfvil.data.check import SEVERAL_PAGES, Checked, Checker, decoding_rates
 from selfvil.data.classes import CLASSES
 from selfvil.data.index import index_shards
 from selfvil.data.order import Order
+from selfvil.data.pack_sources import open_source
 from selfvil.data.processes import map_processes
-from selfvil.data.sources import MASK, Source, open_source
+from selfvil.data.sources import MASK, Source
 from selfvil.data.unfinished import Unfinished, identify, unfinished_shards
 from selfvil.errors import UserError, shorten
 

@@ -25,6 +25,9 @@ from selfvil.data.tar import BLOCK
 
 SIDECAR = ".index.npz"
 
+STATS = ".stats.json"
+"""The same for the statistics of channels (`selfvil.data.stats`)."""
+
 LARGEST_LABEL = 1_000_000
 """Larger labels are refused: tables with one row per class would fill the memory."""
 

@@ -1,4 +1,4 @@
-"""The images to pack: a folder of files, or existing shards.
+"""The images of a folder, and what `selfvil pack` knows about its source.
 
 Rules for a folder:
 
@@ -18,9 +18,6 @@ from pathlib import Path
 
 import numpy as np
 
-from selfvil.data.base import Pattern
-from selfvil.data.classes import class_names
-from selfvil.data.index import Shards, describe_several, group_members, open_shards, order_images
 from selfvil.data.read import EXTENSIONS, MAX_BYTES, DamagedImage
 from selfvil.errors import UserError, shorten
 
@@ -43,6 +40,8 @@ class Source:
         classes: the names of the labels; empty if they are unknown.
         left_out: (file, reason) of files that are not packed.
         notes: sentences for the report.
+        folder: what the names are relative to, if they are those of files.
+        fingerprint: that of the images (`Images.fingerprint`); "" for a folder, whose files are not read to open it.
     """
 
     size: int
@@ -53,30 +52,8 @@ class Source:
     classes: list[str]
     left_out: list[tuple[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-
-
-def open_source(
-    source: Pattern, classes: Sequence[str] | None, labels: bool, image: str | None, mask: str | None
-) -> Source:
-    """Open a folder of images, or a pattern of shards; arguments and errors as `pack`."""
-    for option, value in (("image", image), ("mask", mask)):
-        if value is not None and value not in EXTENSIONS:
-            raise UserError(
-                f"--{option} {shorten(value, 50)} is no extension of images; choose from {', '.join(EXTENSIONS)}"
-            )
-    if image is not None and image == mask:
-        raise UserError(f"--image and --mask are both {image}; expected two different extensions")
-    if classes is not None:
-        _check_classes(classes, labels)
-    folder = Path(source).expanduser() if isinstance(source, (str, os.PathLike)) else None
-    if folder is not None and folder.is_dir():
-        if (files := image_files(folder)) is not None:
-            return open_folder(files, classes, labels, image, mask)
-    elif folder is not None and folder.is_file() and folder.suffix != ".tar":
-        raise UserError(f"{folder} is a file; expected a folder of images, or WebDataset shards (.tar)")
-    if classes is not None:
-        raise UserError(f"classes are for a folder of images; the labels of the shards {source} are kept as they are")
-    return _open_shards(open_shards(source, image=image), labels, mask)
+    folder: Path | None = None
+    fingerprint: str = ""
 
 
 def image_files(folder: Path) -> "Files | None":
@@ -89,15 +66,6 @@ def image_files(folder: Path) -> "Files | None":
         found = f" ({_by_extension(files.others)})" if files.others else ""
         raise UserError(f"{folder} holds no images{found}; expected files ending in {', '.join(_SUFFIXES)}, or shards")
     return files if files.images else None
-
-
-def _check_classes(classes: Sequence[str], labels: bool) -> None:
-    if not labels:
-        raise UserError("--classes and --no-labels exclude each other")
-    twice = [name for name, count in Counter(classes).items() if count > 1]
-    if twice or not all(classes):
-        what = f"{shorten(twice[0], 100)!r} is there twice" if twice else "one is empty"
-        raise UserError(f"the list of classes must have one different name in each line, but {what}")
 
 
 # --- a folder -----------------------------------------------------------------------------------------------------
@@ -174,7 +142,7 @@ def open_folder(
     read = partial(_read_file, files.folder, images)
     return Source(
         len(images), read, partial(_read_beside, files.folder, masks), images.__getitem__, numbers, list(classes),
-        left_out, notes,
+        left_out, notes, files.folder,
     )  # fmt: skip
 
 
@@ -245,50 +213,3 @@ def _read_file(folder: Path, names: Sequence[str], i: int) -> bytes:
 
 def _read_beside(folder: Path, masks: Sequence[str | None], i: int) -> bytes | None:
     return None if (name := masks[i]) is None else _read_file(folder, [name], 0)
-
-
-# --- shards -------------------------------------------------------------------------------------------------------
-
-
-def _open_shards(shards: Shards, labels: bool, mask: str | None) -> Source:
-    numbers = np.full(len(shards), -1) if shards.labels is None or not labels else shards.labels
-    given = class_names(shards) if labels and shards.labels is not None else None
-    classes = [] if given is None else given.names
-    if given is not None and len(classes) <= (highest := int(numbers.max())):
-        raise UserError(
-            f"{given.file} names {len(classes)} classes, but there is a label {highest}; labels count from 0, so the "
-            f"file needs {highest + 1} lines"
-        )
-    masks = _find_masks(shards, mask)
-    notes = [f"{shards.ignored} samples have no image, and are left out"] * bool(shards.ignored)
-    if shards.several:
-        kept = f"; .{mask} is kept as {MASK}" if mask else "; --mask png would keep a png as the mask"
-        notes.append(describe_several(shards.several) + kept)
-    return Source(
-        len(shards), shards.read, partial(_read_member, shards, masks),
-        lambda i: f"{shards.shard_of(i)}:{shards.key(i)}", numbers, classes, [], notes,
-    )  # fmt: skip
-
-
-def _find_masks(shards: Shards, mask: str | None) -> list[tuple[int, int, int] | None]:
-    """Shard, offset and size of each sample's mask: the member `mask` unless it is the image, else mask.png."""
-    found: list[tuple[int, int, int] | None] = []
-    for number, path in enumerate(shards.paths):
-        with shards.files.open(number) as file:
-            for _, parts in group_members(file, path):
-                if images := order_images(parts, shards.image):
-                    name = mask if mask in parts and mask != images[0] else MASK
-                    found.append((number, *parts[name]) if name in parts else None)
-    return found
-
-
-def _read_member(shards: Shards, masks: Sequence[tuple[int, int, int] | None], i: int) -> bytes | None:
-    if (place := masks[i]) is None:
-        return None
-    number, offset, size = place
-    try:
-        with shards.files.open(number) as file:
-            file.seek(offset)
-            return file.read(size)
-    except OSError as error:
-        raise DamagedImage(f"its mask cannot be read: {error.strerror}") from None

@@ -5,7 +5,8 @@ deviations of images are merged in the order of the images (Chan, Golub and LeVe
 Algorithm for Computing Sample Variances", 1979), in float64: the result does not depend on the number of processes.
 
 They are saved in `SOURCE.stats.json` beside the first shard, or beside the folder, or in the user's cache folder if
-that folder cannot be written, under the fingerprint of the images: those of other images are never used.
+that folder cannot be written, under the fingerprint of the images: those of other images are never used. A mixture
+has those of its sources, in their shares.
 """
 
 import errno
@@ -15,7 +16,7 @@ import logging
 import math
 import multiprocessing
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,10 +28,9 @@ from selfvil.data.arrays import channels_of, decode_pixels, divisor
 from selfvil.data.base import Images, Progress
 from selfvil.data.columns import cache_folder
 from selfvil.data.read import MAX_CHANNELS, DamagedImage
+from selfvil.data.sidecar import STATS
 from selfvil.errors import UserError, shorten
 from selfvil.files import write_text
-
-SIDECAR = ".stats.json"
 
 _log = logging.getLogger(__name__)
 _FORMAT = 1
@@ -64,9 +64,9 @@ class ChannelStats:
 
 @dataclass
 class Moments:
-    """Of n pixels: mean and sum of squared deviations of each channel, float64 (C,)."""
+    """Of n pixels, or of a share n of them: mean and sum of squared deviations of each channel, float64 (C,)."""
 
-    n: int
+    n: float
     mean: np.ndarray
     squares: np.ndarray
 
@@ -145,7 +145,7 @@ def measure(
     if total is None:
         raise UserError(f"none of the {len(images):,} images can be read as {channels} channels, the first is {first}")
     std = np.sqrt(total.squares / total.n)
-    return ChannelStats(done - len(damaged), total.n, total.mean.tolist(), std.tolist(), len(damaged), first)
+    return ChannelStats(done - len(damaged), int(total.n), total.mean.tolist(), std.tolist(), len(damaged), first)
 
 
 def _channels_of_first(images: Images) -> int:
@@ -216,7 +216,32 @@ def save(images: Images, stats: ChannelStats) -> Path:
 
 
 def load(images: Images, channels: int) -> ChannelStats:
-    """The saved statistics of exactly these images. Raises UserError if there are none, or they cannot be used."""
+    """The saved statistics of exactly these images; of a mixture, those of its sources, by their shares.
+
+    Raises UserError if there are none, or they cannot be used.
+    """
+    parts = [_load(part, channels) for part in images.parts()]
+    found = parts[0] if len(parts) == 1 else _mixed(parts, [source.share for source in images.shares(0)])
+    if constant := [number for number, value in enumerate(found.std) if not value]:
+        raise UserError(
+            f"data.stats = auto: channel {constant[0]} of {images.shard_of(0)} has the same value in all pixels, so it "
+            "cannot be normalised: leave it out, or give data.mean and data.std"
+        )
+    return found
+
+
+def _mixed(parts: Sequence[ChannelStats], shares: Sequence[float]) -> ChannelStats:
+    """The statistics of images that are drawn from several sources by these shares."""
+    first, *others = [
+        Moments(share, np.array(part.mean), np.square(part.std) * share) for part, share in zip(parts, shares)
+    ]
+    for other in others:
+        first.merge(other)
+    images, pixels, damaged = (sum(getattr(part, name) for part in parts) for name in ("images", "pixels", "damaged"))
+    return ChannelStats(images, pixels, first.mean.tolist(), np.sqrt(first.squares / first.n).tolist(), damaged)
+
+
+def _load(images: Images, channels: int) -> ChannelStats:
     source = images.shard_of(0)
     stale = []
     for path in _places(images):
@@ -233,11 +258,6 @@ def load(images: Images, channels: int) -> ChannelStats:
                 f"model.in_chans to {len(stats.mean)}, or measure again with `selfvil index SHARDS --stats --channels "
                 f"{channels}`"
             )
-        if constant := [number for number, value in enumerate(stats.std) if not value]:
-            raise UserError(
-                f"data.stats = auto: channel {constant[0]} of {source} has the same value in all pixels, so it cannot "
-                "be normalised: leave it out, or give data.mean and data.std"
-            )
         return stats
     if stale:
         raise UserError(
@@ -246,7 +266,7 @@ def load(images: Images, channels: int) -> ChannelStats:
         )
     raise UserError(
         f"data.stats = auto: the channels of {source} have not been measured: run `selfvil index SHARDS --stats` with "
-        "the value of data.train first"
+        "the value of data.train first, or with each source of a mixture"
     )
 
 
@@ -254,11 +274,12 @@ def _places(images: Images) -> list[Path]:
     """Where statistics may be: beside the first shard, and in the cache folder. Those of shards behind a URL: there."""
     source, cache = images.paths[0], cache_folder()
     if isinstance(source, Path):
-        beside, identity = [source.absolute().with_name(source.name + SIDECAR)], os.fsencode(source.resolve())
+        whole = Path(os.path.abspath(source))  # the name of "." is empty
+        beside, identity = [whole.with_name(whole.name + STATS)], os.fsencode(source.resolve())
     else:
         beside, identity = [], str(source).encode()
     name = hashlib.sha256(identity).hexdigest()[:32]
-    return [*beside, *([] if cache is None else [cache / (name + SIDECAR)])]
+    return [*beside, *([] if cache is None else [cache / (name + STATS)])]
 
 
 def _read(path: Path) -> dict[str, dict[str, Any]]:

@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
+from selfvil.data.base import Pattern
 from selfvil.data.check import Checked
-from selfvil.data.index import Pattern, expand_shards
 from selfvil.data.sources import Source
 from selfvil.errors import UserError
 from selfvil.files import flush_folder
@@ -30,21 +30,17 @@ _FORMAT = 1
 
 
 def identify(source: Pattern, images: Source, options: Sequence[Any]) -> str:
-    """A hash of the options and of the source: names, labels, and sizes and times of its files.
+    """A hash of the options and of the source: its images and labels, by names, sizes and times of the files of a
+    folder, and by their CRC-32 elsewhere.
 
     An unfinished folder with another one is not continued.
     """
-    digest = hashlib.sha256(json.dumps([_FORMAT, options]).encode())
+    digest = hashlib.sha256(json.dumps([_FORMAT, str(source), images.fingerprint, *options]).encode())
     digest.update(np.ascontiguousarray(images.labels).tobytes())
-    folder = Path(source).expanduser() if isinstance(source, (str, os.PathLike)) else None
-    if folder is not None and folder.is_dir() and not any(folder.glob("*.tar")):
-        files = [folder / images.name(i) for i in range(images.size)]
-    else:
-        files = expand_shards(source)
-    for file in files:
-        digest.update(os.fsencode(file) + b"\0")
+    for i in range(images.size if images.folder is not None else 0):
+        digest.update(os.fsencode(images.name(i)) + b"\0")
         with contextlib.suppress(OSError):
-            status = file.stat()
+            status = (images.folder / images.name(i)).stat()
             digest.update(f"{status.st_size} {status.st_mtime_ns}".encode())
     return digest.hexdigest()
 

@@ -132,7 +132,7 @@ class RandomCropFlip:
             view = self.apply(image, draw.scaled(image.width / full[0], image.height / full[1]) if full else draw)
         else:
             view = self._of_array(image)
-        return array_views.drop_channels(view, self.channel_drop)
+        return array_views.drop_channels(self._erase(view), self.channel_drop)
 
     def draw(self, width: int, height: int, mode: str) -> Draw:
         """Draw a view of an image of this size in pixels and Pillow's mode (L, RGB or RGBA)."""
@@ -146,6 +146,10 @@ class RandomCropFlip:
         """Crop and flip of an array; subclasses distort it."""
         draw = Draw(self._box(*size_of(image)), self._flips())
         return self.normalise(self._crop(image, draw), flip=draw.flip)
+
+    def _erase(self, view: Tensor) -> Tensor:
+        """The view; subclasses replace a part of it by noise."""
+        return view
 
     def _flips(self) -> bool:
         return self.flip and random.random() < 0.5
@@ -295,8 +299,7 @@ class ClassifierCrop(RandomCropFlip):
         self.randaugment = None if randaugment is None else rand_augment_transform(name, fill)
         self.erase = RandomErasing(erasing, mode="pixel", device="cpu") if erasing else None
 
-    def __call__(self, image: Pixels, full: tuple[int, int] | None = None) -> Tensor:
-        view = super().__call__(image, full)
+    def _erase(self, view: Tensor) -> Tensor:
         return view if self.erase is None else self.erase(view)
 
     def apply(self, image: Image.Image, draw: Draw) -> Tensor:
