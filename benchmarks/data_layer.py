@@ -32,6 +32,7 @@ from PIL import Image
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import v2
 
+from selfvil.data.base import Images
 from selfvil.data.index import open_shards
 from selfvil.data.inspect import inspect
 from selfvil.data.loader import train_batches
@@ -184,19 +185,19 @@ def enlarged(files: list[bytes], side: int) -> Iterator[bytes]:
         yield file.getvalue()
 
 
-class Listed:
+class Listed(Images):
     """A source of images in memory."""
 
-    labels = None
-
     def __init__(self, files: list[bytes]) -> None:
+        none = np.zeros(len(files), np.uint32)
+        super().__init__([Path("memory")], [len(files)], none, none, np.full(len(files), -1, np.int32))
         self.files = files
-
-    def __len__(self) -> int:
-        return len(self.files)
 
     def read(self, i: int) -> bytes:
         return self.files[i]
+
+    def key(self, i: int) -> str:
+        return str(i)
 
 
 def reduced_decoding(files: list[bytes], side: int, rounds: int) -> dict[str, Any]:

@@ -215,7 +215,8 @@ class DataSection(Section):
     pixels, not 500) and a GPU that is faster than the workers. Both give the same views to the rounding of 8 bits."""
     decode: Literal["scaled", "exact"] = "scaled"
     """scaled: a large JPEG is decoded to 1/2, 1/4 or 1/8 of its size where every crop stays at least twice as large as
-    its view, which is faster; views differ by less than 1 level of 255 on average. exact: always the full size."""
+    its view, which is faster; views then differ by about 0.5, 0.7 or 1.2 levels of 255 on average. exact: always the
+    full size."""
     max_bad: float = Field(0.001, ge=0, le=1)
     """Share of samples that may be damaged before the run saves and stops, but at least 10 samples, counted over all
     processes and launches. They are replaced and listed in ledger*.jsonl. 0 allows none."""

@@ -100,8 +100,8 @@ def pack(
     result is the same as without the interruption.
 
     Args:
-        source: a folder of images (its rules: `selfvil.data.sources`), or a pattern of shards (see `expand_shards`);
-            the image, the label and the mask of each sample are kept.
+        source: a folder of images (its rules: `selfvil.data.sources`), or any other source of `open_images`; the image
+            and the label of each sample are kept, and its mask in a folder or in shards.
         out: a new or empty folder.
         samples_per_shard, shard_bytes: limits of a shard.
         size: resize larger images until their shorter side has this many pixels (bicubic; JPEG and opaque WebP become

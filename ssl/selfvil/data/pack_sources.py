@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import TypeGuard
 
 import numpy as np
 
@@ -51,7 +52,7 @@ def _check_classes(classes: Sequence[str], labels: bool) -> None:
         raise UserError(f"the list of classes must have one different name in each line, but {what}")
 
 
-def _has_members(images: Images) -> bool:
+def _has_members(images: Images) -> TypeGuard[Shards]:
     """Whether samples are members of tar files that the user made, which may be masks."""
     return isinstance(images, Shards) and not isinstance(images, ParquetImages)
 

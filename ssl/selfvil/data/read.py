@@ -23,7 +23,7 @@ from selfvil.errors import UserError
 MAX_PIXELS = 2**26
 """Largest width × height that is decoded, 67 million: a PNG of 20 KB may declare enough pixels to fill the memory.
 
-An image of this size takes 0.3 GB in a data worker as an RGB JPEG, 0.6 GB as a PNG with alpha or a palette, and 1.3 GB
+An image of this size takes 0.5 GB in a data worker as an RGB JPEG, 0.6 GB as a PNG with alpha or a palette, and 1.3 GB
 as a PNG of 16-bit grey, including a view of 224 x 224 (`benchmarks/decoding.py`)."""
 
 MAX_BYTES = 2**28

@@ -37,11 +37,12 @@ def identify(source: Pattern, images: Source, options: Sequence[Any]) -> str:
     """
     digest = hashlib.sha256(json.dumps([_FORMAT, str(source), images.fingerprint, *options]).encode())
     digest.update(np.ascontiguousarray(images.labels).tobytes())
-    for i in range(images.size if images.folder is not None else 0):
-        digest.update(os.fsencode(images.name(i)) + b"\0")
-        with contextlib.suppress(OSError):
-            status = (images.folder / images.name(i)).stat()
-            digest.update(f"{status.st_size} {status.st_mtime_ns}".encode())
+    if images.folder is not None:
+        for name in map(images.name, range(images.size)):
+            digest.update(os.fsencode(name) + b"\0")
+            with contextlib.suppress(OSError):
+                status = (images.folder / name).stat()
+                digest.update(f"{status.st_size} {status.st_mtime_ns}".encode())
     return digest.hexdigest()
 
 
