@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with the folders photos and camvid")
     parser.add_argument("--work", type=Path, required=True, help="folder for runs and scores")
     parser.add_argument("--json", type=Path, required=True, help="file for the figures")
-    parser.add_argument("--recipe", default="camvid_mae")
+    parser.add_argument("--recipe", default="camvid_lejepa")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--pretrain", nargs="*", default=[], help="overrides of the recipe")
     parser.add_argument("--segment", nargs="*", default=[], help="settings of the evaluation")

@@ -150,7 +150,7 @@ def test_binary_and_unreadable_files_are_refused(tmp_path):
         ("mae_vil_s", "mae_vil_"),
         ("cifar10-mae", "did you mean cifar10_mae"),
         ("recipes/mae_vil.yaml", "did you mean mae_vil_b or mae_vil_"),
-        ("zzz", "those are camvid_mae, cifar10_"),
+        ("zzz", "those are camvid_lejepa, camvid_mae, "),
         ("x" * 3000, "no recipe xxx"),
     ],
 )
