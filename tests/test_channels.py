@@ -129,6 +129,19 @@ def test_a_run_is_evaluated_exported_and_embedded(tiles, trained, tmp_path):
     assert (tmp_path / "sheet.png").is_file()
 
 
+@pytest.mark.slow
+def test_other_commands_take_twelve_bands(tiles, trained, tmp_path):
+    images = "--train", tiles / "train.tar", "--test", tiles / "test.tar", "--workers", 0
+    selfvil_command("export", trained, tmp_path / "export", "--onnx", "--int8", "--torch-export", *images[:4])
+    assert {"model.onnx", "model.int8.onnx", "model.pt2"} <= {path.name for path in (tmp_path / "export").iterdir()}
+    selfvil_command("verify", tmp_path / "export")
+    selfvil_command("embed", tiles / "test.tar", "--model", trained, "--out", tmp_path / "e.npy", "--workers", 0)
+    selfvil_command("duplicates", tmp_path / "e.npy", "--out", tmp_path / "sheet.png")
+    selfvil_command("eval", "linear_grid", trained, *images, "epochs=1")
+    selfvil_command("eval", "finetune", trained, *images, "epochs=1", "batch_size=16")
+    selfvil_command("eval", "compare", "knn", trained, tmp_path / "export", *images)
+
+
 def test_a_picture_of_twelve_bands_shows_the_chosen_ones():
     spec = ImageSpec((8, 8), 4, BANDS, [0.03] * BANDS, [0.01] * BANDS, shown=(7, 3, 1))
     images = torch.randn(2, BANDS, 8, 8)
