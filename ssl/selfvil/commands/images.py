@@ -17,7 +17,7 @@ Images = Annotated[
 
 
 def pack(
-    source: Annotated[str, typer.Argument(help="Folder of images (class subfolders become labels), shards, or a table.")],
+    source: Annotated[str, typer.Argument(help="Folder of images (class subfolders are labels), shards, or a table.")],
     out: Annotated[Path, typer.Argument(help="New folder for the shards.")],
     name: Annotated[str, typer.Option(help="Shards are called NAME-000000.tar.")] = "shard",
     samples_per_shard: Annotated[int, typer.Option(min=1, help="Images in a shard.")] = 5000,
