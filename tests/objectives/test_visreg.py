@@ -191,7 +191,7 @@ def test_a_run_learns_without_collapse(digit_shards, tmp_path):
     assert pretrain(runs.small("visreg", digit_shards, tmp_path / "run", *more)).finished
     records = [r for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if r["kind"] == "train"]
     assert records[-1]["loss"] < 0.92 * records[0]["loss"]
-    assert records[-1]["scale"] < 0.9 * records[0]["scale"]
+    assert records[-1]["scale"] < 0.95 * records[0]["scale"]
     assert records[-1]["projection_std"] > 0.3
     assert (tmp_path / "run" / "pictures" / "step-00000040.png").stat().st_size > 0
 

@@ -220,7 +220,8 @@ class VisionLSTM(nn.Module):
 
     def _embed(self, x: Tensor, grid: Grid, keep: Tensor | None) -> tuple[Tensor, TokenLayout]:
         """Patches (B, N, C) to the sequence of tokens (B, L, C) and its layout."""
-        x = x + resample_positions(self.pos_embed, grid, self.pos_interpolation).flatten(1, 2)
+        # Patches lie channel by channel in memory: all blocks get tokens in rows, and share one compiled graph.
+        x = x.contiguous() + resample_positions(self.pos_embed, grid, self.pos_interpolation).flatten(1, 2)
         if keep is not None:
             x = gather_tokens(x, keep)
         x = self.pos_drop(x)
