@@ -124,7 +124,7 @@ def test_a_run_is_evaluated_exported_and_embedded(tiles, trained, tmp_path):
         (folder / f"{i}.npy").write_bytes(npy(tile(i)))
     vectors = selfvil.Embedder(str(out)).transform([tile(0), tile(1), str(folder / "1.npy")])
     np.testing.assert_allclose(vectors[1], vectors[2], rtol=1e-6)
-    selfvil.embed(out, folder, tmp_path / "embeddings.npy")
+    selfvil.embed(folder, out, tmp_path / "embeddings.npy")
     selfvil_command("neighbours", tmp_path / "embeddings.npy", folder / "1.npy", "--out", tmp_path / "sheet.png")
     assert (tmp_path / "sheet.png").is_file()
 

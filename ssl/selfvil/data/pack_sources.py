@@ -33,6 +33,8 @@ def open_source(
     if classes is not None:
         _check_classes(classes, labels)
     folder = Path(source).expanduser() if isinstance(source, (str, os.PathLike)) else None
+    if folder is not None and folder.is_file() and folder.suffix.lower() not in (".tar", ".csv", ".parquet", ".arrow"):
+        raise UserError(f"{folder} is a file; expected a folder of images, shards (.tar), a table or a data set")
     if folder is not None and folder.is_dir() and not data_files(folder) and (files := image_files(folder)) is not None:
         return open_folder(files, classes, labels, image, mask)
     if classes is not None:
