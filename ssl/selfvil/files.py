@@ -1,4 +1,4 @@
-"""Atomic writes of small text files, flushing to the disk, and outputs that may fail."""
+"""The user's cache folder, atomic writes of small text files, flushing to the disk, and outputs that may fail."""
 
 import errno
 import os
@@ -8,6 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from selfvil.errors import UserError
+
+
+def user_cache(name: str) -> Path | None:
+    """The folder `name` of selfvil in the user's cache folder; None where there is no home folder."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(cache, "selfvil", name) if os.path.isabs(cache) else None  # XDG ignores relative paths
 
 
 def write_text(path: Path, text: str) -> None:

@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from selfvil.files import user_cache
+
 _MAGIC = b"selfvil3"  # the digit is the version of the format
 _START = struct.Struct("<8sII")
 _ALIGNMENT = 64  # bytes
@@ -29,8 +31,7 @@ _log = logging.getLogger(__name__)
 
 def cache_folder() -> Path | None:
     """The folder for indexes in the user's cache; None where there is no home folder."""
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(cache, "selfvil", "index") if os.path.isabs(cache) else None  # XDG ignores relative paths
+    return user_cache("index")
 
 
 def cache_file(kind: str, *identity: object) -> Path | None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from selfvil.errors import UserError
+from selfvil.files import user_cache
 
 LIMIT = 50 * 10**9
 """Bytes of the cache, unless another limit is given."""
@@ -41,10 +42,9 @@ class Cache:
         """Made when the first file is written. Raises UserError if there is no home folder."""
         if self.given is not None:
             return Path(self.given).absolute()
-        cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        if not os.path.isabs(cache):  # no home folder; the XDG specification ignores relative paths
+        if (cache := user_cache("remote")) is None:
             raise UserError("there is no home folder for downloaded shards: set data.cache to a folder")
-        return Path(cache, "selfvil", "remote")
+        return cache
 
     def open(self, name: str, size: int) -> int | None:
         """A descriptor of a complete file, or None if it is not there. Until it is closed, the file is in use."""

@@ -25,6 +25,8 @@ from pathlib import Path
 
 import torch
 
+from selfvil.files import user_cache
+
 log = logging.getLogger(__name__)
 
 SWITCH = "SELFVIL_NATIVE"
@@ -109,10 +111,9 @@ def cache_folder() -> Path:
     """Where compiled kernels are stored. Raises BuildError if no folder can be found."""
     if chosen := os.environ.get("SELFVIL_CACHE"):
         return Path(chosen).absolute() / "kernels"
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    if not os.path.isabs(cache):  # no home folder; the XDG specification ignores relative paths
+    if (cache := user_cache("kernels")) is None:
         raise BuildError("there is no home folder for the compiled kernels; set SELFVIL_CACHE to a folder")
-    return Path(cache, "selfvil", "kernels")
+    return cache
 
 
 def _levels(switch: str) -> list[str]:
