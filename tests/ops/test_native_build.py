@@ -123,7 +123,7 @@ def test_the_switch_limits_the_instruction_set(level, compiler, monkeypatch, cac
 
 def test_an_unknown_value_of_the_switch_is_refused(monkeypatch):
     monkeypatch.setenv(build.SWITCH, "yes")
-    with pytest.raises(ValueError, match="SELFVIL_NATIVE='yes' is unknown; choose one of: 0, 1, avx512_bf16"):
+    with pytest.raises(ValueError, match="SELFVIL_NATIVE='yes' is unknown; choose one of: 0, 1, amx, avx512_bf16"):
         build.available()
 
 

@@ -33,6 +33,10 @@ SWITCH = "SELFVIL_NATIVE"
 """Environment variable: 0 uses torch instead of the CPU kernels; a name from `LEVELS` limits the instruction set."""
 
 LEVELS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "amx": (
+        ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "fma", "amx_tile", "amx_bf16"),
+        ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16", "-mfma", "-mamx-tile", "-mamx-bf16"),
+    ),
     "avx512_bf16": (
         ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "fma"),
         ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16", "-mfma"),
@@ -48,7 +52,7 @@ LEVELS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 FLAGS = ("-O2", "-std=c++17", "-fPIC", "-shared", "-ffp-contract=fast", "-Wno-psabi")
 SOURCES = ("mlstm.cpp", "neighbours.cpp", "norms.cpp", "products.cpp", "hue.cpp")
-HEADERS = ("vector.h",)
+HEADERS = ("vector.h", "tiles.h")
 COMPILERS = ("c++", "g++", "clang++")
 COMPILE_SECONDS = 300
 """A compiler that takes longer is stopped."""
@@ -58,8 +62,8 @@ class BuildError(Exception):
     """Why the kernels cannot be used, as the end of a sentence."""
 
 
-class CompileError(BuildError):
-    """The compiler reports an error."""
+class UnusableError(BuildError):
+    """The compiler reports an error, or the operating system does not allow the instruction set."""
 
 
 class Kernels:
@@ -91,7 +95,7 @@ def kernels() -> Kernels | None:
     for level in _levels(os.environ.get(SWITCH, "")):
         try:
             return Kernels(_load(level))
-        except CompileError as error:  # an old compiler may not know the best instruction set
+        except UnusableError as error:  # by an old compiler or system, which may not know the best instruction set
             reason = error
         except (BuildError, OSError) as error:
             reason = error
@@ -145,22 +149,29 @@ def _load(level: str) -> ctypes.CDLL:
     key = hashlib.sha256(b"\0".join([*(part.encode() for part in identity), *contents])).hexdigest()[:32]
     library = folder / f"{level}-{key}.so"
     if library.exists() and (loaded := _open(library)):
-        return loaded
+        return _started(loaded)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / f"{level}-{key}.lock", "w") as lock:
             with contextlib.suppress(OSError):  # some network file systems have no locks: then several may compile
                 fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file is closed, also if the process is killed
             if library.exists() and (loaded := _open(library)):  # built by another process in the meantime
-                return loaded
+                return _started(loaded)
             _compile(compiler, flags, here, library)
     except OSError as error:
         raise BuildError(
             f"cannot write to {folder} ({error.strerror or error}); set SELFVIL_CACHE to a folder"
         ) from None
     if loaded := _open(library):
-        return loaded
+        return _started(loaded)
     raise BuildError(f"{library} was compiled but cannot be loaded")
+
+
+def _started(library: ctypes.CDLL) -> ctypes.CDLL:
+    """The library, after the operating system was asked for what its instructions need, which is AMX's tiles."""
+    if library.selfvil_start():
+        raise UnusableError("the operating system does not allow this process to use AMX")
+    return library
 
 
 def _compiler() -> list[str]:
@@ -201,7 +212,7 @@ def _compile(compiler: list[str], flags: tuple[str, ...], sources: Path, library
             raise BuildError(f"{compiler[0]} took more than {COMPILE_SECONDS} s") from None
         if done.returncode:
             first = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[:200])
-            raise CompileError(f"{compiler[0]} failed: {first or f'exit status {done.returncode}'}")
+            raise UnusableError(f"{compiler[0]} failed: {first or f'exit status {done.returncode}'}")
         contents = Path(temporary).read_bytes()
         with open(temporary, "ab") as file:  # the loader ignores what follows a library
             file.write(hashlib.sha256(contents).digest())

@@ -103,8 +103,23 @@ Vector within(const float* a, float row_max, int64_t column, int64_t row) {
   return choose(hidden, Vector{}, exponential(load(a + column) - row_max));
 }
 
-// The end of the columns that are computed for a row: those of its group of ROWS rows, to the end of a vector.
+// Rows are computed up to a multiple of this.
+template <class Words>
+constexpr int64_t STEP = Words::TILES ? TILE : ROWS;
+
+// The end of the columns that are computed for a row: to the end of a vector.
 int64_t columns_end(int64_t row) { return (row / ROWS * ROWS + ROWS + LANES - 1) / LANES * LANES; }
+// A product reads, in all rows of a group, the columns to the end of the group: zeros from `column` of row `row`.
+template <class Words>
+void hide(float* weights, int64_t column, int64_t row, int64_t end) {
+  const int64_t group_end = row / Words::GROUP * Words::GROUP + Words::GROUP;
+  for (; column < (group_end < end ? group_end : end); column += LANES) store(weights + column, Vector{});
+}
+// The columns of a block of rows from r0 that are not 0 for a group of rows.
+template <class Words>
+auto up_to_row(int64_t r0, int64_t block) {
+  return [=](int64_t r) { return Range{0, r0 + (r + Words::GROUP < block ? r + Words::GROUP : block)}; };
+}
 
 void copy_gates(const Head& x, const float* a) {
   float m = -INFINITY;
@@ -175,7 +190,7 @@ void forward(const Arguments& args, int64_t item, float* memory) {
 
   for (int64_t first = 0; first < x.tokens; first += x.chunk) {
     const int64_t n = x.tokens - first < x.chunk ? x.tokens - first : x.chunk, rows = padded(n);
-    const int64_t used = (n + ROWS - 1) / ROWS * ROWS;  // rows that are computed
+    const int64_t used = (n + STEP<Words> - 1) / STEP<Words> * STEP<Words>;  // rows that are computed
     const float *taken = x.a + first, *row_max = x.row_max + first;
     const float m_before = first ? row_max[-1] : 0;
     pack<T>(args, args.q, args.q_strides, item, first, n, x.width, x.q, x.stride);
@@ -215,11 +230,11 @@ void forward(const Arguments& args, int64_t item, float* memory) {
           Vector w = load(weights + j) * within(taken, row_max[r0 + r], j, r0 + r);
           store(weights + j, w), total += w;
         }
+        hide<Words>(weights, j, r0 + r, r0 + block);
         sums[r] += sum(total);
       }
       const Factor weights = as_left<Words>(x.scores, x.t_stride, block, r0 + block, x.factors.scores);
-      product<Words, PLAIN>(block, x.e, weights, v, h, x.v_stride, first > 0,
-                            [=](int64_t r) { return Range{0, r0 + r + ROWS}; });
+      product<Words, PLAIN>(block, x.e, weights, v, h, x.v_stride, first > 0, up_to_row<Words>(r0, block));
       for (int64_t r = 0; r < block && r0 + r < n; r++) {
         row_sum[first + r0 + r] = sums[r] / root;
         scale(h + r * x.v_stride, 1 / (root * denominator(sums[r] / root, limit[first + r0 + r])), x.e);
@@ -257,7 +272,7 @@ void states(const Arguments& args, const Head& x, int64_t item) {
 template <class T, class Words>
 void chunk_gradients(const Arguments& args, const Head& x, int64_t item, int64_t c) {
   const int64_t first = c * x.chunk, n = x.tokens - first < x.chunk ? x.tokens - first : x.chunk, rows = padded(n);
-  const int64_t used = (n + ROWS - 1) / ROWS * ROWS;
+  const int64_t used = (n + STEP<Words> - 1) / STEP<Words> * STEP<Words>;
   const float *taken = x.a + first, *row_max = x.row_max + first, root = std::sqrt((float)x.width);
   const float *row_sum = args.row_sum + item * x.tokens + first, *limit = args.limit + item * x.tokens + first;
   const float m_before = c ? row_max[-1] : 0, m_after = row_max[n - 1], *norm = x.norm + (c - 1) * x.d;
@@ -344,14 +359,14 @@ void chunk_gradients(const Arguments& args, const Head& x, int64_t item, int64_t
       };
       for (j = 0; j < r0; j += LANES) finish(j, load(x.past + j) * fade);
       for (; j < end; j += LANES) finish(j, load(kept + j - r0));
+      hide<Words>(weights, j, row, r0 + block), hide<Words>(d_scores, j, row, r0 + block);
       if (c) scale_add(dq + r * x.stride, carried[r], carried[r] * dn, norm, x.d);
     }
     const int64_t columns = r0 + block;
     const Factor d_scores = as_left<Words>(x.d_scores, x.t_stride, block, columns, x.factors.d_scores);
     const Factor d_right = as_right<Words>(x.d_scores, x.t_stride, block, columns, x.factors.d_scores_right);
     const Factor weights = as_right<Words>(x.scores, x.t_stride, block, columns, x.factors.scores);
-    product<Words, PLAIN>(block, x.d, d_scores, k_right, dq, x.stride, c > 0,
-                          [=](int64_t r) { return Range{0, r0 + r + ROWS}; });
+    product<Words, PLAIN>(block, x.d, d_scores, k_right, dq, x.stride, c > 0, up_to_row<Words>(r0, block));
     const auto from_column = [=](int64_t j) { return Range{j > r0 ? j - r0 : 0, block}; };
     const int64_t word_row = r0 / Words::PER_WORD;
     product<Words, TRANSPOSED>(columns, x.d, d_right, q_right.from(word_row), x.dk, x.stride, true, from_column);

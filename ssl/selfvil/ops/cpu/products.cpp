@@ -2,14 +2,13 @@
 // bfloat16, bias, GELU and its gradient, the sum with the residual stream, and the gradient of the bias.
 //
 // C = A B. Factors are copied ("packed") in the order in which the innermost loop reads them: all of B for at most DEPTH
-// terms of a sum, and ROWS rows of A, unless these can be read in place. A tile of C is finished in the cache.
+// terms of a sum, and GROUP rows of A, unless these can be read in place. A tile of C is finished in the cache.
 // Every sum has a fixed order, for any number of threads.
 #include "vector.h"
 
 namespace {
 
 constexpr int64_t DEPTH = 1024;         // terms that are added before a sum goes to memory, in gradients of weights
-constexpr int64_t WIDE = VECTORS * LANES;  // columns of a panel of B
 constexpr int64_t CHUNK = 64;           // rows of an item of work
 constexpr int64_t PARTS = 4;
 
@@ -129,6 +128,33 @@ void pack_across(int64_t inner, int64_t count, F line, float* to, int64_t stride
   for (int64_t n = 0; sums && n < count; n++) sums[n] += totals[n / LANES][n % LANES];
 }
 
+// For tiles: rows of words, to the end of a vector, with zeros after the last number.
+template <class T, class F>
+void pack_rows(int64_t inner, int64_t rows, F line, float* to, int64_t stride) {
+  for (int64_t m = 0; m < rows; m++)
+    for (int64_t k = 0; 2 * k < inner; k += LANES) store(to + m * stride + k, words_along<Pairs>(line(m) + 2 * k, inner - 2 * k));
+}
+// The same for `count` rows that are neighbours in memory; `line(k)` has number k of the first. `sums` may be null.
+template <class T, class F>
+void pack_turned(int64_t inner, int64_t count, F line, float* to, int64_t stride, float* sums) {
+  for (int64_t m = 0; m < count; m += LANES) {
+    Vector total{};
+    for (int64_t k = 0; k < inner; k += 2 * LANES) {
+      Vector x[LANES];
+      for (int64_t word = 0; word < LANES; word++) {
+        const int64_t first = k + 2 * word;
+        const T *even = first < inner ? line(first) + m : nullptr, *odd = first + 1 < inner ? line(first + 1) + m : nullptr;
+        x[word] = even ? words_across<Pairs>(even, odd, count - m) : Vector{};
+        if (sums && even) total += numbers(even, count - m);
+        if (sums && odd) total += numbers(odd, count - m);
+      }
+      exchange_all<LANES / 2>(x);
+      for (int64_t n = 0; n < LANES && m + n < count; n++) store(to + (m + n) * stride + k / 2, x[n]);
+    }
+    for (int64_t n = 0; sums && n < LANES && m + n < count; n++) sums[m + n] += total[n];
+  }
+}
+
 // --- the end of a tile -----------------------------------------------------------------------------------------------
 
 // GELU(x) = x Φ(x) and its derivative Φ(x) + x φ(x); erf is formula 7.1.26 of Abramowitz and Stegun, within 1.5e-7.
@@ -154,6 +180,7 @@ inline void write(void* to, int64_t half, int64_t at, Vector x) {
 }
 inline Vector round_to(int64_t half, Vector x) { return half ? (Vector)(rounded(x) & 0xffff0000u) : x; }
 
+template <int64_t WIDE>
 void finish(const Product& x, int64_t row, int64_t rows, int64_t column, int64_t columns, const float* tile) {
   if (column >= x.main_columns()) {
     const int64_t first = column - x.main_columns(), left = x.tail_columns - first;
@@ -188,6 +215,7 @@ void finish(const Product& x, int64_t row, int64_t rows, int64_t column, int64_t
 // --- the product -----------------------------------------------------------------------------------------------------
 
 // Panels of B: those of the main columns, and after them those of the tail, padded.
+template <int64_t WIDE>
 struct Panels {
   int64_t main, all, main_end, end;
   explicit Panels(const Product& x)
@@ -202,14 +230,16 @@ struct Panels {
 
 template <class Words, class A, class B>
 bool compute(const Product& x) {
-  const Panels panels(x);
+  constexpr int64_t WIDE = Words::PANEL, GROUP = Words::GROUP;
+  const Panels<WIDE> panels(x);
   const int64_t blocks = x.sums_in_c() ? (x.inner + DEPTH - 1) / DEPTH : 1;
-  const int64_t depth = ((x.inner + blocks - 1) / blocks + 1) / 2 * 2, words = (depth + 1) / Words::PER_WORD;
+  constexpr int64_t STEP = Words::TILES ? 2 * TILE : 2;
+  const int64_t depth = ((x.inner + blocks - 1) / blocks + STEP - 1) / STEP * STEP, words = depth / Words::PER_WORD;
   // Rows of A are read in place if their words are neighbours.
   const bool in_place = x.a_column == 1 && sizeof(A) * Words::PER_WORD == 4 && x.a_row % Words::PER_WORD == 0 &&
                         x.inner % Words::PER_WORD == 0;
   int64_t chunk = CHUNK;
-  while (chunk > ROWS && (x.rows + chunk - 1) / chunk < 4 * x.threads) chunk /= 2;
+  while (chunk > GROUP && (x.rows + chunk - 1) / chunk < 4 * x.threads) chunk /= 2;
   const int64_t chunks = (x.rows + chunk - 1) / chunk;
   float* packed = kept_memory<1>(panels.all * WIDE * words);
   if (!packed) return false;
@@ -228,33 +258,41 @@ bool compute(const Product& x) {
     if (!for_each(panels.all, 0, x.threads, x.parallel, pack_b)) return false;
     auto multiply_rows = [&](int64_t item, float* memory) {
       const int64_t begin = item * chunk, end = begin + chunk < x.rows ? begin + chunk : x.rows;
-      float *tile = memory, *buffer = memory + ROWS * WIDE;
-      if (x.a_column != 1)
-        pack_across<Words, ROWS, A>(inner, end - begin, [&](int64_t k) { return a + (first + k) * x.a_column + begin; },
-                                    buffer, ROWS * words, x.a_sums ? x.a_sums + begin : nullptr);
-      for (int64_t r = begin; r < end && x.a_column == 1; r += ROWS) {
-        const int64_t rows = end - r < ROWS ? end - r : ROWS;
+      float *tile = memory, *buffer = memory + GROUP * WIDE;
+      auto across = [&](int64_t k) { return a + (first + k) * x.a_column + begin; };
+      float* sums = x.a_sums ? x.a_sums + begin : nullptr;
+      if (x.a_column != 1) {
+        if constexpr (Words::TILES) pack_turned<A>(inner, end - begin, across, buffer, words, sums);
+        else pack_across<Words, GROUP, A>(inner, end - begin, across, buffer, GROUP * words, sums);
+      }
+      for (int64_t r = begin; r < end && x.a_column == 1; r += GROUP) {
+        const int64_t rows = end - r < GROUP ? end - r : GROUP;
+        if (in_place && rows == GROUP) continue;
         float* to = buffer + (r - begin) * words;
-        if (!in_place || rows < ROWS) {
-          pack_along<Words, ROWS, A>(inner, [&](int64_t m) { return m < rows ? a + (r + m) * x.a_row + first : nullptr; }, to);
-        }
+        auto line = [&](int64_t m) { return m < rows ? a + (r + m) * x.a_row + first : nullptr; };
+        if constexpr (Words::TILES) pack_rows<A>(inner, rows, line, to, words);
+        else pack_along<Words, GROUP, A>(inner, line, to);
       }
       for (int64_t panel = 0; panel < panels.all; panel++) {
         const int64_t column = panels.begin(panel), width = panels.width(panel);
-        for (int64_t r = begin; r < end; r += ROWS) {
-          const int64_t rows = end - r < ROWS ? end - r : ROWS;
-          const bool direct = in_place && rows == ROWS;
+        const float* right = packed + panel * WIDE * words;
+        for (int64_t r = begin; r < end; r += GROUP) {
+          const int64_t rows = end - r < GROUP ? end - r : GROUP;
+          const bool direct = in_place && rows == GROUP;
           const float* left = direct ? reinterpret_cast<const float*>(a + r * x.a_row + first) : buffer + (r - begin) * words;
           float* c = static_cast<float*>(x.c) + r * x.c_stride + column;
           if (block)
             for (int64_t m = 0; m < rows; m++) memcpy(tile + m * WIDE, c + m * x.c_stride, width * sizeof(float));
-          multiply<Words>(width / LANES, used, left, direct ? x.a_row / Words::PER_WORD : 1, direct ? 1 : ROWS,
-                          packed + panel * WIDE * words, WIDE, tile, WIDE, block > 0);
-          finish(x, r, rows, column, width, tile);
+          if constexpr (Words::TILES)
+            multiply_tiles(rows, width, used, left, direct ? x.a_row / 2 : words, right, WIDE, tile, WIDE, block > 0);
+          else
+            multiply<Words>(width / LANES, used, left, direct ? x.a_row / Words::PER_WORD : 1, direct ? 1 : GROUP, right,
+                            WIDE, tile, WIDE, block > 0);
+          finish<WIDE>(x, r, rows, column, width, tile);
         }
       }
     };
-    if (!for_each(chunks, ROWS * WIDE + chunk * words, x.threads, x.parallel, multiply_rows)) return false;
+    if (!for_each(chunks, GROUP * WIDE + chunk * words, x.threads, x.parallel, multiply_rows)) return false;
   }
   return true;
 }
@@ -266,6 +304,9 @@ bool compute(const Product& x) {
 }
 
 }  // namespace
+
+// To be called once, before all others. Returns 0, or 1 if the operating system does not allow the instructions.
+extern "C" int selfvil_start() { return tiles_allowed() ? 0 : 1; }
 
 // Returns 0, or 1 without enough memory.
 extern "C" int selfvil_product(const Product* x) {

@@ -11,6 +11,7 @@
 #if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
+#include "tiles.h"
 
 namespace {
 
@@ -171,18 +172,37 @@ inline void transpose(const float* from, int64_t stride, int64_t rows, int64_t c
       for (int n = 0; n < LANES; n++) store(to + (column + n) * to_stride + row, x[n]);
     }
 }
+// The same for any number of rows, up to the next multiple of LANES in `to`; the columns after them are not defined.
+inline void transpose_some(const float* from, int64_t stride, int64_t rows, int64_t columns, float* to, int64_t to_stride) {
+  for (int64_t column = 0; column < columns; column += LANES) {
+    Vector x[LANES];
+    for (int n = 0; n < LANES; n++) x[n] = n < rows ? load(from + n * stride + column) : Vector{};
+    exchange_all<LANES / 2>(x);
+    for (int n = 0; n < LANES; n++) store(to + (column + n) * to_stride, x[n]);
+  }
+}
 
 // --- products --------------------------------------------------------------------------------------------------------
 
 // The factors of a product A B are matrices of words of 32 bits: float32, or pairs of bfloat16 that are neighbours along
 // the columns of A and the rows of B. Sums are float32. Sizes are in numbers, strides in words.
+// `GROUP` rows of a product are computed together, and `PANEL` columns.
 struct Full {
   static constexpr int PER_WORD = 1;
+  static constexpr bool TILES = false;
+  static constexpr int64_t GROUP = ROWS, PANEL = VECTORS * LANES;
   static Vector add(Vector sum, Vector a, Vector b) { return sum + a * b; }
 };
 #if defined(__AVX512BF16__)
 struct Pairs {
   static constexpr int PER_WORD = 2;
+#if defined(__AMX_BF16__)
+  static constexpr bool TILES = true;
+  static constexpr int64_t GROUP = 2 * TILE, PANEL = 2 * TILE;
+#else
+  static constexpr bool TILES = false;
+  static constexpr int64_t GROUP = ROWS, PANEL = VECTORS * LANES;
+#endif
   static Vector add(Vector sum, Vector a, Vector b) {
     return (Vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
   }
@@ -272,10 +292,32 @@ __attribute__((noinline)) void multiply(int64_t vectors, int64_t inner, const fl
 enum Left { PLAIN, TRANSPOSED };
 
 // C (rows, columns) = A B or C + A B, where A may be given as its transpose, as a right factor. `range(r)` are the
-// columns of A that are not 0 for the rows r to r + ROWS.
+// columns of A that are not 0 for the rows r to r + GROUP.
+template <Left LEFT, class F>
+void tile_product(int64_t rows, int64_t columns, Factor A, Factor B, float* C, int64_t c_stride, bool add, F range) {
+  constexpr int64_t GROUP = Pairs::GROUP, PANEL = Pairs::PANEL, DEPTH = 4 * TILE;
+  for (int64_t r = 0; r < rows; r += GROUP) {
+    const int64_t height = rows - r < GROUP ? rows - r : GROUP;
+    const Range inner = range(r);
+    const int64_t begin = inner.begin / 2, end = (inner.end + 1) / 2, depth = LEFT == PLAIN ? end - begin : DEPTH;
+    for (int64_t k = begin; k < end; k += depth) {
+      alignas(64) float turned[LEFT == PLAIN ? 1 : GROUP * DEPTH];
+      const int64_t words = end - k < depth ? end - k : depth;
+      if constexpr (LEFT == TRANSPOSED) {  // whole vectors; what follows the last words is not used
+        for (int64_t word = 0; word < words; word += TILE)
+          transpose_some(A.words + (k + word) * A.stride + r, A.stride, words - word, height, turned + word, DEPTH);
+      }
+      for (int64_t column = 0; column < columns; column += PANEL)
+        multiply_tiles(height, columns - column, words, LEFT == PLAIN ? A.words + r * A.stride + k : turned,
+                       LEFT == PLAIN ? A.stride : DEPTH, B.words + k * B.stride + column, B.stride,
+                       C + r * c_stride + column, c_stride, add || k > begin);
+    }
+  }
+}
 template <class Words, Left LEFT, class F>
 void product(int64_t rows, int64_t columns, Factor A, Factor B, float* C, int64_t c_stride, bool add, F range) {
   const int64_t row = LEFT == PLAIN ? A.stride : 1, column = LEFT == PLAIN ? 1 : A.stride;
+  if constexpr (Words::TILES) return tile_product<LEFT>(rows, columns, A, B, C, c_stride, add, range);
   int64_t vectors = columns / LANES, panels = (vectors + VECTORS - 1) / VECTORS;
   for (int64_t panel = 0; panel < panels; panel++) {  // of about equal width
     int64_t first = vectors * panel / panels, last = vectors * (panel + 1) / panels;
@@ -294,12 +336,19 @@ void product(int64_t rows, int64_t columns, int64_t inner, Factor A, Factor B, f
 }
 
 // The same, where row r of C has only the columns up to `first` + r. Others are not written, except in
-// the rest of a vector or of ROWS rows.
+// the rest of a vector, or of GROUP rows.
 template <class Words>
 void causal_product(int64_t rows, int64_t first, int64_t inner, Factor A, Factor B, float* C, int64_t c_stride) {
-  const int64_t panel = VECTORS * LANES, words = (inner + Words::PER_WORD - 1) / Words::PER_WORD;
+  const int64_t panel = Words::PANEL, words = (inner + Words::PER_WORD - 1) / Words::PER_WORD;
   for (int64_t column = 0; column < first + rows; column += panel)
-    for (int64_t r = 0; r < rows; r += ROWS) {
+    for (int64_t r = 0; r < rows; r += Words::GROUP) {
+      if constexpr (Words::TILES) {
+        const int64_t height = rows - r < Words::GROUP ? rows - r : Words::GROUP;
+        if (column < first + r + height)
+          multiply_tiles(height, first + r + height - column, words, A.words + r * A.stride, A.stride,
+                         B.words + column, B.stride, C + r * c_stride + column, c_stride, false);
+        continue;
+      }
       int64_t vectors = (first + r + ROWS - column + LANES - 1) / LANES;
       multiply<Words>(vectors < VECTORS ? vectors : VECTORS, words, A.words + r * A.stride, A.stride, 1,
                       B.words + column, B.stride, C + r * c_stride + column, c_stride, false);
@@ -388,6 +437,7 @@ bool for_each(int64_t items, int64_t floats, int64_t threads, Parallel parallel,
   auto run = [](void* argument) {
     Shared& shared = *static_cast<Shared*>(argument);
     FlushDenormals flush;
+    [[maybe_unused]] Tiles tiles;
     float* memory = shared.floats ? kept_memory<0>(shared.floats) : nullptr;
     if (shared.floats && !memory) return;
     for (;;) {
