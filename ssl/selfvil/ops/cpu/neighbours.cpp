@@ -13,6 +13,7 @@ inline Vector sigmoid(Vector x) { return reciprocal(1.f + exponential(-x)); }
 inline Vector silu_slope(Vector x, Vector s) { return s * (1.f + x * (1.f - s)); }
 
 constexpr int64_t SPAN = 64;  // tokens of an item, where an item has all channels
+constexpr int64_t NEAR = 8;   // tokens whose channels are read together: in more rows, memory is not read ahead
 constexpr int64_t SET = 4;    // gates that are computed together
 
 // --- convolution and SiLU --------------------------------------------------------------------------------------------
@@ -146,51 +147,64 @@ inline Vector times(const Fours& x, const Vector (&weight)[4], Vector sum) {
   for (int n = 0; n < 4; n++) sum += x.of[n] * weight[n];
   return sum;
 }
-// One column of the weights of the blocks of LANES channels from e, or one row.
-inline void block_weights(const float* weights, int64_t e, bool by_row, Vector (&to)[4]) {
-  for (int n = 0; n < 4; n++)
-    for (int lane = 0; lane < LANES; lane++)
-      to[n][lane] = weights[(e + lane) / 4 * 16 + (by_row ? n * 4 + lane % 4 : lane % 4 * 4 + n)];
+// Weights of q, k, v for each LANES channels, as 12 vectors: by column of the blocks, or by row.
+void arrange(const Project& args, bool by_row, float* to) {
+  for (int64_t e = 0; e < args.channels; e += LANES)
+    for (int p = 0; p < 3; p++)
+      for (int n = 0; n < 4; n++)
+        for (int lane = 0; lane < LANES; lane++)
+          *to++ = args.weights[p][(e + lane) / 4 * 16 + (by_row ? n * 4 + lane % 4 : lane % 4 * 4 + n)];
 }
+struct Maps {
+  Vector of[3][4];
+  Maps(const float* arranged, int64_t e) {
+    for (int p = 0; p < 3; p++)
+      for (int n = 0; n < 4; n++) of[p][n] = load(arranged + (e / LANES * 12 + p * 4 + n) * LANES);
+  }
+};
 
 template <class T>
-void project(const Project& args, int64_t item, float*) {
+void project(const Project& args, int64_t item, float* memory) {
   const Places at(args, item);
   const int64_t width = args.channels / args.heads, gates = 2 * args.heads;
   const T *c = static_cast<const T*>(args.c), *x = static_cast<const T*>(args.x);
-  for (int64_t e = 0; e < args.channels; e += LANES) {
-    const int64_t base = e / width * args.tokens * width + e % width;
-    T *q = static_cast<T*>(args.q) + base, *k = static_cast<T*>(args.k) + base, *v = static_cast<T*>(args.v) + base;
-    Vector weight[3][4], bias[3];
-    for (int n = 0; n < 3; n++) {
-      block_weights(args.weights[n], e, false, weight[n]);
-      bias[n] = args.biases[n] ? load(args.biases[n] + e) : Vector{};
-    }
-    for (int64_t t = 0; t < at.count; t++) {
-      const Fours from_c(read(c + at.c[t] + e)), from_x(read(x + at.x[t] + e));
-      write(q + at.head[t], times(from_c, weight[0], bias[0]));
-      write(k + at.head[t], times(from_c, weight[1], bias[1]));
-      write(v + at.head[t], times(from_x, weight[2], bias[2]));
-    }
-  }
-  for (int64_t g = 0; g < gates; g += SET) {
-    float* to[SET];
-    for (int64_t m = 0; m < SET; m++)
-      to[m] = (g + m < args.heads ? args.i : args.f) + (g + m) % args.heads * args.tokens;
-    for (int64_t t = 0; t < at.count; t++) {
-      Vector total[SET] = {};
-      for (int64_t e = 0; e < args.channels; e += LANES) {
-        Vector from_c = read(c + at.c[t] + e), from_x = read(x + at.x[t] + e);
-#pragma GCC unroll 4
-        for (int64_t m = 0; m < SET; m++) {
-          total[m] += from_c * load(args.c_gates + (g + m) * args.channels + e);
-          total[m] += from_x * load(args.x_gates + (g + m) * args.channels + e);
-        }
+  arrange(args, false, memory);
+  for (int64_t first = 0; first < at.count; first += NEAR) {
+    const int64_t end = first + NEAR < at.count ? first + NEAR : at.count;
+    for (int64_t e = 0; e < args.channels; e += LANES) {
+      const int64_t base = e / width * args.tokens * width + e % width;
+      T *q = static_cast<T*>(args.q) + base, *k = static_cast<T*>(args.k) + base, *v = static_cast<T*>(args.v) + base;
+      const Maps weight(memory, e);
+      Vector bias[3];
+      for (int p = 0; p < 3; p++) bias[p] = args.biases[p] ? load(args.biases[p] + e) : Vector{};
+      for (int64_t t = first; t < end; t++) {
+        const Fours from_c(read(c + at.c[t] + e)), from_x(read(x + at.x[t] + e));
+        write(q + at.head[t], times(from_c, weight.of[0], bias[0]));
+        write(k + at.head[t], times(from_c, weight.of[1], bias[1]));
+        write(v + at.head[t], times(from_x, weight.of[2], bias[2]));
       }
-      for (int64_t m = 0; m < SET; m++) to[m][at.gate[t]] = sum(total[m]) + args.gates_bias[g + m];
+    }
+    for (int64_t g = 0; g < gates; g += SET) {
+      float* to[SET];
+      for (int64_t m = 0; m < SET; m++)
+        to[m] = (g + m < args.heads ? args.i : args.f) + (g + m) % args.heads * args.tokens;
+      for (int64_t t = first; t < end; t++) {
+        Vector total[SET] = {};
+        for (int64_t e = 0; e < args.channels; e += LANES) {
+          Vector from_c = read(c + at.c[t] + e), from_x = read(x + at.x[t] + e);
+#pragma GCC unroll 4
+          for (int64_t m = 0; m < SET; m++) {
+            total[m] += from_c * load(args.c_gates + (g + m) * args.channels + e);
+            total[m] += from_x * load(args.x_gates + (g + m) * args.channels + e);
+          }
+        }
+        for (int64_t m = 0; m < SET; m++) to[m][at.gate[t]] = sum(total[m]) + args.gates_bias[g + m];
+      }
     }
   }
 }
+
+inline void add_to(float* sum, Vector x) { store(sum, load(sum) + x); }
 
 template <class T>
 void project_backward(const Project& args, int64_t item, float* memory) {
@@ -200,59 +214,65 @@ void project_backward(const Project& args, int64_t item, float* memory) {
   T *dc = static_cast<T*>(args.dc) + at.first * args.channels, *dx = static_cast<T*>(args.dx);
   float *sums = args.sums + item * 15 * args.channels;
   float *gate_sums = args.sums + (parts * 15 + item * 2 * gates) * args.channels, *d_gates = memory;  // (n, 2 H)
+  float* arranged = memory + SPAN * gates;
+  arrange(args, true, arranged);
+  memset(sums, 0, 15 * args.channels * sizeof(float));
+  memset(gate_sums, 0, 2 * gates * args.channels * sizeof(float));
   for (int64_t g = 0; g < gates; g++) {
     const float* from = (g < args.heads ? args.di : args.df) + g % args.heads * args.tokens;
     for (int64_t t = 0; t < n; t++) d_gates[t * gates + g] = from[at.gate[t]];
   }
-  for (int64_t e = 0; e < args.channels; e += LANES) {
-    const int64_t base = e / width * args.tokens * width + e % width;
-    const T *dq = static_cast<const T*>(args.dq) + base, *dk = static_cast<const T*>(args.dk) + base;
-    const T* dv = static_cast<const T*>(args.dv) + base;
-    float branches[2][SPAN * LANES];  // gradients of c and x so far
-    {
-      Vector weight[3][4], d_weight[3][4] = {}, d_bias[3] = {};
-      for (int p = 0; p < 3; p++) block_weights(args.weights[p], e, true, weight[p]);
-      for (int64_t t = 0; t < n; t++) {
-        const Fours from_c(read(c + at.c[t] + e)), from_x(read(x + at.x[t] + e));
-        const Vector d[3] = {read(dq + at.head[t]), read(dk + at.head[t]), read(dv + at.head[t])};
+  for (int64_t first = 0; first < n; first += NEAR)
+    for (int64_t e = 0; e < args.channels; e += LANES) {
+      const int64_t base = e / width * args.tokens * width + e % width, count = n - first < NEAR ? n - first : NEAR;
+      const int64_t *head = at.head + first, *c_at = at.c + first, *x_at = at.x + first;
+      const T *dq = static_cast<const T*>(args.dq) + base, *dk = static_cast<const T*>(args.dk) + base;
+      const T* dv = static_cast<const T*>(args.dv) + base;
+      Vector branches[2][NEAR];  // gradients of c and x so far
+      {
+        const Maps weight(arranged, e);
+        Vector d_weight[3][4] = {}, d_bias[3] = {};
+        for (int64_t t = 0; t < count; t++) {
+          const Fours from_c(read(c + c_at[t] + e)), from_x(read(x + x_at[t] + e));
+          const Vector d[3] = {read(dq + head[t]), read(dk + head[t]), read(dv + head[t])};
 #pragma GCC unroll 3
-        for (int p = 0; p < 3; p++) {
-          const Fours& from = p < 2 ? from_c : from_x;
+          for (int p = 0; p < 3; p++) {
+            const Fours& from = p < 2 ? from_c : from_x;
 #pragma GCC unroll 4
-          for (int m = 0; m < 4; m++) d_weight[p][m] += d[p] * from.of[m];
-          d_bias[p] += d[p];
-        }
-        store(branches[0] + t * LANES, times(Fours(d[1]), weight[1], times(Fours(d[0]), weight[0], Vector{})));
-        store(branches[1] + t * LANES, times(Fours(d[2]), weight[2], Vector{}));
-      }
-      for (int p = 0; p < 3; p++) {
-        for (int m = 0; m < 4; m++) store(sums + (p * 5 + m) * args.channels + e, d_weight[p][m]);
-        store(sums + (p * 5 + 4) * args.channels + e, d_bias[p]);
-      }
-    }
-    for (int64_t g = 0; g < gates; g += SET)
-      for (int branch = 0; branch < 2; branch++) {
-        const float* gate_weights = (branch ? args.x_gates : args.c_gates) + g * args.channels + e;
-        const T* from = (branch ? x : c) + e;
-        const int64_t* places = branch ? at.x : at.c;
-        Vector weight[SET], total[SET] = {};
-        for (int64_t m = 0; m < SET; m++) weight[m] = load(gate_weights + m * args.channels);
-        for (int64_t t = 0; t < n; t++) {
-          Vector gradient = load(branches[branch] + t * LANES), value = read(from + places[t]);
-#pragma GCC unroll 4
-          for (int64_t m = 0; m < SET; m++) {
-            const Vector gate = all(d_gates[t * gates + g + m]);
-            gradient += gate * weight[m], total[m] += gate * value;
+            for (int m = 0; m < 4; m++) d_weight[p][m] += d[p] * from.of[m];
+            d_bias[p] += d[p];
           }
-          store(branches[branch] + t * LANES, gradient);
+          branches[0][t] = times(Fours(d[1]), weight.of[1], times(Fours(d[0]), weight.of[0], Vector{}));
+          branches[1][t] = times(Fours(d[2]), weight.of[2], Vector{});
         }
-        for (int64_t m = 0; m < SET; m++) store(gate_sums + (branch * gates + g + m) * args.channels + e, total[m]);
+        for (int p = 0; p < 3; p++) {
+          for (int m = 0; m < 4; m++) add_to(sums + (p * 5 + m) * args.channels + e, d_weight[p][m]);
+          add_to(sums + (p * 5 + 4) * args.channels + e, d_bias[p]);
+        }
       }
-    for (int64_t t = 0; t < n; t++) {
-      write(dc + t * args.channels + e, load(branches[0] + t * LANES));
-      write(dx + at.dx[t] + e, load(branches[1] + t * LANES));
+      for (int64_t g = 0; g < gates; g += SET)
+        for (int branch = 0; branch < 2; branch++) {
+          const float* gate_weights = (branch ? args.x_gates : args.c_gates) + g * args.channels + e;
+          const T* from = (branch ? x : c) + e;
+          const int64_t* places = branch ? x_at : c_at;
+          Vector weight[SET], total[SET] = {};
+          for (int64_t m = 0; m < SET; m++) weight[m] = load(gate_weights + m * args.channels);
+          for (int64_t t = 0; t < count; t++) {
+            Vector gradient = branches[branch][t], value = read(from + places[t]);
+#pragma GCC unroll 4
+            for (int64_t m = 0; m < SET; m++) {
+              const Vector gate = all(d_gates[(first + t) * gates + g + m]);
+              gradient += gate * weight[m], total[m] += gate * value;
+            }
+            branches[branch][t] = gradient;
+          }
+          for (int64_t m = 0; m < SET; m++) add_to(gate_sums + (branch * gates + g + m) * args.channels + e, total[m]);
+        }
+      for (int64_t t = 0; t < count; t++) {
+        write(dc + (first + t) * args.channels + e, branches[0][t]);
+        write(dx + at.dx[first + t] + e, branches[1][t]);
+      }
     }
-  }
 }
 
 // --- norm, skip and gate ---------------------------------------------------------------------------------------------
@@ -347,10 +367,10 @@ extern "C" int selfvil_conv_backward(const Conv* args) {
   return failed;
 }
 extern "C" int selfvil_project_forward(const Project* args) {
-  return run(*args, args->spans(), 0, project<float>, project<BFloat16>);
+  return run(*args, args->spans(), 12 * args->channels, project<float>, project<BFloat16>);
 }
 extern "C" int selfvil_project_backward(const Project* args) {
-  const int64_t parts = args->spans(), floats = SPAN * 2 * args->heads;
+  const int64_t parts = args->spans(), floats = SPAN * 2 * args->heads + 12 * args->channels;
   int failed = run(*args, parts, floats, project_backward<float>, project_backward<BFloat16>);
   add_parts(args->sums, parts, 15 * args->channels);
   add_parts(args->sums + parts * 15 * args->channels, parts, 4 * args->heads * args->channels);

@@ -180,19 +180,18 @@ inline void write(void* to, int64_t half, int64_t at, Vector x) {
 }
 inline Vector round_to(int64_t half, Vector x) { return half ? (Vector)(rounded(x) & 0xffff0000u) : x; }
 
-template <int64_t WIDE>
-void finish(const Product& x, int64_t row, int64_t rows, int64_t column, int64_t columns, const float* tile) {
+void finish(const Product& x, int64_t row, int64_t rows, int64_t column, int64_t columns, const float* tile, int64_t stride) {
   if (column >= x.main_columns()) {
     const int64_t first = column - x.main_columns(), left = x.tail_columns - first;
     for (int64_t r = 0; r < rows; r++)
       for (int64_t n = 0; n < (columns < left ? columns : left); n++)
-        x.tail[(row + r) * x.tail_columns + first + n] = tile[r * WIDE + n] + (x.bias ? x.bias[column + n] : 0);
+        x.tail[(row + r) * x.tail_columns + first + n] = tile[r * stride + n] + (x.bias ? x.bias[column + n] : 0);
     return;
   }
-  for (int64_t n = 0; n < columns; n += LANES) {
-    const Vector bias = x.bias ? load(x.bias + column + n) : Vector{};
-    for (int64_t r = 0; r < rows; r++) {
-      Vector value = load(tile + r * WIDE + n) + bias;
+  for (int64_t r = 0; r < rows; r++) {
+    for (int64_t n = 0; n < columns; n += LANES) {
+      Vector value = load(tile + r * stride + n);
+      if (x.bias) value += load(x.bias + column + n);
       const int64_t at = (row + r) * x.c_stride + column + n;
       if (x.gelu == 1) {
         value = round_to(x.c_half, value);
@@ -241,6 +240,7 @@ bool compute(const Product& x) {
   int64_t chunk = CHUNK;
   while (chunk > GROUP && (x.rows + chunk - 1) / chunk < 4 * x.threads) chunk /= 2;
   const int64_t chunks = (x.rows + chunk - 1) / chunk;
+  const int64_t wide = apart(panels.end);  // a chunk's rows of C
   float* packed = kept_memory<1>(panels.all * WIDE * words);
   if (!packed) return false;
   const A* a = static_cast<const A*>(x.a);
@@ -258,7 +258,7 @@ bool compute(const Product& x) {
     if (!for_each(panels.all, 0, x.threads, x.parallel, pack_b)) return false;
     auto multiply_rows = [&](int64_t item, float* memory) {
       const int64_t begin = item * chunk, end = begin + chunk < x.rows ? begin + chunk : x.rows;
-      float *tile = memory, *buffer = memory + GROUP * WIDE;
+      float *strip = memory, *buffer = memory + chunk * wide;
       auto across = [&](int64_t k) { return a + (first + k) * x.a_column + begin; };
       float* sums = x.a_sums ? x.a_sums + begin : nullptr;
       if (x.a_column != 1) {
@@ -273,26 +273,28 @@ bool compute(const Product& x) {
         if constexpr (Words::TILES) pack_rows<A>(inner, rows, line, to, words);
         else pack_along<Words, GROUP, A>(inner, line, to);
       }
+      if (block)
+        for (int64_t r = begin; r < end; r++)
+          memcpy(strip + (r - begin) * wide, static_cast<float*>(x.c) + r * x.c_stride, x.columns * sizeof(float));
       for (int64_t panel = 0; panel < panels.all; panel++) {
-        const int64_t column = panels.begin(panel), width = panels.width(panel);
+        const int64_t width = panels.width(panel);
         const float* right = packed + panel * WIDE * words;
         for (int64_t r = begin; r < end; r += GROUP) {
           const int64_t rows = end - r < GROUP ? end - r : GROUP;
           const bool direct = in_place && rows == GROUP;
           const float* left = direct ? reinterpret_cast<const float*>(a + r * x.a_row + first) : buffer + (r - begin) * words;
-          float* c = static_cast<float*>(x.c) + r * x.c_stride + column;
-          if (block)
-            for (int64_t m = 0; m < rows; m++) memcpy(tile + m * WIDE, c + m * x.c_stride, width * sizeof(float));
+          float* tile = strip + (r - begin) * wide + panels.begin(panel);
           if constexpr (Words::TILES)
-            multiply_tiles(rows, width, used, left, direct ? x.a_row / 2 : words, right, WIDE, tile, WIDE, block > 0);
+            multiply_tiles(rows, width, used, left, direct ? x.a_row / 2 : words, right, WIDE, tile, wide, block > 0);
           else
             multiply<Words>(width / LANES, used, left, direct ? x.a_row / Words::PER_WORD : 1, direct ? 1 : GROUP, right,
-                            WIDE, tile, WIDE, block > 0);
-          finish<WIDE>(x, r, rows, column, width, tile);
+                            WIDE, tile, wide, block > 0);
         }
       }
+      finish(x, begin, end - begin, 0, panels.main_end, strip, wide);
+      if (x.tail) finish(x, begin, end - begin, panels.main_end, x.tail_columns, strip + panels.main_end, wide);
     };
-    if (!for_each(chunks, GROUP * WIDE + chunk * words, x.threads, x.parallel, multiply_rows)) return false;
+    if (!for_each(chunks, chunk * wide + chunk * words, x.threads, x.parallel, multiply_rows)) return false;
   }
   return true;
 }
