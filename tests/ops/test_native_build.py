@@ -163,6 +163,16 @@ def test_a_compiler_without_the_best_instruction_set(monkeypatch, cache, tmp_pat
     assert [path.name.split("-")[0] for path in cache.glob("*.so")] == [second]
 
 
+@needs_compiler
+def test_an_operating_system_that_forbids_the_best_instruction_set(monkeypatch, cache):
+    best, second, *_ = build._levels("")
+    denied = type("Library", (), {"selfvil_start": lambda self: 1})()
+    opened = build._open
+    monkeypatch.setattr(build, "_open", lambda path: denied if path.name.startswith(f"{best}-") else opened(path))
+    assert build.available()
+    assert sorted(path.name.split("-")[0] for path in cache.glob("*.so")) == sorted([best, second])
+
+
 def test_a_compiler_that_never_ends(monkeypatch, caplog, tmp_path):
     monkeypatch.setattr(build, "COMPILE_SECONDS", 0.2)
     write_compiler(tmp_path / "compiler", "exec sleep 60", monkeypatch)

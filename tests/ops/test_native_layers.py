@@ -61,6 +61,31 @@ def test_products(rows, inner, columns, pairs, a_dtype, b_dtype, level):
     assert error(tail, used[0] @ last.double().T + bias[columns:]) < tolerance
 
 
+@pytest.mark.parametrize(("rows", "inner"), [(3, 2), (17, 34), (65, 1046)])
+def test_what_earlier_products_left_in_memory_has_no_effect(rows, inner, level):
+    a, weight, c = torch.randn(rows, inner), torch.randn(48, inner), torch.empty(rows, 48)
+
+    def both(a, weight, c):
+        products.multiply(a, [weight], c, pairs=True, transposed=True)
+        yield c.clone()
+        products.multiply(a.T.contiguous().T, [weight.T.contiguous()], c, pairs=True)
+        yield c.clone()
+
+    expected = list(both(a, weight, c))
+    list(both(torch.full((70, 2050), torch.nan), torch.full((48, 2050), torch.nan), torch.empty(70, 48)))
+    assert all(torch.equal(*pair) for pair in zip(both(a, weight, c), expected, strict=True))
+
+
+def test_products_of_torch_and_ours_in_turns(level):
+    """Both set up the processor's tiles for themselves, where it has them."""
+    a, weight, c = torch.randn(70, 96).bfloat16(), torch.randn(48, 96).bfloat16(), torch.empty(70, 48)
+    expected = a @ weight.T
+    for _ in range(3):
+        products.multiply(a, [weight], c, pairs=True, transposed=True)
+        assert torch.equal(a @ weight.T, expected)
+        assert error(c, a.double() @ weight.double().T) < 1e-4
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gelu_residual_and_factors(dtype, level):
     rows, width = 20, 64
