@@ -177,13 +177,26 @@ def projected(
     c: Tensor, x: Tensor, parameters: Sequence[Tensor | None]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """q, k, v, i and f. parameters: weights and biases of q, k and v, gates' weights for c and x, and bias."""
-    c, x, parameters = _rows(c), _rows(x), [_single(p) for p in parameters]
-    c_gates, gates_bias = parameters[6], parameters[8]
-    assert c_gates is not None
+    gates_bias = parameters[8]
     assert gates_bias is not None
     outputs = _projected(c, gates_bias)
-    _call("project_forward", c, *_project_sizes(c, x, c_gates), c, x, *parameters, *outputs, *8 * [None])
+    _project_into(outputs, c, x, parameters, len(gates_bias))
     return outputs
+
+
+def gates_of(c: Tensor, x: Tensor, c_gates: Tensor, x_gates: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """i and f alone."""
+    i, f = (c.new_empty(c.shape[0], len(bias) // 2, c.shape[1], dtype=torch.float32) for _ in range(2))
+    _project_into((None, None, None, i, f), c, x, (*6 * [None], c_gates, x_gates, bias), len(bias))
+    return i, f
+
+
+def _project_into(
+    outputs: Sequence[Tensor | None], c: Tensor, x: Tensor, parameters: Sequence[Tensor | None], gates: int
+) -> None:
+    c, x, parameters = _rows(c), _rows(x), [_single(p) for p in parameters]
+    sizes = _project_sizes(c, x, gates)
+    _call("project_forward", c, *sizes, c, x, *parameters, *outputs, *7 * [None], False, None)
 
 
 @_project.register_fake
@@ -200,29 +213,29 @@ def _project_backward(
     weights (2, 2 H, E)."""
     dx = x.new_empty(x.shape)
     parameters = (q_weight, k_weight, v_weight, c_gates, x_gates)
-    dc, linear, gates = projected_backward((dq, dk, dv, di, df), c, x, parameters, dx)
-    return dc, dx, linear, gates
+    dc = c.new_empty(c.shape)
+    return dc, dx, *projected_backward((dq, dk, dv, di, df), c, x, parameters, dc, dx, add=False)
 
 
 def projected_backward(
-    gradients: Sequence[Tensor], c: Tensor, x: Tensor, parameters: Sequence[Tensor], dx: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of c and, as sums, of the parameters; see `_project_backward`. That of x is written to dx."""
+    gradients: Sequence[Tensor], c: Tensor, x: Tensor, parameters: Sequence[Tensor], dc: Tensor, dx: Tensor, add: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the parameters, as sums; see `_project_backward`. That of x is written to dx, and that of c to dc,
+    which is contiguous, or added to it."""
     c, x = _rows(c), _rows(x)
     *weights, c_gates, x_gates = parameters
     gradients = [dy.contiguous() for dy in (*gradients[:3], gradients[3].float(), gradients[4].float())]
-    dc = c.new_empty(c.shape)
     width, gates, parts = c.shape[2], len(c_gates), math.ceil(c.shape[0] * c.shape[1] / SPAN)
     sums = c.new_empty(max(parts, 1) * (15 + 2 * gates) * width, dtype=torch.float32)
     _call(
-        "project_backward", c, *_project_sizes(c, x, c_gates, dx), c, x, *(_single(p) for p in weights),
-        None, None, None, _single(c_gates), _single(x_gates), None, *5 * [None], *gradients, dc, dx, sums,
+        "project_backward", c, *_project_sizes(c, x, gates, dx), c, x, *(_single(p) for p in weights),
+        None, None, None, _single(c_gates), _single(x_gates), None, *5 * [None], *gradients, dc, dx, add, sums,
     )  # fmt: skip
     if not parts:
         sums.zero_()
     of_weights = sums[: 15 * width].view(3, 5, width)
     of_gates = sums[15 * max(parts, 1) * width :][: 2 * gates * width].view(2, gates, width)
-    return dc, of_weights.clone(), of_gates.clone()
+    return of_weights.clone(), of_gates.clone()
 
 
 @_project_backward.register_fake
@@ -266,8 +279,8 @@ def _projected(c: Tensor, gates_bias: Tensor) -> tuple[Tensor, Tensor, Tensor, T
     return q, k, v, i, f
 
 
-def _project_sizes(c: Tensor, x: Tensor, gates: Tensor, dx: Tensor | None = None) -> tuple[int, ...]:
-    return (*c.shape, len(gates) // 2, *c.stride()[:2], *x.stride()[:2], *((0, 0) if dx is None else dx.stride()[:2]))
+def _project_sizes(c: Tensor, x: Tensor, gates: int, dx: Tensor | None = None) -> tuple[int, ...]:
+    return (*c.shape, gates // 2, *c.stride()[:2], *x.stride()[:2], *((0, 0) if dx is None else dx.stride()[:2]))
 
 
 # --- norm, skip and gate ---------------------------------------------------------------------------------------------

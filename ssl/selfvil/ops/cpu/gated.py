@@ -20,13 +20,13 @@ from selfvil.ops.cpu.fused import (
     conv_parameters,
     convolved,
     convolved_backward,
+    gates_of,
     normed,
     normed_backward,
-    projected,
     projected_backward,
 )
 from selfvil.ops.cpu.layers import as_parameters, scaled, single
-from selfvil.ops.cpu.mlstm import scan, scan_backward
+from selfvil.ops.cpu.mlstm import scan_of_maps, scan_of_maps_backward
 from selfvil.ops.cpu.products import call, compute_dtype, layer_norm, layer_norm_backward, multiply, weight_gradients
 
 
@@ -66,7 +66,7 @@ def _layer(
     down_bias: Tensor | None, height: int, width: int, eps: float, head_eps: float, reverse: bool, dtype: torch.dtype,
 ) -> list[Tensor]:  # fmt: skip
     """The result, and for the backward pass y, its statistics, u and z side by side, the gates' weights for c and u, c,
-    q, k, v, the forget gates' pre-activations, h, a, n and lim of the mLSTM, and the input of the down-projection."""
+    the forget gates' pre-activations, h, a, n and lim of the mLSTM, and the input of the down-projection."""
     rows, pairs = x.flatten(0, 1).contiguous(), dtype == torch.bfloat16
     y, statistics = layer_norm(rows, norm_weight, norm_bias, eps, dtype)
     both = y.new_empty(*x.shape[:2], len(up))
@@ -75,16 +75,17 @@ def _layer(
     c = convolved(u, conv, conv_bias, kept, (height, width), reverse, True)
     maps = (q, k, v, q_bias, k_bias, v_bias)
     gates = folded(i_weight, f_weight, i_bias, f_bias, maps)
-    heads = projected(c, u, (*maps, *gates))
-    log_f = F.logsigmoid(heads[4])
-    h, *saved = scan(*heads[:4], log_f if gaps is None else log_f * gaps.unsqueeze(1), reverse)
+    i, f = gates_of(c, u, *gates)
+    log_f = F.logsigmoid(f)
+    log_f = log_f if gaps is None else log_f * gaps.unsqueeze(1)
+    h, *saved = scan_of_maps(c, u, [single(m) for m in maps], i, log_f, reverse)
     inner = normed(h, c, z, (head_weight, head_bias, skip), head_eps)
     out = torch.empty_like(rows)
     multiply(
         inner.flatten(0, 1), [down], out, pairs=pairs, transposed=True, bias=single(down_bias), residual=rows,
         scale=single(scale),
     )  # fmt: skip
-    return [out.view(x.shape), y, statistics, both, *gates[:2], c, *heads[:3], heads[4], h, *saved, inner]
+    return [out.view(x.shape), y, statistics, both, *gates[:2], c, f, h, *saved, inner]
 
 
 @_layer.register_fake
@@ -96,13 +97,12 @@ def _(
     (batch, num_tokens, channels), inner, heads = x.shape, len(skip), len(i_bias)
     y = x.new_empty(batch * num_tokens, channels, dtype=dtype)
     statistics = x.new_empty(batch * num_tokens, 2, dtype=torch.float32)
-    of_heads = [y.new_empty(batch, heads, num_tokens, inner // heads) for _ in range(4)]
+    h = y.new_empty(batch, heads, num_tokens, inner // heads)
     of_tokens = [statistics.new_empty(batch, heads, num_tokens) for _ in range(4)]
     both, c, last = (y.new_empty(batch, num_tokens, size) for size in (len(up), inner, inner))
     gates = (statistics.new_empty(2 * heads, inner) for _ in range(2))
     return [
-        x.new_empty(x.shape), y, statistics, both, *gates, c, *of_heads[:3], of_tokens[0], of_heads[3],
-        *of_tokens[1:], last,
+        x.new_empty(x.shape), y, statistics, both, *gates, c, of_tokens[0], h, *of_tokens[1:], last,
     ]  # fmt: skip
 
 
@@ -118,7 +118,7 @@ def _layer_backward(
     """Gradients of x; then, with `weights`, of the norm (2, C); of weight and bias of the up-projection; the sums of
     `conv_parameters`; of weights (3, E / 4, 4, 4) and biases (3, E) of q, k, v; of weights and biases of the gates;
     of the head norm and skip (3, E); of weight and bias of the down-projection."""
-    y, statistics, both, c_gates, u_gates, c, q, k, v, f, h, a, row_sum, limit, inner = saved
+    y, statistics, both, c_gates, u_gates, c, f, h, a, row_sum, limit, inner = saved
     rows, pairs, grid = x.flatten(0, 1).contiguous(), y.dtype == torch.bfloat16, (height, width)
     d_rows, d = scaled(d_out, scale, x)
     d_inner, d_both = torch.empty_like(inner), torch.empty_like(both)
@@ -126,20 +126,18 @@ def _layer_backward(
     multiply(d, [down], d_inner.flatten(0, 1), pairs=pairs)
     dh, dc, d_head = normed_backward(d_inner, h, c, z, (head_weight, head_bias, skip), head_eps, dz)
     assert dc is not None
-    dq, dk, dv = (torch.empty_like(part) for part in (q, k, v))
-    di, dlog_f = scan_backward(dh, (q, k, v), (a, row_sum, limit), reverse, (dq, dk, dv))
+    maps = (q_map, k_map, v_map, q_bias, k_bias, v_bias)
+    *d_heads, di, dlog_f = scan_of_maps_backward(dh, c, u, [single(m) for m in maps], (a, row_sum, limit), reverse)
     df = torch.sigmoid(-f).mul_(dlog_f)
     df = df if gaps is None else df * gaps.unsqueeze(1)
     weights_of = (q_map, k_map, v_map, c_gates, u_gates)
-    of_c, d_maps, d_gates = projected_backward([dq, dk, dv, di, df], c, u, weights_of, du)
-    dc += of_c
+    d_maps, d_gates = projected_backward([*d_heads, di, df], c, u, weights_of, dc, du, add=True)
     d_conv = convolved_backward(dc, u, conv, conv_bias, kept, grid, reverse, True, du, True)
     flat, dy = d_both.flatten(0, 1), torch.empty_like(y)
     multiply(flat, [up], dy, pairs=pairs)
     dx, d_norm = layer_norm_backward(dy, rows, statistics, norm_weight, d_rows, eps)
     if not weights:
         return [dx.view(x.shape)]
-    maps = (q_map, k_map, v_map, q_bias, k_bias, v_bias)
     d_gates_bias = torch.cat([di.sum((0, 2)), df.sum((0, 2))])
     of_maps = folded_backward(i_weight, f_weight, maps, d_gates, d_gates_bias, d_maps)
     return [

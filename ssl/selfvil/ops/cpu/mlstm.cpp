@@ -6,7 +6,7 @@
 // direction concern only the copies at the beginning and at the end. A chunk is computed in blocks of rows. For the
 // columns before a block, D_ij = exp(a_j - m) exp(m - M_i) with m the maximum before the block: exp is computed for each
 // column and row, and for each score only within the block. All these exponents are at most 0.
-#include "vector.h"
+#include "maps.h"
 
 namespace {
 
@@ -23,6 +23,10 @@ struct Arguments {
   float *di, *dlog_f;          // contiguous, as are the above
   void *h, *dq, *dk, *dv;
   int64_t h_strides[3], dq_strides[3], dk_strides[3], dv_strides[3];
+  // Instead of q, k and v: c (B, N, E), of which q and k are maps, and u, of which v is one; weights and biases of maps.
+  const void *c, *u;
+  int64_t c_strides[2], u_strides[2];
+  const float *weights[3], *biases[3];
 
   int64_t token(int64_t t) const { return reverse ? tokens - 1 - t : t; }
 };
@@ -30,7 +34,7 @@ struct Arguments {
 // Working memory of a head, in matrices with padded rows and columns; those of `factors` are only for pairs of bfloat16.
 struct Head {
   int64_t tokens, chunk, chunks, width, value_width, d, e, stride, v_stride, t_stride;
-  float *a, *row_max, *q, *k, *v, *k_t, *scores, *past, *fade, *scaled, *state, *norm;
+  float *maps, *a, *row_max, *q, *k, *v, *k_t, *scores, *past, *fade, *scaled, *state, *norm;
   float *h;                                                                                        // forward
   float *dh, *v_t, *dq, *dk, *dv, *d_scores, *kept, *row_scale, *r, *da, *dn, *after, *after_t, *after_sum;  // backward
   struct {
@@ -45,6 +49,7 @@ struct Head {
         v_stride(apart(e)), t_stride(apart(padded(chunk))) {
     const int64_t rows = padded(chunk), wide = stride > v_stride ? stride : v_stride;
     const int64_t t_rows = padded((d > e ? d : e) + LANES);  // rows of transposes, which are written in whole vectors
+    maps = memory.take(x.c ? MAP_VECTORS * width : 0);
     a = memory.take(padded(tokens)), row_max = memory.take(padded(tokens));
     q = memory.take(rows * stride), k = memory.take(rows * stride), v = memory.take(rows * v_stride);
     k_t = memory.take(t_rows * t_stride), scores = memory.take(BLOCK * t_stride);
@@ -79,6 +84,37 @@ void pack(const Arguments& x, const void* base, const int64_t (&strides)[3], int
   const T* from = static_cast<const T*>(base) + item / x.heads * strides[0] + item % x.heads * strides[1];
   for (int64_t t = 0; t < n; t++) read_row(from + x.token(first + t) * strides[2], width, to + t * stride);
   memset(to + n * stride, 0, (padded(n) - n) * stride * sizeof(float));
+}
+void arrange_maps(const Arguments& x, const Head& to, int64_t item) {
+  const int64_t begin = item % x.heads * x.width;
+  if (x.c) arrange(x.weights, begin, begin + x.width, false, to.maps);
+}
+// q, k and v of n tokens from `first`, as `pack`. Without `with_q`, only k and v.
+template <class T>
+void pack_inputs(const Arguments& x, const Head& to, int64_t item, int64_t first, int64_t n, bool with_q) {
+  if (!x.c) {
+    if (with_q) pack<T>(x, x.q, x.q_strides, item, first, n, x.width, to.q, to.stride);
+    pack<T>(x, x.k, x.k_strides, item, first, n, x.width, to.k, to.stride);
+    return pack<T>(x, x.v, x.v_strides, item, first, n, x.value_width, to.v, to.v_stride);
+  }
+  const int64_t image = item / x.heads, begin = item % x.heads * x.width;
+  const T* c = static_cast<const T*>(x.c) + image * x.c_strides[0] + begin;
+  const T* u = static_cast<const T*>(x.u) + image * x.u_strides[0] + begin;
+  auto bias = [&](int map, int64_t e) { return x.biases[map] ? load(x.biases[map] + begin + e) : Vector{}; };
+  for (int64_t t = 0; t < n; t++) {
+    const int64_t token = x.token(first + t);
+    for (int64_t e = 0; e < x.width; e += LANES) {
+      const Maps maps(to.maps, e);
+      const Fours from_c(read(c + token * x.c_strides[1] + e)), from_u(read(u + token * x.u_strides[1] + e));
+      if (with_q) store(to.q + t * to.stride + e, times(from_c, maps.of[0], bias(0, e)));
+      store(to.k + t * to.stride + e, times(from_c, maps.of[1], bias(1, e)));
+      store(to.v + t * to.v_stride + e, times(from_u, maps.of[2], bias(2, e)));
+    }
+  }
+  const int64_t rest = padded(n) - n;
+  if (with_q) memset(to.q + n * to.stride, 0, rest * to.stride * sizeof(float));
+  memset(to.k + n * to.stride, 0, rest * to.stride * sizeof(float));
+  memset(to.v + n * to.v_stride, 0, rest * to.v_stride * sizeof(float));
 }
 template <class T>
 void unpack(const Arguments& x, void* base, const int64_t (&strides)[3], int64_t item, int64_t first, int64_t n,
@@ -186,6 +222,7 @@ void forward(const Arguments& args, int64_t item, float* memory) {
   float *a = args.a + item * x.tokens, *row_sum = args.row_sum + item * x.tokens, *limit = args.limit + item * x.tokens;
   scan_gates(args, item, a, limit);
   copy_gates(x, a);
+  arrange_maps(args, x, item);
   const float root = std::sqrt((float)x.width);
 
   for (int64_t first = 0; first < x.tokens; first += x.chunk) {
@@ -193,9 +230,7 @@ void forward(const Arguments& args, int64_t item, float* memory) {
     const int64_t used = (n + STEP<Words> - 1) / STEP<Words> * STEP<Words>;  // rows that are computed
     const float *taken = x.a + first, *row_max = x.row_max + first;
     const float m_before = first ? row_max[-1] : 0;
-    pack<T>(args, args.q, args.q_strides, item, first, n, x.width, x.q, x.stride);
-    pack<T>(args, args.k, args.k_strides, item, first, n, x.width, x.k, x.stride);
-    pack<T>(args, args.v, args.v_strides, item, first, n, x.value_width, x.v, x.v_stride);
+    pack_inputs<T>(args, x, item, first, n, true);
     const Factor q = as_left<Words>(x.q, x.stride, rows, x.d, x.factors.q);
     const Factor k = as_left<Words>(x.k, x.stride, rows, x.d, x.factors.k);
     const Factor k_t = transposed<Words>(k, rows, x.d, x.k_t, x.t_stride);
@@ -259,8 +294,7 @@ void states(const Arguments& args, const Head& x, int64_t item) {
   for (int64_t c = 0; c + 1 < x.chunks; c++) {
     const int64_t first = c * x.chunk, n = x.chunk, size = x.e * x.stride;
     const float now = x.row_max[first + n - 1], fade = c ? exponential(all(x.row_max[first - 1] - now))[0] : 0;
-    pack<T>(args, args.k, args.k_strides, item, first, n, x.width, x.k, x.stride);
-    pack<T>(args, args.v, args.v_strides, item, first, n, x.value_width, x.v, x.v_stride);
+    pack_inputs<T>(args, x, item, first, n, false);
     exponentials(x.a + first, now, 1, n, x.past);
     const Factor v = as_right<Words>(x.v, x.v_stride, n, x.e, x.factors.v_right);
     extend<Words>(x, n, x.past, fade, v, x.e, x.k, x.stride, x.d, x.state + c * size,
@@ -277,9 +311,7 @@ void chunk_gradients(const Arguments& args, const Head& x, int64_t item, int64_t
   const float *row_sum = args.row_sum + item * x.tokens + first, *limit = args.limit + item * x.tokens + first;
   const float m_before = c ? row_max[-1] : 0, m_after = row_max[n - 1], *norm = x.norm + (c - 1) * x.d;
   const bool has_after = c + 1 < x.chunks;
-  pack<T>(args, args.q, args.q_strides, item, first, n, x.width, x.q, x.stride);
-  pack<T>(args, args.k, args.k_strides, item, first, n, x.width, x.k, x.stride);
-  pack<T>(args, args.v, args.v_strides, item, first, n, x.value_width, x.v, x.v_stride);
+  pack_inputs<T>(args, x, item, first, n, true);
   pack<T>(args, args.dh, args.dh_strides, item, first, n, x.value_width, x.dh, x.v_stride);
   const Factor q = as_left<Words>(x.q, x.stride, rows, x.d, x.factors.q);
   const Factor k = as_left<Words>(x.k, x.stride, rows, x.d, x.factors.k);
@@ -408,6 +440,7 @@ template <class T, class Words>
 void backward(const Arguments& args, int64_t item, float* memory) {
   const Head x(args, true, Words::PER_WORD > 1, Workspace(memory));
   copy_gates(x, args.a + item * x.tokens);
+  arrange_maps(args, x, item);
   states<T, Words>(args, x, item);
   for (int64_t c = x.chunks - 1; c >= 0; c--) chunk_gradients<T, Words>(args, x, item, c);
   gate_gradients(args, x, item);

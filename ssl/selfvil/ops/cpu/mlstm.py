@@ -7,6 +7,7 @@ once, at the end. Inputs may have any strides with contiguous channels: no tenso
 For `torch.compile`, forward and backward are one opaque operator each, without a graph break.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -61,9 +62,24 @@ def scan(
     """h, and for the backward pass a, n and lim, each (B, H, N) and in the order of the scan. i and log_f: float32."""
     q, k, v = (_rows(x) for x in (q, k, v))
     h = v.new_empty(v.shape)
-    a, row_sum, limit = (log_f.new_empty(log_f.shape) for _ in range(3))
-    _call("mlstm_forward", reverse, (q, k, v, i, log_f, None), (a, row_sum, limit, None, None), (h, None, None, None))
-    return h, a, row_sum, limit
+    saved = [log_f.new_empty(log_f.shape) for _ in range(3)]
+    _call("mlstm_forward", (*q.shape, v.shape[3]), reverse, (q, k, v, i, log_f, None), saved, [h])
+    return h, saved[0], saved[1], saved[2]
+
+
+def scan_of_maps(
+    c: Tensor, u: Tensor, maps: Sequence[Tensor | None], i: Tensor, log_f: Tensor, reverse: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`scan` of q and k, maps of c (B, N, E), and v, a map of u (B, N, E): they are never in memory.
+
+    maps: weights (E / 4, 4, 4) of q, k and v, and their biases (E,) or None, in float32. The width of a head is a
+    multiple of 16.
+    """
+    h = c.new_empty(*log_f.shape, c.shape[2] // log_f.shape[1])
+    saved = [log_f.new_empty(log_f.shape) for _ in range(3)]
+    strided = (None, None, None, i, log_f, None)
+    _call("mlstm_forward", (*h.shape, h.shape[3]), reverse, strided, saved, [h], (_rows(c), _rows(u), *maps))
+    return h, saved[0], saved[1], saved[2]
 
 
 @_forward.register_fake
@@ -88,12 +104,23 @@ def scan_backward(
     gradients: tuple[Tensor, Tensor, Tensor],
 ) -> tuple[Tensor, Tensor]:
     """Gradients of i and log_f (B, H, N) in float32; those of `inputs` q, k, v are written to `gradients`."""
-    v = inputs[2]
-    q, k, v, dh = (_rows(x) for x in (*inputs, dh.to(v.dtype)))
-    a, row_sum, limit = (x.contiguous() for x in saved)
-    di, dlog_f = a.new_empty(a.shape), a.new_empty(a.shape)
-    _call("mlstm_backward", reverse, (q, k, v, None, None, dh), (a, row_sum, limit, di, dlog_f), (None, *gradients))
-    return di, dlog_f
+    q, k, v, dh = (_rows(x) for x in (*inputs, dh.to(inputs[2].dtype)))
+    found = [x.contiguous() for x in saved] + [saved[0].new_empty(saved[0].shape) for _ in range(2)]
+    _call("mlstm_backward", (*q.shape, v.shape[3]), reverse, (q, k, v, None, None, dh), found, (None, *gradients))
+    return found[3], found[4]
+
+
+def scan_of_maps_backward(
+    dh: Tensor, c: Tensor, u: Tensor, maps: Sequence[Tensor | None], saved: tuple[Tensor, Tensor, Tensor], reverse: bool
+) -> list[Tensor]:
+    """Gradients of q, k and v of `scan_of_maps` (B, H, N, D), and of i and log_f (B, H, N) in float32."""
+    dh = _rows(dh)
+    gradients = [dh.new_empty(dh.shape) for _ in range(3)]
+    found = [*saved, *(saved[0].new_empty(saved[0].shape) for _ in range(2))]
+    sources = (_rows(c), _rows(u), *maps)
+    strided = (*5 * [None], dh)
+    _call("mlstm_backward", (*dh.shape, dh.shape[3]), reverse, strided, found, (None, *gradients), sources)
+    return [*gradients, *found[3:]]
 
 
 @_backward.register_fake
@@ -119,29 +146,43 @@ _forward.register_autograd(_gradients, setup_context=_setup_context)
 
 
 def _call(
-    function: str, reverse: bool, strided: tuple[Tensor | None, ...], contiguous: tuple[Tensor | None, ...],
-    results: tuple[Tensor | None, ...],
+    function: str, sizes: tuple[int, ...], reverse: bool, strided: Sequence[Tensor | None],
+    contiguous: Sequence[Tensor | None], results: Sequence[Tensor | None], maps: Sequence[Tensor | None] = 8 * (None,),
 ) -> None:  # fmt: skip
-    """Fill in the members of `Arguments` in mlstm.cpp; None for those that the function does not use."""
-    q, _, v, *_ = strided
-    assert q is not None
-    assert v is not None
-    if q.dtype not in DTYPES or q.device.type != "cpu":
+    """Fill in the members of `Arguments` in mlstm.cpp; None for those that the function does not use.
+
+    Args:
+        sizes: images, heads, tokens, width of q and k, and of v.
+        strided: q, k, v, i, log f and the gradient of h.
+        contiguous: a, n and lim, and the gradients of i and log f.
+        results: h, and the gradients of q, k and v.
+        maps: what makes q, k and v, in place of them: c, u, three weights and biases.
+    """
+    source = next(x for x in (*strided[:3], maps[0]) if x is not None)
+    if source.dtype not in DTYPES or source.device.type != "cpu":
         raise ValueError(
             'the mLSTM backend "native" supports float32 and bfloat16 on the CPU, '
-            f'got {q.dtype} on {q.device}; use "auto"'
+            f'got {source.dtype} on {source.device}; use "auto"'
         )
     loaded = kernels()
     if loaded is None:
         raise ValueError('the mLSTM backend "native" cannot be used here (see the log); use "auto" or "parallel"')
-    size = chunk_size(q.shape[2], q.shape[3], v.shape[3])
+    contiguous = [*contiguous, *(5 - len(contiguous)) * [None]]
+    results = [*results, *(4 - len(results)) * [None]]
+    c, u, *parameters = maps
     loaded.call(
-        function, q.dtype == torch.bfloat16, *q.shape, v.shape[3], size, reverse,
-        *(0 if x is None else x.data_ptr() for x in strided),
-        *(stride for x in strided for stride in ((0, 0, 0) if x is None else x.stride()[:3])),
-        *(0 if x is None else x.data_ptr() for x in (*contiguous, *results)),
-        *(stride for x in results for stride in ((0, 0, 0) if x is None else x.stride()[:3])),
+        function, source.dtype == torch.bfloat16, *sizes, chunk_size(*sizes[2:]), reverse,
+        *map(_address, strided), *_strides(strided, 3), *map(_address, (*contiguous, *results)), *_strides(results, 3),
+        _address(c), _address(u), *_strides((c, u), 2), *map(_address, parameters),
     )  # fmt: skip
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def _strides(tensors: Sequence[Tensor | None], count: int) -> list[int]:
+    return [stride for x in tensors for stride in (count * (0,) if x is None else x.stride()[:count])]
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -4,7 +4,7 @@
 // models/layers.py has the plain operations. Sums are float32, and results are rounded once. An item of work is one
 // image and a few channels, so that parameters are loaded once; its sums for the gradients of parameters are added to
 // those of other images at the end, in a fixed order. Widths are multiples of 16.
-#include "vector.h"
+#include "maps.h"
 
 namespace {
 
@@ -100,11 +100,12 @@ struct Project {
   const void *c, *x;                                    // the convolved and the plain branch
   const float *weights[3], *biases[3];                  // of q, k, v: (E / 4, 4, 4), and (E,) or null
   const float *c_gates, *x_gates, *gates_bias;          // (2 H, E), (2 H, E), (2 H,)
-  void *q, *k, *v;                                      // (B, H, N, D), contiguous as all of the following
+  void *q, *k, *v;                                      // (B, H, N, D), contiguous as all of the following; or null
   float *i, *f;                                         // (B, H, N)
   const void *dq, *dk, *dv;
   const float *di, *df;
   void *dc, *dx;  // dx has strides
+  int64_t add;    // to what is in dc
   float* sums;  // (spans, 3, 5, E): gradients of the weights by column of a block, and of biases; (spans, 2, 2 H, E)
 
   int64_t spans() const { return (images * tokens + SPAN - 1) / SPAN; }
@@ -127,51 +128,15 @@ struct Places {
   }
 };
 
-// The lane `column` of each four.
-template <int COLUMN, int... LANE>
-inline Vector of_four(Vector x, std::integer_sequence<int, LANE...>) {
-#if defined(__clang__)
-  return __builtin_shufflevector(x, x, (LANE / 4 * 4 + COLUMN)...);
-#else
-  return __builtin_shuffle(x, Integers{(LANE / 4 * 4 + COLUMN)...});
-#endif
-}
-struct Fours {
-  Vector of[4];
-  explicit Fours(Vector x) {
-    constexpr auto lanes = std::make_integer_sequence<int, LANES>();
-    of[0] = of_four<0>(x, lanes), of[1] = of_four<1>(x, lanes), of[2] = of_four<2>(x, lanes), of[3] = of_four<3>(x, lanes);
-  }
-};
-inline Vector times(const Fours& x, const Vector (&weight)[4], Vector sum) {
-  for (int n = 0; n < 4; n++) sum += x.of[n] * weight[n];
-  return sum;
-}
-// Weights of q, k, v for each LANES channels, as 12 vectors: by column of the blocks, or by row.
-void arrange(const Project& args, bool by_row, float* to) {
-  for (int64_t e = 0; e < args.channels; e += LANES)
-    for (int p = 0; p < 3; p++)
-      for (int n = 0; n < 4; n++)
-        for (int lane = 0; lane < LANES; lane++)
-          *to++ = args.weights[p][(e + lane) / 4 * 16 + (by_row ? n * 4 + lane % 4 : lane % 4 * 4 + n)];
-}
-struct Maps {
-  Vector of[3][4];
-  Maps(const float* arranged, int64_t e) {
-    for (int p = 0; p < 3; p++)
-      for (int n = 0; n < 4; n++) of[p][n] = load(arranged + (e / LANES * 12 + p * 4 + n) * LANES);
-  }
-};
-
 template <class T>
 void project(const Project& args, int64_t item, float* memory) {
   const Places at(args, item);
   const int64_t width = args.channels / args.heads, gates = 2 * args.heads;
   const T *c = static_cast<const T*>(args.c), *x = static_cast<const T*>(args.x);
-  arrange(args, false, memory);
+  if (args.q) arrange(args.weights, 0, args.channels, false, memory);
   for (int64_t first = 0; first < at.count; first += NEAR) {
     const int64_t end = first + NEAR < at.count ? first + NEAR : at.count;
-    for (int64_t e = 0; e < args.channels; e += LANES) {
+    for (int64_t e = 0; e < args.channels && args.q; e += LANES) {
       const int64_t base = e / width * args.tokens * width + e % width;
       T *q = static_cast<T*>(args.q) + base, *k = static_cast<T*>(args.k) + base, *v = static_cast<T*>(args.v) + base;
       const Maps weight(memory, e);
@@ -215,7 +180,7 @@ void project_backward(const Project& args, int64_t item, float* memory) {
   float *sums = args.sums + item * 15 * args.channels;
   float *gate_sums = args.sums + (parts * 15 + item * 2 * gates) * args.channels, *d_gates = memory;  // (n, 2 H)
   float* arranged = memory + SPAN * gates;
-  arrange(args, true, arranged);
+  arrange(args.weights, 0, args.channels, true, arranged);
   memset(sums, 0, 15 * args.channels * sizeof(float));
   memset(gate_sums, 0, 2 * gates * args.channels * sizeof(float));
   for (int64_t g = 0; g < gates; g++) {
@@ -269,7 +234,8 @@ void project_backward(const Project& args, int64_t item, float* memory) {
           for (int64_t m = 0; m < SET; m++) add_to(gate_sums + (branch * gates + g + m) * args.channels + e, total[m]);
         }
       for (int64_t t = 0; t < count; t++) {
-        write(dc + (first + t) * args.channels + e, branches[0][t]);
+        T* to = dc + (first + t) * args.channels + e;
+        write(to, args.add ? branches[0][t] + read(to) : branches[0][t]);
         write(dx + at.dx[first + t] + e, branches[1][t]);
       }
     }
@@ -367,10 +333,10 @@ extern "C" int selfvil_conv_backward(const Conv* args) {
   return failed;
 }
 extern "C" int selfvil_project_forward(const Project* args) {
-  return run(*args, args->spans(), 12 * args->channels, project<float>, project<BFloat16>);
+  return run(*args, args->spans(), MAP_VECTORS * args->channels, project<float>, project<BFloat16>);
 }
 extern "C" int selfvil_project_backward(const Project* args) {
-  const int64_t parts = args->spans(), floats = SPAN * 2 * args->heads + 12 * args->channels;
+  const int64_t parts = args->spans(), floats = SPAN * 2 * args->heads + MAP_VECTORS * args->channels;
   int failed = run(*args, parts, floats, project_backward<float>, project_backward<BFloat16>);
   add_parts(args->sums, parts, 15 * args->channels);
   add_parts(args->sums + parts * 15 * args->channels, parts, 4 * args->heads * args->channels);
