@@ -135,6 +135,35 @@ def test_layer_norm(rows, width, dtype, bias, level):
         assert error(got, expected) < 1e-5
 
 
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("num_tokens", "width"), [(50, 16), (200, 16), (330, 48)])
+def test_scan_of_maps(num_tokens, width, dtype, reverse, level):
+    """One chunk and several; q, k and v are made within the operator as outside."""
+    heads, batch = 2, 3
+    c, both = torch.randn(batch, num_tokens, heads * width), torch.randn(batch, num_tokens, 2 * heads * width)
+    c, u = c.to(dtype), both.to(dtype).chunk(2, dim=-1)[0]  # u has the strides that it has in the layer
+    maps = [torch.randn(heads * width // 4, 4, 4) / 2 for _ in range(3)]
+    biases = [torch.randn(heads * width), None, torch.randn(heads * width)]
+    i, log_f = torch.randn(batch, heads, num_tokens), F.logsigmoid(torch.randn(batch, heads, num_tokens) + 2)
+    dh = torch.randn(batch, heads, num_tokens, width).to(dtype)
+
+    def mapped(x, weight, bias):
+        y = torch.einsum("bngi,goi->bngo", x.float().unflatten(-1, (-1, 4)), weight).flatten(2)
+        return (y if bias is None else y + bias).unflatten(-1, (heads, width)).transpose(1, 2)
+
+    def outside(dtype):
+        q, k, v = (mapped(x, *parameters).to(dtype) for x, *parameters in zip((c, c, u), maps, biases, strict=True))
+        h, *saved = mlstm.scan(q, k, v, i, log_f, reverse)
+        gradients = [torch.empty_like(x) for x in (q, k, v)]
+        return h, *saved, *gradients, *mlstm.scan_backward(dh.to(dtype), (q, k, v), saved, reverse, gradients)
+
+    h, *saved = mlstm.scan_of_maps(c, u, (*maps, *biases), i, log_f, reverse)
+    got = (h, *saved, *mlstm.scan_of_maps_backward(dh, c, u, (*maps, *biases), saved, reverse))
+    for x, exact, plain in zip(got, outside(torch.float32), outside(dtype), strict=True):
+        assert error(x, exact.double()) < max(1e-5, 1.1 * error(plain, exact.double()))
+
+
 def test_weights_of_gates():
     scan = GatedScan(64)
     with torch.no_grad():
