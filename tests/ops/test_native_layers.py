@@ -206,11 +206,11 @@ def make_block(name, dim=64, **options):
     return block
 
 
-def make_layout(batch, kept):
+def make_layout(batch, kept, num_extra=0):
     if not kept:
-        return TokenLayout((4, 5))
+        return TokenLayout.of(torch.empty(batch, 20, 1), (4, 5), num_extra=num_extra)
     keep = torch.rand(batch, 20).argsort(1)[:, :7].sort(1).values
-    return TokenLayout.of(torch.empty(batch, 7, 1), (4, 5), keep, gap_aware=True)
+    return TokenLayout.of(torch.empty(batch, 7, 1), (4, 5), keep, gap_aware=True, num_extra=num_extra)
 
 
 def results(block, x, layout, amp=False):
@@ -249,10 +249,12 @@ def errors_of(block, x, layout, amp, monkeypatch):
     ]
 
 
+@pytest.mark.parametrize("num_extra", [0, 4])  # 3 tokens stand in a row of the places below the grid
 @pytest.mark.parametrize("kept", [False, True])
 @pytest.mark.parametrize("name", BLOCKS)
-def test_blocks_equal_their_plain_operations(name, kept, level, monkeypatch):
-    block, layout, x = make_block(name), make_layout(3, kept), torch.randn(3, 7 if kept else 20, 64)
+def test_blocks_equal_their_plain_operations(name, kept, num_extra, level, monkeypatch):
+    block, layout = make_block(name), make_layout(3, kept, num_extra)
+    x = torch.randn(3, (7 if kept else 20) + num_extra, 64)
     monkeypatch.delenv(fused.SWITCH, raising=False)
     assert any("native" in node and "layer" in node for node in names_of(block(x, layout)))
     monkeypatch.setenv(fused.SWITCH, "0")

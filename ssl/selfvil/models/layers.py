@@ -165,9 +165,9 @@ class GatedScan(nn.Module):
         fuse = on_gpu or native
         if on_gpu and isinstance(self.conv, nn.Conv2d) and layout.dense:
             conv = fused.conv_silu(x, self.conv.weight, self.conv.bias, layout.grid, reverse)  # type: ignore[arg-type]
-        elif native and isinstance(self.conv, nn.Conv2d) and layout.only_on_grid:
-            kept = None if layout.kept is None else layout.kept.ids
-            conv = cpu_fused.conv_silu(x, self.conv.weight, self.conv.bias, layout.grid, reverse, kept)  # type: ignore[arg-type]
+        elif native and isinstance(self.conv, nn.Conv2d) and layout.compact_grid is None:
+            on_grid = layout.places_grid, reverse, layout.places
+            conv = cpu_fused.conv_silu(x, self.conv.weight, self.conv.bias, *on_grid)  # type: ignore[arg-type]
         else:
             conv = F.silu(x if self.conv is None else convolve(self.conv, x, layout, reverse=reverse))
         if fuse:
@@ -280,7 +280,7 @@ class ViLLayer(GatedScan):
             self.directions == 1
             and self.forget_gate_recorder is None
             and isinstance(self.conv, nn.Conv2d)
-            and layout.only_on_grid
+            and layout.compact_grid is None
             and self.skip.numel() % (16 * NUM_HEADS) == 0
             and native_linear(x, self.proj_up, self.proj_down)
         )
@@ -293,7 +293,7 @@ class ViLLayer(GatedScan):
         positions = layout.scan_positions
         return cpu_gated.gated_layer(
             x, scale, None if positions is None else gaps(positions, self.reverse).float(),
-            None if layout.kept is None else layout.kept.ids, layout.grid,
+            layout.places, layout.places_grid,
             norm=norm.arguments, up=(self.proj_up.weight, self.proj_up.bias), conv=(self.conv.weight, self.conv.bias),  # type: ignore[arg-type]
             projections=[(p.weight, p.bias) for p in (self.q_proj, self.k_proj, self.v_proj)],
             gates=(self.igate.weight, self.fgate.weight, self.igate.bias, self.fgate.bias),

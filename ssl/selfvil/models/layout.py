@@ -85,6 +85,7 @@ class TokenLayout(NamedTuple):
             there are no extra tokens.
         full_index: positions of the sequence's tokens (B, L) in the sequence of all N patches and the same extra
             tokens; None if all patches are kept.
+        places: positions of the sequence's tokens (B, L) on `places_grid`; None if it holds all patches and no others.
         gap_aware: see `scan_positions`.
         compact_grid: the grid on which a convolution places kept patches side by side, as if there were no others;
             None places them on the full grid, with zeros in place of dropped patches.
@@ -97,6 +98,7 @@ class TokenLayout(NamedTuple):
     kept: TokenIndex | None = None
     sequence_index: TokenIndex | None = None
     full_index: TokenIndex | None = None
+    places: Tensor | None = None
     gap_aware: bool = False
     compact_grid: Grid | None = None
     column_order: TokenIndex | None = None
@@ -151,7 +153,7 @@ class TokenLayout(NamedTuple):
         """The layout of patches `ids` (B, K) without its columns; `dropped`: they are not all patches of the grid."""
         num_patches, num_kept = grid[0] * grid[1], ids.shape[1]
         kept = full_index = TokenIndex.of(ids, num_patches) if dropped else None
-        sequence_index = None
+        sequence_index, places = None, ids if dropped else None
         if num_extra:
             points = insertion_points(num_patches, num_extra, ids.device)
             extra_number = torch.arange(num_extra, device=ids.device)
@@ -160,12 +162,14 @@ class TokenLayout(NamedTuple):
             patches = torch.arange(num_kept, device=ids.device) + extra_before
             sequence = torch.cat([patches, extra], dim=1)
             sequence_index = TokenIndex.of(sequence, num_kept + num_extra)
+            places = torch.cat([ids, apart(grid, num_extra, ids.device).expand(len(ids), -1)], dim=1)
+            places = torch.empty_like(places).scatter_(1, sequence, places)
             if dropped:
                 full = torch.cat([ids + extra_before, (points + extra_number).expand(len(ids), -1)], dim=1)
                 full = torch.empty_like(full).scatter_(1, sequence, full)
                 full_index = TokenIndex.of(full, num_patches + num_extra)
         side_by_side = compact_grid(num_kept, grid) if compact_conv and dropped else None
-        return cls(grid, num_extra, kept, sequence_index, full_index, gap_aware, side_by_side)
+        return cls(grid, num_extra, kept, sequence_index, full_index, places, gap_aware, side_by_side)
 
     @property
     def dense(self) -> bool:
@@ -173,9 +177,11 @@ class TokenLayout(NamedTuple):
         return self.kept is None and self.sequence_index is None
 
     @property
-    def only_on_grid(self) -> bool:
-        """All tokens are patches, convolved at their places on the full grid."""
-        return self.sequence_index is None and self.compact_grid is None
+    def places_grid(self) -> Grid:
+        """The grid with rows below it in which each extra token stands alone: a 3 × 3 convolution on this grid reaches
+        no other token from there."""
+        height, width = self.grid
+        return height + 2 * -(-self.num_extra // _apart_in_row(width)), width
 
     @property
     def scan_positions(self) -> Tensor | None:
@@ -231,6 +237,17 @@ class TokenLayout(NamedTuple):
 def insertion_points(num_patches: int, num_extra: int, device: torch.device) -> Tensor:
     """For each extra token the number of patches before it, (R,): the middles of R equal parts of the sequence."""
     return num_patches * (2 * torch.arange(num_extra, device=device) + 1) // (2 * num_extra)
+
+
+def apart(grid: Grid, num_extra: int, device: torch.device) -> Tensor:
+    """Positions of extra tokens (R,) on `TokenLayout.places_grid`: every second column of every second row below."""
+    (height, width), number = grid, torch.arange(num_extra, device=device)
+    in_row = _apart_in_row(width)
+    return (height + 1 + 2 * (number // in_row)) * width + 2 * (number % in_row)
+
+
+def _apart_in_row(width: int) -> int:
+    return (width + 1) // 2
 
 
 def compact_grid(count: int, grid: Grid) -> Grid:

@@ -248,9 +248,9 @@ class MLPBlock(nn.Module):
     def _convolve(self, x: Tensor, layout: TokenLayout) -> Tensor:
         if self.conv is None:
             return x
-        if isinstance(self.conv, nn.Conv2d) and layout.only_on_grid and cpu_fused.applies(x, 2):
-            kept = None if layout.kept is None else layout.kept.ids
-            return cpu_fused.add_conv(x, self.conv.weight, self.conv.bias, layout.grid, kept)  # type: ignore[arg-type]
+        if isinstance(self.conv, nn.Conv2d) and layout.compact_grid is None and cpu_fused.applies(x, 2):
+            on_grid = layout.places_grid, layout.places
+            return cpu_fused.add_conv(x, self.conv.weight, self.conv.bias, *on_grid)  # type: ignore[arg-type]
         # A convolution along the sequence has a direction, one on the grid has none.
         reverse = self.layer.reverse and isinstance(self.conv, nn.Conv1d)
         return x + convolve(self.conv, x, layout, reverse=reverse)
