@@ -162,10 +162,10 @@ class TokenLayout(NamedTuple):
             patches = torch.arange(num_kept, device=ids.device) + extra_before
             sequence = torch.cat([patches, extra], dim=1)
             sequence_index = TokenIndex.of(sequence, num_kept + num_extra)
-            places = torch.cat([ids, apart(grid, num_extra, ids.device).expand(len(ids), -1)], dim=1)
+            places = torch.cat([ids, apart(grid, num_extra, ids.device).expand(ids.shape[0], -1)], dim=1)
             places = torch.empty_like(places).scatter_(1, sequence, places)
             if dropped:
-                full = torch.cat([ids + extra_before, (points + extra_number).expand(len(ids), -1)], dim=1)
+                full = torch.cat([ids + extra_before, (points + extra_number).expand(ids.shape[0], -1)], dim=1)
                 full = torch.empty_like(full).scatter_(1, sequence, full)
                 full_index = TokenIndex.of(full, num_patches + num_extra)
         side_by_side = compact_grid(num_kept, grid) if compact_conv and dropped else None
