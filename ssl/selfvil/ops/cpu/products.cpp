@@ -2,7 +2,8 @@
 // bfloat16, bias, GELU and its gradient, the sum with the residual stream, and the gradient of the bias.
 //
 // C = A B. Factors are copied ("packed") in the order in which the innermost loop reads them: all of B for at most DEPTH
-// terms of a sum, and GROUP rows of A, unless these can be read in place. A tile of C is finished in the cache.
+// terms of a sum, and GROUP rows of A, unless these can be read in place. Some whole rows of C are computed in the cache,
+// and then finished row by row: processors read memory ahead along rows, but not down the columns of a tile.
 // Every sum has a fixed order, for any number of threads.
 #include "vector.h"
 
@@ -132,7 +133,8 @@ void pack_across(int64_t inner, int64_t count, F line, float* to, int64_t stride
 template <class T, class F>
 void pack_rows(int64_t inner, int64_t rows, F line, float* to, int64_t stride) {
   for (int64_t m = 0; m < rows; m++)
-    for (int64_t k = 0; 2 * k < inner; k += LANES) store(to + m * stride + k, words_along<Pairs>(line(m) + 2 * k, inner - 2 * k));
+    for (int64_t k = 0; 2 * k < inner; k += LANES)
+      store(to + m * stride + k, words_along<Pairs>(line(m) + 2 * k, inner - 2 * k));
 }
 // The same for `count` rows that are neighbours in memory; `line(k)` has number k of the first. `sums` may be null.
 template <class T, class F>
@@ -143,7 +145,8 @@ void pack_turned(int64_t inner, int64_t count, F line, float* to, int64_t stride
       Vector x[LANES];
       for (int64_t word = 0; word < LANES; word++) {
         const int64_t first = k + 2 * word;
-        const T *even = first < inner ? line(first) + m : nullptr, *odd = first + 1 < inner ? line(first + 1) + m : nullptr;
+        const T* even = first < inner ? line(first) + m : nullptr;
+        const T* odd = first + 1 < inner ? line(first + 1) + m : nullptr;
         x[word] = even ? words_across<Pairs>(even, odd, count - m) : Vector{};
         if (sums && even) total += numbers(even, count - m);
         if (sums && odd) total += numbers(odd, count - m);
@@ -180,7 +183,8 @@ inline void write(void* to, int64_t half, int64_t at, Vector x) {
 }
 inline Vector round_to(int64_t half, Vector x) { return half ? (Vector)(rounded(x) & 0xffff0000u) : x; }
 
-void finish(const Product& x, int64_t row, int64_t rows, int64_t column, int64_t columns, const float* tile, int64_t stride) {
+void finish(const Product& x, int64_t row, int64_t rows, int64_t column, int64_t columns, const float* tile,
+            int64_t stride) {
   if (column >= x.main_columns()) {
     const int64_t first = column - x.main_columns(), left = x.tail_columns - first;
     for (int64_t r = 0; r < rows; r++)
@@ -248,12 +252,13 @@ bool compute(const Product& x) {
     const int64_t first = block * depth, inner = x.inner - first < depth ? x.inner - first : depth;
     const int64_t used = (inner + Words::PER_WORD - 1) / Words::PER_WORD;
     auto pack_b = [&](int64_t panel, float*) {
-      const int64_t begin = panels.begin(panel), count = x.columns - begin;
+      const int64_t begin = panels.begin(panel), left = x.columns - begin;
+      const int64_t count = left < panels.width(panel) ? left : panels.width(panel);
       float* to = packed + panel * WIDE * words;
-      if (x.b_transposed)
-        pack_along<Words, WIDE, B>(inner, [&](int64_t n) { return n < count && n < panels.width(panel) ? x.template line<B>(begin + n) + first : nullptr; }, to);
-      else
-        pack_across<Words, WIDE, B>(inner, count < panels.width(panel) ? count : panels.width(panel), [&](int64_t k) { return x.template line<B>(first + k) + begin; }, to, 0, nullptr);
+      auto along = [&](int64_t n) { return n < count ? x.template line<B>(begin + n) + first : nullptr; };
+      auto across = [&](int64_t k) { return x.template line<B>(first + k) + begin; };
+      if (x.b_transposed) pack_along<Words, WIDE, B>(inner, along, to);
+      else pack_across<Words, WIDE, B>(inner, count, across, to, 0, nullptr);
     };
     if (!for_each(panels.all, 0, x.threads, x.parallel, pack_b)) return false;
     auto multiply_rows = [&](int64_t item, float* memory) {
@@ -282,7 +287,8 @@ bool compute(const Product& x) {
         for (int64_t r = begin; r < end; r += GROUP) {
           const int64_t rows = end - r < GROUP ? end - r : GROUP;
           const bool direct = in_place && rows == GROUP;
-          const float* left = direct ? reinterpret_cast<const float*>(a + r * x.a_row + first) : buffer + (r - begin) * words;
+          const float* left = direct ? reinterpret_cast<const float*>(a + r * x.a_row + first)
+                                     : buffer + (r - begin) * words;
           float* tile = strip + (r - begin) * wide + panels.begin(panel);
           if constexpr (Words::TILES)
             multiply_tiles(rows, width, used, left, direct ? x.a_row / 2 : words, right, WIDE, tile, wide, block > 0);

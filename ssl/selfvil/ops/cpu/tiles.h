@@ -106,7 +106,8 @@ inline void multiply_tiles(int64_t rows, int64_t columns, int64_t words, const f
 
 class Tiles {};
 inline bool tiles_allowed() { return true; }
-inline void multiply_tiles(int64_t, int64_t, int64_t, const float*, int64_t, const float*, int64_t, float*, int64_t, bool) {}
+inline void multiply_tiles(int64_t, int64_t, int64_t, const float*, int64_t, const float*, int64_t, float*, int64_t,
+                           bool) {}
 
 #endif
 
