@@ -10,7 +10,7 @@ from PIL import Image
 
 from selfvil.errors import UserError
 from selfvil.monitor.metrics import Means, MetricsWriter
-from selfvil.monitor.pictures import loss_curve, save_picture
+from selfvil.monitor.pictures import curves_figure, loss_curve, save_picture
 from selfvil.records import read_metrics
 
 
@@ -74,6 +74,20 @@ def test_a_run_with_a_teacher_shows_its_entropy_too(tmp_path):
         with Image.open(loss_curve(folder, folder / "loss.png")) as image:
             heights.append(image.height)
     assert heights[0] > heights[1]
+
+
+def test_scores_during_a_run_are_drawn_over_the_images_seen(tmp_path):
+    write(tmp_path, range(1, 8))
+    scores = [
+        {"step": step, "kind": "eval", "knn_10": 1.0, "knn_20": 30.0 + step, "linear": 40.0} for step in (0, 4, 7)
+    ]
+    records = [*(json.loads(line) for line in (tmp_path / "metrics.jsonl").open()), *scores]
+    of_scores, loss, _ = curves_figure(records, "a run").axes
+    images_of_step = next(record for record in records if record["kind"] == "train")["samples"]
+    assert [line.get_label() for line in of_scores.lines] == ["k-NN, k = 20", "linear"]
+    assert list(of_scores.lines[0].get_xdata()) == [0, 4 * images_of_step, 7 * images_of_step]
+    assert list(of_scores.lines[0].get_ydata()) == [30, 34, 37]
+    assert loss.get_ylabel() == "loss"
 
 
 def test_a_small_picture_is_enlarged_by_an_integer_factor(tmp_path):

@@ -116,7 +116,9 @@ def report(
     out: Annotated[
         Path | None, typer.Option("--out", help="Where to write the page; RUN/report.html, or report.html of several.")
     ] = None,
-    curve: Annotated[Path | None, typer.Option(help="Also draw only the loss curve of one run, to this PNG.")] = None,
+    curve: Annotated[
+        Path | None, typer.Option(help="Also draw only the scores and the loss of one run, to this PNG.")
+    ] = None,
 ) -> None:
     """Write one HTML page about a run, or a comparison of several: curves, scores, settings that differ, pictures."""
     from selfvil.monitor.pictures import loss_curve

@@ -49,30 +49,46 @@ def loss_curve(run: Path, out: Path) -> Path:
 
 
 def curves_figure(records: list[dict[str, Any]], title: str) -> Any:
-    """The training loss over the images seen; below it the learning rate and, with a teacher, the signs of collapse.
+    """The scores during the run, if there are some, the training loss over the images seen, the learning rate and, with
+    a teacher, the signs of collapse. Of k-NN, only the accuracy with 20 neighbours, or else with the fewest.
 
     records: of a metrics.jsonl, some of them of kind "train".
     """
     from matplotlib.figure import Figure  # pyplot would select a backend and keep the figure open
 
+    scored = [record for record in records if record["kind"] == "eval"]
     records = [record for record in records if record["kind"] == "train"]
-    panels = {"loss": ["loss"], "share of ln K": ["teacher_entropy", "teacher_spread"], "learning rate": ["lr"]}
-    panels = {name: keys for name, keys in panels.items() if any(keys[0] in record for record in records)}
-    heights = [3 if name == "loss" else 1.2 for name in panels]
+    scores = _shown_scores(scored)
+    panels = {"score, percent": scores} if scores else {}
+    panels |= {"loss": ["loss"], "share of ln K": ["teacher_entropy", "teacher_spread"], "learning rate": ["lr"]}
+    panels = {name: keys for name, keys in panels.items() if keys == scores or any(keys[0] in r for r in records)}
+    heights = [3 if name in ("loss", "score, percent") else 1.2 for name in panels]
     figure = Figure(figsize=(7, 1.1 * sum(heights)), layout="constrained")
     axes = figure.subplots(len(panels), 1, sharex=True, height_ratios=heights)
-    samples = [record["samples"] for record in records]
+    images_of_step = records[-1]["samples"] / records[-1]["step"]
     for axis, (name, keys) in zip(axes, panels.items()):
         for key in keys:
-            values = [record.get(key, math.nan) for record in records]  # absent if all steps were skipped
-            axis.plot(samples, values, linewidth=1, label=key.replace("_", " "))
+            found = scored if keys == scores else records
+            values = [record.get(key, math.nan) for record in found]  # absent if all steps were skipped
+            samples = [record.get("samples", record["step"] * images_of_step) for record in found]
+            dots = {"marker": "o", "markersize": 3} if keys == scores else {}
+            axis.plot(samples, values, linewidth=1, label=key.replace("knn_", "k-NN, k = ").replace("_", " "), **dots)
         axis.set_ylabel(name)
         axis.grid(alpha=0.3)
-        if len(keys) > 1:
+        if name == "share of ln K":
             axis.set_ylim(0, 1)
             axis.axhspan(0, COLLAPSED, color="tab:red", alpha=0.15)
             axis.axhspan(1 - COLLAPSED, 1, color="tab:red", alpha=0.15)
+        if len(keys) > 1:
             axis.legend(loc="lower right", ncols=len(keys), fontsize="small")
     axes[0].set_title(title)
     axes[-1].set_xlabel("images seen")
     return figure
+
+
+def _shown_scores(scored: list[dict[str, Any]]) -> list[str]:
+    """Names of the scores in records of kind "eval" that are drawn."""
+    keys = dict.fromkeys(key for record in scored for key in record if key not in ("step", "kind"))
+    neighbours = [key for key in keys if key.startswith("knn_")]
+    shown = neighbours[:1] if "knn_20" not in neighbours else ["knn_20"]
+    return [*shown, *(key for key in keys if key not in neighbours)]
