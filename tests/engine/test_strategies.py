@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 import warnings
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -161,7 +162,8 @@ def test_it_computes_what_ddp_computes(folder, objective, strategy, precision):
         assert value.dtype == torch.float32
         if objective in ("lejepa", "visreg") and "backbone.norm.bias" in name:
             continue  # batch norm removes it: its gradient is rounding, and AdamW's step has the sign of that
-        torch.testing.assert_close(value, theirs[name], rtol=1e-4, atol=1e-6, msg=lambda text, name=name: name + text)
+        message = partial("{}: {}".format, name)
+        torch.testing.assert_close(value, theirs[name], rtol=10 * rounding, atol=1e-6, msg=message)
 
 
 @pytest.mark.parametrize(("objective", "strategy"), ALL)
