@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import timm
 import torch
@@ -30,3 +31,14 @@ def random_views(sizes: Sequence[tuple[int, int]], count: int, *, first: int = 0
     generator = torch.Generator().manual_seed(seed)
     views = [torch.randn(20, 3, *size, generator=generator)[first : first + count] for size in sizes]
     return Views(views, torch.arange(first, first + count))
+
+
+def nodes_before(y: Tensor) -> set[Any]:
+    """The nodes of autograd that lead to y."""
+    found, waiting = set(), [y.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in found:
+            found.add(node)
+            waiting += [before for before, _ in node.next_functions]
+    return found

@@ -11,6 +11,7 @@ from selfvil.ops.cpu import build, fused
 from selfvil.ops.mlstm import OVERRIDE
 from selfvil.packaged import packaged_recipes
 from selfvil.recipe import load
+from small import nodes_before
 
 if not build.available():
     pytest.skip("the CPU kernels cannot be built here (no C++ compiler?)", allow_module_level=True)
@@ -21,16 +22,6 @@ WITHOUT = {
     "cifar10_distill": "it needs an export",
     "cifar10_finetune": "it needs a run",
 }
-
-
-def nodes_before(loss):
-    found, waiting = set(), [loss.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is not None and node not in found:
-            found.add(node)
-            waiting += [before for before, _ in node.next_functions]
-    return found
 
 
 @pytest.mark.parametrize("name", [name for name in SMALL if name not in WITHOUT])

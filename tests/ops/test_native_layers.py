@@ -13,6 +13,7 @@ from selfvil.models.layout import TokenLayout
 from selfvil.models.mlp_block import MLPBlock
 from selfvil.ops.cpu import build, fused, gated, layers, mlstm, products
 from selfvil.ops.mlstm import OVERRIDE
+from small import nodes_before
 
 if not build.available():
     pytest.skip("the CPU kernels cannot be built here (no C++ compiler?)", allow_module_level=True)
@@ -225,13 +226,7 @@ def results(block, x, layout, amp=False):
 
 def names_of(y):
     """Names of the nodes of autograd that lead to y."""
-    found, waiting = set(), [y.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is not None and node not in found:
-            found.add(node)
-            waiting += [before for before, _ in node.next_functions]
-    return {node.name() for node in found}
+    return {node.name() for node in nodes_before(y)}
 
 
 def errors_of(block, x, layout, amp, monkeypatch):
