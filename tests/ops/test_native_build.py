@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from selfvil.errors import UserError
 from selfvil.ops import mlstm
 from selfvil.ops.cpu import build
 
@@ -123,7 +124,7 @@ def test_the_switch_limits_the_instruction_set(level, compiler, monkeypatch, cac
 
 def test_an_unknown_value_of_the_switch_is_refused(monkeypatch):
     monkeypatch.setenv(build.SWITCH, "yes")
-    with pytest.raises(ValueError, match="SELFVIL_NATIVE='yes' is unknown; choose one of: 0, 1, amx, avx512_bf16"):
+    with pytest.raises(UserError, match="SELFVIL_NATIVE='yes' is unknown; choose one of: 0, 1, amx, avx512_bf16"):
         build.available()
 
 

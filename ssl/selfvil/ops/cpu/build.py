@@ -25,6 +25,7 @@ from pathlib import Path
 
 import torch
 
+from selfvil.errors import UserError
 from selfvil.files import user_cache
 
 log = logging.getLogger(__name__)
@@ -89,7 +90,7 @@ def kernels() -> Kernels | None:
     """The CPU kernels, built now if this is their first use on this machine; None if they cannot be used.
 
     Raises:
-        ValueError: $SELFVIL_NATIVE has an unknown value.
+        UserError: $SELFVIL_NATIVE has an unknown value.
     """
     reason: Exception | None = None
     for level in _levels(os.environ.get(SWITCH, "")):
@@ -126,7 +127,7 @@ def _levels(switch: str) -> list[str]:
         return []
     names = list(LEVELS)
     if switch not in ("", "1", *names):
-        raise ValueError(f"{SWITCH}={switch!r} is unknown; choose one of: 0, 1, {', '.join(names)}")
+        raise UserError(f"{SWITCH}={switch!r} is unknown; choose one of: 0, 1, {', '.join(names)}")
     best = names.index(switch) if switch in names else 0
     supported = _processor_features()
     return [name for name in names[best:] if supported.issuperset(LEVELS[name][0])]
