@@ -11,6 +11,7 @@
 namespace {
 
 constexpr int64_t BLOCK = 32;  // rows
+constexpr int64_t AHEAD = 8;   // tokens that are asked for before they are read
 constexpr float EPS = 1e-6f;   // that of reference.py
 
 // Filled in by mlstm.py: every member has 8 bytes. Strides are in numbers, for images, heads and tokens.
@@ -29,6 +30,7 @@ struct Arguments {
   const float *weights[3], *biases[3];
 
   int64_t token(int64_t t) const { return reverse ? tokens - 1 - t : t; }
+  int64_t later(int64_t t) const { return token(t + AHEAD < tokens ? t + AHEAD : tokens - 1); }
 };
 
 // Working memory of a head, in matrices with padded rows and columns; those of `factors` are only for pairs of bfloat16.
@@ -82,7 +84,10 @@ template <class T>
 void pack(const Arguments& x, const void* base, const int64_t (&strides)[3], int64_t item, int64_t first, int64_t n,
           int64_t width, float* to, int64_t stride) {
   const T* from = static_cast<const T*>(base) + item / x.heads * strides[0] + item % x.heads * strides[1];
-  for (int64_t t = 0; t < n; t++) read_row(from + x.token(first + t) * strides[2], width, to + t * stride);
+  for (int64_t t = 0; t < n; t++) {
+    if (strides[2] != width) prefetch(from + x.later(first + t) * strides[2], width);
+    read_row(from + x.token(first + t) * strides[2], width, to + t * stride);
+  }
   memset(to + n * stride, 0, (padded(n) - n) * stride * sizeof(float));
 }
 void arrange_maps(const Arguments& x, const Head& to, int64_t item) {
@@ -102,7 +107,8 @@ void pack_inputs(const Arguments& x, const Head& to, int64_t item, int64_t first
   const T* u = static_cast<const T*>(x.u) + image * x.u_strides[0] + begin;
   auto bias = [&](int map, int64_t e) { return x.biases[map] ? load(x.biases[map] + begin + e) : Vector{}; };
   for (int64_t t = 0; t < n; t++) {
-    const int64_t token = x.token(first + t);
+    const int64_t token = x.token(first + t), later = x.later(first + t);
+    prefetch(c + later * x.c_strides[1], x.width), prefetch(u + later * x.u_strides[1], x.width);
     for (int64_t e = 0; e < x.width; e += LANES) {
       const Maps maps(to.maps, e);
       const Fours from_c(read(c + token * x.c_strides[1] + e)), from_u(read(u + token * x.u_strides[1] + e));

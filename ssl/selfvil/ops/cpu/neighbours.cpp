@@ -14,6 +14,7 @@ inline Vector silu_slope(Vector x, Vector s) { return s * (1.f + x * (1.f - s));
 
 constexpr int64_t SPAN = 64;  // tokens of an item, where an item has all channels
 constexpr int64_t NEAR = 8;   // tokens whose channels are read together: in more rows, memory is not read ahead
+constexpr int64_t AHEAD = 8;  // tokens that are asked for before they are read
 constexpr int64_t SET = 4;    // gates that are computed together
 
 // --- convolution and SiLU --------------------------------------------------------------------------------------------
@@ -44,12 +45,15 @@ void convolve(const Conv& args, int64_t item, float* memory) {
   const int64_t last = first + args.vectors() * LANES, end = last < args.channels ? last : args.channels;
   const T* from = static_cast<const T*>(args.x) + image * args.x_strides[0];
   const int64_t base = image * tokens * args.channels, centre = row + LANES;
+  const T* dy = static_cast<const T*>(args.dy) + base;
+  T* dx = static_cast<T*>(args.dx) + image * args.dx_strides[0];
   float *planes = memory, *gradient = memory + args.vectors() * plane;
   int32_t* corners = reinterpret_cast<int32_t*>(gradient + BACKWARD * plane);  // of each token's 3 × 3 neighbours
   memset(memory, 0, (args.vectors() + BACKWARD) * plane * sizeof(float));
   for (int64_t t = 0; t < tokens; t++) {
     const int64_t position = args.kept ? args.kept[image * tokens + t] : t;
     corners[t] = (int32_t)(position / width * row + position % width * LANES);
+    prefetch(from + (t + AHEAD) * args.x_strides[1] + first, end - first);
     for (int64_t e = first; e < end; e += LANES)
       store(planes + (e - first) / LANES * plane + corners[t] + centre, read(from + t * args.x_strides[1] + e));
   }
@@ -70,7 +74,8 @@ void convolve(const Conv& args, int64_t item, float* memory) {
         write(static_cast<T*>(args.y) + base + t * args.channels + e, total * s);
         continue;
       }
-      Vector d = read(static_cast<const T*>(args.dy) + base + t * args.channels + e);
+      prefetch(dy + (t + AHEAD) * args.channels + e, LANES);
+      Vector d = read(dy + t * args.channels + e);
       if (args.silu) d *= silu_slope(total, s);
       store(gradient + corners[t] + centre, d);
       d_bias += d;
@@ -83,8 +88,9 @@ void convolve(const Conv& args, int64_t item, float* memory) {
       Vector total = {};
 #pragma GCC unroll 9
       for (int k = 0; k < 9; k++) total += weight[8 - k] * load(corner + k / 3 * row + k % 3 * LANES);
-      T* dx = static_cast<T*>(args.dx) + image * args.dx_strides[0] + t * args.dx_strides[1] + e;
-      write(dx, args.add ? total + read(dx) : total);
+      T* to = dx + t * args.dx_strides[1] + e;
+      if (args.add) prefetch(to + AHEAD * args.dx_strides[1], LANES);
+      write(to, args.add ? total + read(to) : total);
     }
     float* sums = args.sums + image * 10 * args.channels + e;
     for (int k = 0; k < 9; k++) store(sums + (args.reverse ? 8 - k : k) * args.channels, d_weight[k]);
@@ -198,6 +204,10 @@ void project_backward(const Project& args, int64_t item, float* memory) {
         const Maps weight(arranged, e);
         Vector d_weight[3][4] = {}, d_bias[3] = {};
         for (int64_t t = 0; t < count; t++) {
+          if (first + NEAR + t < n) {
+            prefetch(c + c_at[t + NEAR] + e, LANES), prefetch(x + x_at[t + NEAR] + e, LANES);
+            for (const T* d : {dq, dk, dv}) prefetch(d + head[t + NEAR], LANES);
+          }
           const Fours from_c(read(c + c_at[t] + e)), from_x(read(x + x_at[t] + e));
           const Vector d[3] = {read(dq + head[t]), read(dk + head[t]), read(dv + head[t])};
 #pragma GCC unroll 3
@@ -266,6 +276,8 @@ void norm(const Norm& args, int64_t item, float* memory) {
     const T* gate = static_cast<const T*>(args.gate) + image * args.gate_strides[0] + t * args.gate_strides[1];
     T* dgate = static_cast<T*>(args.dgate) + image * args.dgate_strides[0] + t * args.dgate_strides[1];
     const int64_t row = (image * args.tokens + t) * channels;
+    if (!BACKWARD && args.c) prefetch(c + AHEAD * args.c_strides[1], channels);
+    if (!BACKWARD && args.gate) prefetch(gate + AHEAD * args.gate_strides[1], channels);
     for (int64_t head = 0; head < args.heads; head++) {
       const T* h = static_cast<const T*>(args.h) + image * args.h_strides[0] + head * args.h_strides[1];
       h += t * args.h_strides[2];

@@ -29,6 +29,11 @@ typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Bits __attribute__((vector_size(4 * LANES)));
 typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
 
+// Asks for n numbers before they are read: pieces of rows are too short for the processor to read ahead.
+template <class T>
+inline void prefetch(const T* from, int64_t n) {
+  for (int64_t k = 0; k < n; k += 64 / (int64_t)sizeof(T)) __builtin_prefetch(from + k);
+}
 inline Vector load(const float* p) { Vector x; memcpy(&x, p, sizeof x); return x; }
 inline void store(float* p, Vector x) { memcpy(p, &x, sizeof x); }
 inline Vector all(float x) { return x - Vector{}; }
