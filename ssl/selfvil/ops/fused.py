@@ -23,6 +23,7 @@ from torch import Tensor
 
 from selfvil.ops import guard
 from selfvil.ops.exporting import exporting
+from selfvil.ops.operators import custom_operator
 from selfvil.ops.triton_mlstm import INSTALLED, _precision
 
 SWITCH = "SELFVIL_FUSED"
@@ -73,7 +74,7 @@ def conv_silu(x: Tensor, weight: Tensor, bias: Tensor, grid: tuple[int, int], re
     return _conv(autocast(x), weight, bias, *grid, reverse)
 
 
-@torch.library.custom_op("selfvil::conv_silu", mutates_args=())
+@custom_operator("selfvil::conv_silu")
 def _conv(x: Tensor, weight: Tensor, bias: Tensor, height: int, width: int, reverse: bool) -> Tensor:
     return _convolve(_rows(x), weight, bias, (height, width), reverse, silu=True)
 
@@ -83,7 +84,7 @@ def _(x, weight, bias, height, width, reverse):
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("selfvil::conv_silu_backward", mutates_args=())
+@custom_operator("selfvil::conv_silu_backward")
 def _conv_backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, height: int, width: int, reverse: bool
 ) -> tuple[Tensor, Tensor]:
@@ -162,7 +163,7 @@ def project(
     return _project(autocast(c), autocast(x), *weights, *biases, c_gates, x_gates, gates_bias)
 
 
-@torch.library.custom_op("selfvil::project", mutates_args=())
+@custom_operator("selfvil::project")
 def _project(
     c: Tensor, x: Tensor, q_weight: Tensor, k_weight: Tensor, v_weight: Tensor,
     q_bias: Tensor | None, k_bias: Tensor | None, v_bias: Tensor | None,
@@ -185,7 +186,7 @@ def _(c, x, q_weight, k_weight, v_weight, q_bias, k_bias, v_bias, c_gates, x_gat
     return _projected(c, gates_bias)
 
 
-@torch.library.custom_op("selfvil::project_backward", mutates_args=())
+@custom_operator("selfvil::project_backward")
 def _project_backward(
     dq: Tensor, dk: Tensor, dv: Tensor, di: Tensor, df: Tensor, c: Tensor, x: Tensor,
     q_weight: Tensor, k_weight: Tensor, v_weight: Tensor, c_gates: Tensor, x_gates: Tensor,
@@ -289,7 +290,7 @@ def norm_skip_gate(
     return _norm(h, c, gate, weight, bias, skip, eps, dtype)
 
 
-@torch.library.custom_op("selfvil::norm_skip_gate", mutates_args=())
+@custom_operator("selfvil::norm_skip_gate")
 def _norm(
     h: Tensor, c: Tensor, gate: Tensor | None, weight: Tensor, bias: Tensor | None, skip: Tensor, eps: float,
     dtype: torch.dtype,
@@ -310,7 +311,7 @@ def _(h, c, gate, weight, bias, skip, eps, dtype):
     return c.new_empty(c.shape, dtype=dtype)
 
 
-@torch.library.custom_op("selfvil::norm_skip_gate_backward", mutates_args=())
+@custom_operator("selfvil::norm_skip_gate_backward")
 def _norm_backward(
     dy: Tensor, h: Tensor, c: Tensor, gate: Tensor | None, weight: Tensor, bias: Tensor | None, skip: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from selfvil.ops.exporting import exporting
+from selfvil.ops.operators import custom_operator
 
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 MIN_WIDTH = 16
@@ -34,7 +35,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
-@torch.library.custom_op("selfvil::linear", mutates_args=())
+@custom_operator("selfvil::linear")
 def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """(n, I), (O, I), (O,) to (n, O)."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from selfvil.ops import chunkwise, parallel
+from selfvil.ops.operators import custom_operator
 from selfvil.ops.parallel import denominator
 from selfvil.ops.reference import EPS
 
@@ -58,7 +59,7 @@ def mlstm_torch(q: Tensor, k: Tensor, v: Tensor, i: Tensor, log_f: Tensor, rever
     return _forward(q, k, v, i, log_f, reverse, form)[0]
 
 
-@torch.library.custom_op("selfvil::mlstm", mutates_args=())
+@custom_operator("selfvil::mlstm")
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, i: Tensor, log_f: Tensor, reverse: bool, form: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -83,7 +84,7 @@ def _(q, k, v, i, log_f, reverse, form):
     return h, gates, torch.empty_like(gates), positions, torch.empty_like(gates), torch.empty_like(gates)
 
 
-@torch.library.custom_op("selfvil::mlstm_backward", mutates_args=())
+@custom_operator("selfvil::mlstm_backward")
 def _backward(
     dh: Tensor, q: Tensor, k: Tensor, v: Tensor, h: Tensor, a: Tensor, row_max: Tensor, argmax: Tensor,
     row_sum: Tensor, limit: Tensor, reverse: bool, form: str,

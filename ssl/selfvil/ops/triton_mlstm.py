@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from selfvil.ops.operators import custom_operator
 from selfvil.ops.reference import EPS
 
 INSTALLED = importlib.util.find_spec("triton") is not None
@@ -79,7 +80,7 @@ def mlstm_triton(q: Tensor, k: Tensor, v: Tensor, i: Tensor, log_f: Tensor, reve
     return _forward(*padded, i, log_f, reverse, chunked, q.shape[-1])[0][..., : v.shape[-1]]
 
 
-@torch.library.custom_op("selfvil::mlstm_triton", mutates_args=())
+@custom_operator("selfvil::mlstm_triton")
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, i: Tensor, log_f: Tensor, reverse: bool, chunked: bool, score_width: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -104,7 +105,7 @@ def _(q, k, v, i, log_f, reverse, chunked, score_width):
     return q.new_empty(q.shape), *gates
 
 
-@torch.library.custom_op("selfvil::mlstm_triton_backward", mutates_args=())
+@custom_operator("selfvil::mlstm_triton_backward")
 def _backward(
     dh: Tensor, q: Tensor, k: Tensor, v: Tensor, a: Tensor, row_max: Tensor, row_sum: Tensor, limit: Tensor,
     reverse: bool, chunked: bool, score_width: int,

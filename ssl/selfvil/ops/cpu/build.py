@@ -18,12 +18,14 @@ import os
 import platform
 import shlex
 import shutil
+import struct
 import subprocess
 import tempfile
 import time
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from selfvil.errors import UserError
 from selfvil.files import user_cache
@@ -74,14 +76,17 @@ class Kernels:
         self._library = library
         self._parallel = _openmp_entry()
 
-    def call(self, function: str, *arguments: int) -> None:
-        """Call a function of the library with its `Arguments`: all members after `parallel` and `threads`.
+    def call(self, function: str, *members: int | Tensor | None) -> None:
+        """Call a function of the library with the members of its structure after `parallel` and `threads`.
+
+        A tensor is given as its address, None as a null pointer.
 
         Raises:
             MemoryError: there is not enough memory for the working buffers.
         """
-        values = (self._parallel, torch.get_num_threads(), *arguments)
-        if getattr(self._library, f"selfvil_{function}")((ctypes.c_int64 * len(values))(*values)):
+        values = [m.data_ptr() if isinstance(m, Tensor) else 0 if m is None else m for m in members]
+        structure = struct.pack(f"{len(values) + 2}q", self._parallel, torch.get_num_threads(), *values)
+        if getattr(self._library, f"selfvil_{function}")(structure):
             raise MemoryError(f"the CPU kernel {function} could not allocate its working memory")
 
 

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from selfvil.ops.cpu.build import available, kernels
+from selfvil.ops.cpu.mlstm import DTYPES, with_rows
 from selfvil.ops.exporting import exporting
 from selfvil.ops.fused import SWITCH, autocast
-
-DTYPES = (torch.float32, torch.bfloat16)
+from selfvil.ops.operators import custom_operator
 
 SPAN = 64
 """Tokens whose sums for parameters' gradients are one part, as in neighbours.cpp."""
@@ -45,17 +45,11 @@ def _call(function: str, x: Tensor, *members: int | Tensor | None) -> None:
     loaded = kernels()
     if loaded is None or x.dtype not in DTYPES:
         raise ValueError(f"the CPU kernel {function} does not support {x.dtype}, or could not be built (see the log)")
-    values = (m.data_ptr() if isinstance(m, Tensor) else 0 if m is None else int(m) for m in members)
-    loaded.call(function, x.dtype == torch.bfloat16, *values)
+    loaded.call(function, x.dtype == torch.bfloat16, *members)
 
 
-def _rows(x: Tensor) -> Tensor:
-    """x itself if its channels are contiguous, else a contiguous copy."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _single(x: Tensor | None) -> Tensor | None:
-    """A parameter in float32 and contiguous."""
+def single(x: Tensor | None) -> Tensor | None:
+    """x in float32 and contiguous."""
     return None if x is None else x.float().contiguous()
 
 
@@ -74,7 +68,7 @@ def add_conv(x: Tensor, weight: Tensor, bias: Tensor, grid: tuple[int, int], kep
     return _conv(x, weight, bias, kept, *grid, False, False)
 
 
-@torch.library.custom_op("selfvil::native_conv", mutates_args=())
+@custom_operator("selfvil::native_conv")
 def _conv(
     x: Tensor, weight: Tensor, bias: Tensor, kept: Tensor | None, height: int, width: int, reverse: bool, silu: bool
 ) -> Tensor:
@@ -90,13 +84,13 @@ def convolved(
     x: Tensor, weight: Tensor, bias: Tensor, kept: Tensor | None, grid: tuple[int, int], reverse: bool, silu: bool
 ) -> Tensor:
     """SiLU(conv(x)), or x + conv(x) without `silu`."""
-    x = _rows(x)
+    x = with_rows(x)
     y = x.new_empty(x.shape)
     _call("conv_forward", x, *_conv_members(x, weight, bias, kept, grid, reverse, silu, None, None), y, *3 * [None])
     return y
 
 
-@torch.library.custom_op("selfvil::native_conv_backward", mutates_args=())
+@custom_operator("selfvil::native_conv_backward")
 def _conv_backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, kept: Tensor | None, height: int, width: int, reverse: bool,
     silu: bool,
@@ -116,7 +110,7 @@ def convolved_backward(
     silu: bool, dx: Tensor, add: bool,
 ) -> Tensor:  # fmt: skip
     """Gradients of the weights and the bias as one (10, E). That of x is written to dx, or added to it."""
-    x, dy = _rows(x), dy.contiguous()
+    x, dy = with_rows(x), dy.contiguous()
     sums = x.new_zeros(max(1, x.shape[0]), 10, x.shape[2], dtype=torch.float32)
     _call("conv_backward", x, *_conv_members(x, weight, bias, kept, grid, reverse, silu, dx, dy), None, dx, add, sums)
     return sums[0].clone()
@@ -130,7 +124,7 @@ def _conv_members(
     strides = (0, 0) if dx is None else dx.stride()[:2]
     return (
         *x.shape[:2], *grid, x.shape[2], reverse, silu, *x.stride()[:2], *strides, kept, x, dy,
-        _single(weight.flatten(1).mT), _single(bias),
+        single(weight.flatten(1).mT), single(bias),
     )  # fmt: skip
 
 
@@ -164,7 +158,7 @@ def project(
     return _project(autocast(c), autocast(x), *weights, *biases, c_gates, x_gates, gates_bias)
 
 
-@torch.library.custom_op("selfvil::native_project", mutates_args=())
+@custom_operator("selfvil::native_project")
 def _project(
     c: Tensor, x: Tensor, q_weight: Tensor, k_weight: Tensor, v_weight: Tensor,
     q_bias: Tensor | None, k_bias: Tensor | None, v_bias: Tensor | None,
@@ -194,7 +188,7 @@ def gates_of(c: Tensor, x: Tensor, c_gates: Tensor, x_gates: Tensor, bias: Tenso
 def _project_into(
     outputs: Sequence[Tensor | None], c: Tensor, x: Tensor, parameters: Sequence[Tensor | None], gates: int
 ) -> None:
-    c, x, parameters = _rows(c), _rows(x), [_single(p) for p in parameters]
+    c, x, parameters = with_rows(c), with_rows(x), [single(p) for p in parameters]
     sizes = _project_sizes(c, x, gates)
     _call("project_forward", c, *sizes, c, x, *parameters, *outputs, *7 * [None], False, None)
 
@@ -204,7 +198,7 @@ def _(c, x, q_weight, k_weight, v_weight, q_bias, k_bias, v_bias, c_gates, x_gat
     return _projected(c, gates_bias)
 
 
-@torch.library.custom_op("selfvil::native_project_backward", mutates_args=())
+@custom_operator("selfvil::native_project_backward")
 def _project_backward(
     dq: Tensor, dk: Tensor, dv: Tensor, di: Tensor, df: Tensor, c: Tensor, x: Tensor,
     q_weight: Tensor, k_weight: Tensor, v_weight: Tensor, c_gates: Tensor, x_gates: Tensor,
@@ -222,14 +216,14 @@ def projected_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the parameters, as sums; see `_project_backward`. That of x is written to dx, and that of c to dc,
     which is contiguous, or added to it."""
-    c, x = _rows(c), _rows(x)
+    c, x = with_rows(c), with_rows(x)
     *weights, c_gates, x_gates = parameters
     gradients = [dy.contiguous() for dy in (*gradients[:3], gradients[3].float(), gradients[4].float())]
     width, gates, parts = c.shape[2], len(c_gates), math.ceil(c.shape[0] * c.shape[1] / SPAN)
     sums = c.new_empty(max(parts, 1) * (15 + 2 * gates) * width, dtype=torch.float32)
     _call(
-        "project_backward", c, *_project_sizes(c, x, gates, dx), c, x, *(_single(p) for p in weights),
-        None, None, None, _single(c_gates), _single(x_gates), None, *5 * [None], *gradients, dc, dx, add, sums,
+        "project_backward", c, *_project_sizes(c, x, gates, dx), c, x, *(single(p) for p in weights),
+        None, None, None, single(c_gates), single(x_gates), None, *5 * [None], *gradients, dc, dx, add, sums,
     )  # fmt: skip
     if not parts:
         sums.zero_()
@@ -293,7 +287,7 @@ def norm_skip_gate(
     return _norm(autocast(h), autocast(c), None if gate is None else autocast(gate), weight, bias, skip, eps)
 
 
-@torch.library.custom_op("selfvil::native_norm_skip_gate", mutates_args=())
+@custom_operator("selfvil::native_norm_skip_gate")
 def _norm(
     h: Tensor, c: Tensor, gate: Tensor | None, weight: Tensor, bias: Tensor | None, skip: Tensor, eps: float
 ) -> Tensor:
@@ -305,10 +299,10 @@ def normed(
     sigmoid: bool = False,
 ) -> Tensor:  # fmt: skip
     """See `norm_skip_gate`; parameters: weight, bias, skip. c may be None, and the gate the sigmoid."""
-    h, c, gate = _rows(h), None if c is None else _rows(c), None if gate is None else _rows(gate)
+    h, c, gate = with_rows(h), None if c is None else with_rows(c), None if gate is None else with_rows(gate)
     y = h.new_empty(h.shape[0], h.shape[2], h.shape[1] * h.shape[3])
     sizes = _norm_sizes(h, c, gate, None, sigmoid, eps)
-    _call("norm_forward", h, *sizes, h, c, gate, None, *(_single(p) for p in parameters), y, *4 * [None])
+    _call("norm_forward", h, *sizes, h, c, gate, None, *(single(p) for p in parameters), y, *4 * [None])
     return y
 
 
@@ -317,7 +311,7 @@ def _(h, c, gate, weight, bias, skip, eps):
     return c.new_empty(c.shape)
 
 
-@torch.library.custom_op("selfvil::native_norm_skip_gate_backward", mutates_args=())
+@custom_operator("selfvil::native_norm_skip_gate_backward")
 def _norm_backward(
     dy: Tensor, h: Tensor, c: Tensor, gate: Tensor | None, weight: Tensor, bias: Tensor | None, skip: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -333,13 +327,14 @@ def normed_backward(
     dgate: Tensor, sigmoid: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
     """Gradients of h, of c, and of weight, bias and skip as one (3, E). That of the gate is written to dgate."""
-    dy, h, c, gate = dy.contiguous(), _rows(h), None if c is None else _rows(c), None if gate is None else _rows(gate)
+    dy, h = dy.contiguous(), with_rows(h)
+    c, gate = None if c is None else with_rows(c), None if gate is None else with_rows(gate)
     dh, dc = h.new_empty(h.shape), None if c is None else c.new_empty(c.shape)
     (batch, num_tokens, width), target = dy.shape, None if gate is None else dgate
     sums = h.new_zeros(max(1, batch * math.ceil(num_tokens / SPAN)), 3, width, dtype=torch.float32)
     _call(
         "norm_backward", h, *_norm_sizes(h, c, gate, target, sigmoid, eps), h, c, gate, dy,
-        *(_single(p) for p in parameters), None, dh, dc, target, sums,
+        *(single(p) for p in parameters), None, dh, dc, target, sums,
     )  # fmt: skip
     return dh, dc, sums[0].clone()
 

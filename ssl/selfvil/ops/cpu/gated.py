@@ -24,10 +24,12 @@ from selfvil.ops.cpu.fused import (
     normed,
     normed_backward,
     projected_backward,
+    single,
 )
-from selfvil.ops.cpu.layers import as_parameters, scaled, single
+from selfvil.ops.cpu.layers import as_parameters, scaled
 from selfvil.ops.cpu.mlstm import scan_of_maps, scan_of_maps_backward
 from selfvil.ops.cpu.products import call, compute_dtype, layer_norm, layer_norm_backward, multiply, weight_gradients
+from selfvil.ops.operators import custom_operator
 
 
 def gated_layer(
@@ -57,7 +59,7 @@ def gated_layer(
     )[0]  # fmt: skip
 
 
-@torch.library.custom_op("selfvil::native_gated_layer", mutates_args=())
+@custom_operator("selfvil::native_gated_layer")
 def _layer(
     x: Tensor, scale: Tensor | None, gaps: Tensor | None, kept: Tensor | None, norm_weight: Tensor,
     norm_bias: Tensor | None, up: Tensor, up_bias: Tensor | None, conv: Tensor, conv_bias: Tensor, q: Tensor, k: Tensor,
@@ -106,7 +108,7 @@ def _(
     ]  # fmt: skip
 
 
-@torch.library.custom_op("selfvil::native_gated_layer_backward", mutates_args=())
+@custom_operator("selfvil::native_gated_layer_backward")
 def _layer_backward(
     d_out: Tensor, x: Tensor, scale: Tensor | None, gaps: Tensor | None, kept: Tensor | None, norm_weight: Tensor,
     up: Tensor, conv: Tensor, conv_bias: Tensor, q_map: Tensor, k_map: Tensor, v_map: Tensor, q_bias: Tensor | None,

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selfvil.ops.cpu.fused import normed, normed_backward
+from selfvil.ops.cpu.fused import normed, normed_backward, single
 from selfvil.ops.cpu.mlstm import scan, scan_backward
 from selfvil.ops.cpu.products import (
     compute_dtype,
@@ -30,6 +30,7 @@ from selfvil.ops.cpu.products import (
     multiply,
     weight_gradients,
 )
+from selfvil.ops.operators import custom_operator
 
 # --- MLP -------------------------------------------------------------------------------------------------------------
 
@@ -48,7 +49,7 @@ def mlp(
     return _mlp(x, scale, *norm[:2], *first, *second, norm[2], compute_dtype(x), torch.is_grad_enabled())[0]
 
 
-@torch.library.custom_op("selfvil::native_mlp", mutates_args=())
+@custom_operator("selfvil::native_mlp")
 def _mlp(
     x: Tensor, scale: Tensor | None, norm_weight: Tensor, norm_bias: Tensor | None, w1: Tensor, b1: Tensor | None,
     w2: Tensor, b2: Tensor | None, eps: float, dtype: torch.dtype, keep: bool,
@@ -73,7 +74,7 @@ def _(x, scale, norm_weight, norm_bias, w1, b1, w2, b2, eps, dtype, keep):
     )  # fmt: skip
 
 
-@torch.library.custom_op("selfvil::native_mlp_backward", mutates_args=())
+@custom_operator("selfvil::native_mlp_backward")
 def _mlp_backward(
     d_out: Tensor, x: Tensor, scale: Tensor | None, norm_weight: Tensor, w1: Tensor, w2: Tensor,
     y: Tensor, statistics: Tensor, before: Tensor, eps: float, weights: bool,
@@ -148,7 +149,7 @@ def mlstm_layer(
     )[0]
 
 
-@torch.library.custom_op("selfvil::native_mlstm_layer", mutates_args=())
+@custom_operator("selfvil::native_mlstm_layer")
 def _layer(
     x: Tensor, scale: Tensor | None, gaps: Tensor | None, norm_weight: Tensor, norm_bias: Tensor | None,
     qkv: Tensor, qkv_bias: Tensor | None, gate_weight: Tensor, gate_bias: Tensor, out_gate: Tensor,
@@ -206,7 +207,7 @@ def _split(columns: Tensor, width: int, heads: int) -> tuple[Tensor, Tensor, Ten
     return q, k, v, gate
 
 
-@torch.library.custom_op("selfvil::native_mlstm_layer_backward", mutates_args=())
+@custom_operator("selfvil::native_mlstm_layer_backward")
 def _layer_backward(
     d_out: Tensor, x: Tensor, scale: Tensor | None, gaps: Tensor | None, norm_weight: Tensor, qkv: Tensor,
     gate_weight: Tensor, out_gate: Tensor, head_weight: Tensor, head_bias: Tensor | None, proj: Tensor,
@@ -278,11 +279,6 @@ _layer.register_autograd(_layer_gradients, setup_context=_layer_setup)
 
 
 # --- common ----------------------------------------------------------------------------------------------------------
-
-
-def single(x: Tensor | None) -> Tensor | None:
-    """x in float32 and contiguous."""
-    return None if x is None else x.float().contiguous()
 
 
 def scaled(d_out: Tensor, scale: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor]:

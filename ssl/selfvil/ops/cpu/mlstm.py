@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from selfvil.ops.cpu.build import kernels
+from selfvil.ops.operators import custom_operator
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -49,7 +50,7 @@ def mlstm_native(q: Tensor, k: Tensor, v: Tensor, i: Tensor, log_f: Tensor, reve
     return _forward(q, k, v, i, log_f, reverse)[0]
 
 
-@torch.library.custom_op("selfvil::mlstm_native", mutates_args=())
+@custom_operator("selfvil::mlstm_native")
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, i: Tensor, log_f: Tensor, reverse: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -60,7 +61,7 @@ def scan(
     q: Tensor, k: Tensor, v: Tensor, i: Tensor, log_f: Tensor, reverse: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """h, and for the backward pass a, n and lim, each (B, H, N) and in the order of the scan. i and log_f: float32."""
-    q, k, v = (_rows(x) for x in (q, k, v))
+    q, k, v = (with_rows(x) for x in (q, k, v))
     h = v.new_empty(v.shape)
     saved = [log_f.new_empty(log_f.shape) for _ in range(3)]
     _call("mlstm_forward", (*q.shape, v.shape[3]), reverse, (q, k, v, i, log_f, None), saved, [h])
@@ -78,7 +79,7 @@ def scan_of_maps(
     h = c.new_empty(*log_f.shape, c.shape[2] // log_f.shape[1])
     saved = [log_f.new_empty(log_f.shape) for _ in range(3)]
     strided = (None, None, None, i, log_f, None)
-    _call("mlstm_forward", (*h.shape, h.shape[3]), reverse, strided, saved, [h], (_rows(c), _rows(u), *maps))
+    _call("mlstm_forward", (*h.shape, h.shape[3]), reverse, strided, saved, [h], (with_rows(c), with_rows(u), *maps))
     return h, saved[0], saved[1], saved[2]
 
 
@@ -87,7 +88,7 @@ def _(q, k, v, i, log_f, reverse):
     return v.new_empty(v.shape), *(log_f.new_empty(log_f.shape, dtype=torch.float32) for _ in range(3))
 
 
-@torch.library.custom_op("selfvil::mlstm_native_backward", mutates_args=())
+@custom_operator("selfvil::mlstm_native_backward")
 def _backward(
     dh: Tensor, q: Tensor, k: Tensor, v: Tensor, a: Tensor, row_sum: Tensor, limit: Tensor, reverse: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -104,7 +105,7 @@ def scan_backward(
     gradients: tuple[Tensor, Tensor, Tensor],
 ) -> tuple[Tensor, Tensor]:
     """Gradients of i and log_f (B, H, N) in float32; those of `inputs` q, k, v are written to `gradients`."""
-    q, k, v, dh = (_rows(x) for x in (*inputs, dh.to(inputs[2].dtype)))
+    q, k, v, dh = (with_rows(x) for x in (*inputs, dh.to(inputs[2].dtype)))
     found = [x.contiguous() for x in saved] + [saved[0].new_empty(saved[0].shape) for _ in range(2)]
     _call("mlstm_backward", (*q.shape, v.shape[3]), reverse, (q, k, v, None, None, dh), found, (None, *gradients))
     return found[3], found[4]
@@ -114,10 +115,10 @@ def scan_of_maps_backward(
     dh: Tensor, c: Tensor, u: Tensor, maps: Sequence[Tensor | None], saved: tuple[Tensor, Tensor, Tensor], reverse: bool
 ) -> list[Tensor]:
     """Gradients of q, k and v of `scan_of_maps` (B, H, N, D), and of i and log_f (B, H, N) in float32."""
-    dh = _rows(dh)
+    dh = with_rows(dh)
     gradients = [dh.new_empty(dh.shape) for _ in range(3)]
     found = [*saved, *(saved[0].new_empty(saved[0].shape) for _ in range(2))]
-    sources = (_rows(c), _rows(u), *maps)
+    sources = (with_rows(c), with_rows(u), *maps)
     strided = (*5 * [None], dh)
     _call("mlstm_backward", (*dh.shape, dh.shape[3]), reverse, strided, found, (None, *gradients), sources)
     return [*gradients, *found[3:]]
@@ -172,19 +173,15 @@ def _call(
     c, u, *parameters = maps
     loaded.call(
         function, source.dtype == torch.bfloat16, *sizes, chunk_size(*sizes[2:]), reverse,
-        *map(_address, strided), *_strides(strided, 3), *map(_address, (*contiguous, *results)), *_strides(results, 3),
-        _address(c), _address(u), *_strides((c, u), 2), *map(_address, parameters),
+        *strided, *_strides(strided, 3), *contiguous, *results, *_strides(results, 3), c, u, *_strides((c, u), 2),
+        *parameters,
     )  # fmt: skip
-
-
-def _address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
 
 
 def _strides(tensors: Sequence[Tensor | None], count: int) -> list[int]:
     return [stride for x in tensors for stride in (count * (0,) if x is None else x.stride()[:count])]
 
 
-def _rows(x: Tensor) -> Tensor:
+def with_rows(x: Tensor) -> Tensor:
     """x itself if its channels are contiguous, else a contiguous copy."""
     return x if x.stride(-1) == 1 else x.contiguous()

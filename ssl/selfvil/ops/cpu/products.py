@@ -53,7 +53,7 @@ def call(function: str, *members: int | Tensor | None) -> None:
     loaded = kernels()
     if loaded is None:
         raise ValueError(f"the CPU kernel {function} could not be built (see the log)")
-    loaded.call(function, *(m.data_ptr() if isinstance(m, Tensor) else 0 if m is None else int(m) for m in members))
+    loaded.call(function, *members)
 
 
 def multiply(
