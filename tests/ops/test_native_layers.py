@@ -154,13 +154,21 @@ def test_scan_of_maps(num_tokens, width, dtype, reverse, level):
         return (y if bias is None else y + bias).unflatten(-1, (heads, width)).transpose(1, 2)
 
     def outside(dtype):
-        q, k, v = (mapped(x, *parameters).to(dtype) for x, *parameters in zip((c, c, u), maps, biases, strict=True))
-        h, *saved = mlstm.scan(q, k, v, i, log_f, reverse)
+        inputs = [x.float().requires_grad_() for x in (c, u, *maps, *biases[::2])]
+        of = zip((inputs[0], inputs[0], inputs[1]), inputs[2:5], (inputs[5], None, inputs[6]), strict=True)
+        q, k, v = (mapped(x, weight, bias).to(dtype) for x, weight, bias in of)
+        h, *saved = mlstm.scan(*(x.detach() for x in (q, k, v)), i, log_f, reverse)
         gradients = [torch.empty_like(x) for x in (q, k, v)]
-        return h, *saved, *gradients, *mlstm.scan_backward(dh.to(dtype), (q, k, v), saved, reverse, gradients)
+        di, dlog_f = mlstm.scan_backward(dh.to(dtype), (q.detach(), k.detach(), v.detach()), saved, reverse, gradients)
+        dc, *others = torch.autograd.grad((q, k, v), inputs, gradients)
+        return h, *saved, di, dlog_f, before + dc.to(dtype), *others
 
+    before, d_both = torch.randn(c.shape).to(dtype), torch.zeros_like(both).to(dtype)
     h, *saved = mlstm.scan_of_maps(c, u, (*maps, *biases), i, log_f, reverse)
-    got = (h, *saved, *mlstm.scan_of_maps_backward(dh, c, u, (*maps, *biases), saved, reverse))
+    dc, du = before.clone(), d_both.chunk(2, dim=-1)[0]
+    di, dlog_f, sums = mlstm.scan_of_maps_backward(dh, c, u, (*maps, *biases), saved, reverse, dc, du)
+    assert not d_both.chunk(2, dim=-1)[1].any()
+    got = (h, *saved, di, dlog_f, dc, du, *fused.block_weights(sums), sums[0, 4], sums[2, 4])
     for x, exact, plain in zip(got, outside(torch.float32), outside(dtype), strict=True):
         assert error(x, exact.double()) < max(1e-5, 1.1 * error(plain, exact.double()))
 

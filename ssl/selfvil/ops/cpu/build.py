@@ -55,7 +55,7 @@ LEVELS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 FLAGS = ("-O2", "-std=c++17", "-fPIC", "-shared", "-ffp-contract=fast", "-Wno-psabi")
 SOURCES = ("mlstm.cpp", "neighbours.cpp", "norms.cpp", "products.cpp", "hue.cpp")
-HEADERS = ("tiles.h", "vector.h", "maps.h")
+HEADERS = ("tiles.h", "vector.h", "maps.h", "mlstm.h")
 COMPILERS = ("c++", "g++", "clang++")
 COMPILE_SECONDS = 300
 """A compiler that takes longer is stopped."""

@@ -86,7 +86,8 @@ def convolved(
     """SiLU(conv(x)), or x + conv(x) without `silu`."""
     x = with_rows(x)
     y = x.new_empty(x.shape)
-    _call("conv_forward", x, *_conv_members(x, weight, bias, kept, grid, reverse, silu, None, None), y, *3 * [None])
+    members = _conv_members(x, weight, bias, kept, grid, reverse, silu, None, None)
+    _call("conv_forward", x, *members, y, None, False, None, 0, *4 * [None])
     return y
 
 
@@ -97,7 +98,7 @@ def _conv_backward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients of x, and of the weights and the bias as one (10, E)."""
     dx = x.new_empty(x.shape)
-    return dx, convolved_backward(dy, x, weight, bias, kept, (height, width), reverse, silu, dx, False)
+    return dx, convolved_backward(dy, x, weight, bias, kept, (height, width), reverse, silu, dx, False)[0]
 
 
 @_conv_backward.register_fake
@@ -107,13 +108,21 @@ def _(dy, x, weight, bias, kept, height, width, reverse, silu):
 
 def convolved_backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, kept: Tensor | None, grid: tuple[int, int], reverse: bool,
-    silu: bool, dx: Tensor, add: bool,
-) -> Tensor:  # fmt: skip
-    """Gradients of the weights and the bias as one (10, E). That of x is written to dx, or added to it."""
+    silu: bool, dx: Tensor, add: bool, gates: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Gradients of the weights and the bias as one (10, E). That of x is written to dx, or added to it.
+
+    gates: gradients (B, N, G) of linear maps of the result and of x, and the maps' weights (G, E) for both, in float32.
+    They add to the gradients of the result and of x. Those of their weights are (2, G, E), empty without gates.
+    """
     x, dy = with_rows(x), dy.contiguous()
-    sums = x.new_zeros(max(1, x.shape[0]), 10, x.shape[2], dtype=torch.float32)
-    _call("conv_backward", x, *_conv_members(x, weight, bias, kept, grid, reverse, silu, dx, dy), None, dx, add, sums)
-    return sums[0].clone()
+    of_gates = (None, None, None) if gates is None else [gate.contiguous() for gate in gates]
+    count = 0 if gates is None else gates[0].shape[2]
+    batch, _, channels = x.shape
+    sums, gate_sums = (x.new_zeros(max(1, batch), *rows, channels, dtype=torch.float32) for rows in ((10,), (2, count)))
+    members = _conv_members(x, weight, bias, kept, grid, reverse, silu, dx, dy)
+    _call("conv_backward", x, *members, None, dx, add, sums, count, *of_gates, gate_sums)
+    return sums[0].clone(), gate_sums[0].clone()
 
 
 def _conv_members(
@@ -190,7 +199,7 @@ def _project_into(
 ) -> None:
     c, x, parameters = with_rows(c), with_rows(x), [single(p) for p in parameters]
     sizes = _project_sizes(c, x, gates)
-    _call("project_forward", c, *sizes, c, x, *parameters, *outputs, *7 * [None], False, None)
+    _call("project_forward", c, *sizes, c, x, *parameters, *outputs, *8 * [None])
 
 
 @_project.register_fake
@@ -205,31 +214,23 @@ def _project_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of c and x; of the weights by column of a block, and biases, of q, k and v (3, 5, E); of the gates'
     weights (2, 2 H, E)."""
-    dx = x.new_empty(x.shape)
-    parameters = (q_weight, k_weight, v_weight, c_gates, x_gates)
-    dc = c.new_empty(c.shape)
-    return dc, dx, *projected_backward((dq, dk, dv, di, df), c, x, parameters, dc, dx, add=False)
-
-
-def projected_backward(
-    gradients: Sequence[Tensor], c: Tensor, x: Tensor, parameters: Sequence[Tensor], dc: Tensor, dx: Tensor, add: bool
-) -> tuple[Tensor, Tensor]:
-    """Gradients of the parameters, as sums; see `_project_backward`. That of x is written to dx, and that of c to dc,
-    which is contiguous, or added to it."""
     c, x = with_rows(c), with_rows(x)
-    *weights, c_gates, x_gates = parameters
-    gradients = [dy.contiguous() for dy in (*gradients[:3], gradients[3].float(), gradients[4].float())]
+    dc, dx = c.new_empty(c.shape), x.new_empty(x.shape)
+    weights, gradients = (
+        (q_weight, k_weight, v_weight),
+        [dy.contiguous() for dy in (dq, dk, dv, di.float(), df.float())],
+    )
     width, gates, parts = c.shape[2], len(c_gates), math.ceil(c.shape[0] * c.shape[1] / SPAN)
     sums = c.new_empty(max(parts, 1) * (15 + 2 * gates) * width, dtype=torch.float32)
     _call(
-        "project_backward", c, *_project_sizes(c, x, gates, dx), c, x, *(single(p) for p in weights),
-        None, None, None, single(c_gates), single(x_gates), None, *5 * [None], *gradients, dc, dx, add, sums,
+        "project_backward", c, *_project_sizes(c, x, gates), c, x, *(single(p) for p in weights),
+        None, None, None, single(c_gates), single(x_gates), None, *5 * [None], *gradients, dc, dx, sums,
     )  # fmt: skip
     if not parts:
         sums.zero_()
     of_weights = sums[: 15 * width].view(3, 5, width)
     of_gates = sums[15 * max(parts, 1) * width :][: 2 * gates * width].view(2, gates, width)
-    return of_weights.clone(), of_gates.clone()
+    return dc, dx, of_weights.clone(), of_gates.clone()
 
 
 @_project_backward.register_fake
@@ -273,8 +274,8 @@ def _projected(c: Tensor, gates_bias: Tensor) -> tuple[Tensor, Tensor, Tensor, T
     return q, k, v, i, f
 
 
-def _project_sizes(c: Tensor, x: Tensor, gates: int, dx: Tensor | None = None) -> tuple[int, ...]:
-    return (*c.shape, gates // 2, *c.stride()[:2], *x.stride()[:2], *((0, 0) if dx is None else dx.stride()[:2]))
+def _project_sizes(c: Tensor, x: Tensor, gates: int) -> tuple[int, ...]:
+    return (*c.shape, gates // 2, *c.stride()[:2], *x.stride()[:2])
 
 
 # --- norm, skip and gate ---------------------------------------------------------------------------------------------

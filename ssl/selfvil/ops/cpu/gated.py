@@ -23,7 +23,6 @@ from selfvil.ops.cpu.fused import (
     gates_of,
     normed,
     normed_backward,
-    projected_backward,
     single,
 )
 from selfvil.ops.cpu.layers import as_parameters, scaled
@@ -129,12 +128,12 @@ def _layer_backward(
     dh, dc, d_head = normed_backward(d_inner, h, c, z, (head_weight, head_bias, skip), head_eps, dz)
     assert dc is not None
     maps = (q_map, k_map, v_map, q_bias, k_bias, v_bias)
-    *d_heads, di, dlog_f = scan_of_maps_backward(dh, c, u, [single(m) for m in maps], (a, row_sum, limit), reverse)
+    singles = [single(m) for m in maps]
+    di, dlog_f, d_maps = scan_of_maps_backward(dh, c, u, singles, (a, row_sum, limit), reverse, dc, du)
     df = torch.sigmoid(-f).mul_(dlog_f)
     df = df if gaps is None else df * gaps.unsqueeze(1)
-    weights_of = (q_map, k_map, v_map, c_gates, u_gates)
-    d_maps, d_gates = projected_backward([*d_heads, di, df], c, u, weights_of, dc, du, add=True)
-    d_conv = convolved_backward(dc, u, conv, conv_bias, kept, grid, reverse, True, du, True)
+    gates = torch.cat([di, df], dim=1).mT, c_gates, u_gates
+    d_conv, d_gates = convolved_backward(dc, u, conv, conv_bias, kept, grid, reverse, True, du, True, gates)
     flat, dy = d_both.flatten(0, 1), torch.empty_like(y)
     multiply(flat, [up], dy, pairs=pairs)
     dx, d_norm = layer_norm_backward(dy, rows, statistics, norm_weight, d_rows, eps)

@@ -112,16 +112,17 @@ def scan_backward(
 
 
 def scan_of_maps_backward(
-    dh: Tensor, c: Tensor, u: Tensor, maps: Sequence[Tensor | None], saved: tuple[Tensor, Tensor, Tensor], reverse: bool
-) -> list[Tensor]:
-    """Gradients of q, k and v of `scan_of_maps` (B, H, N, D), and of i and log_f (B, H, N) in float32."""
+    dh: Tensor, c: Tensor, u: Tensor, maps: Sequence[Tensor | None], saved: tuple[Tensor, Tensor, Tensor],
+    reverse: bool, dc: Tensor, du: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of i and log_f (B, H, N) of `scan_of_maps`, and of the maps' weights by column of a block, and biases,
+    (3, 5, E), in float32. The gradient of c is added to dc, and that of u is written to du, both (B, N, E)."""
     dh = with_rows(dh)
-    gradients = [dh.new_empty(dh.shape) for _ in range(3)]
     found = [*saved, *(saved[0].new_empty(saved[0].shape) for _ in range(2))]
-    sources = (with_rows(c), with_rows(u), *maps)
-    strided = (*5 * [None], dh)
-    _call("mlstm_backward", (*dh.shape, dh.shape[3]), reverse, strided, found, (None, *gradients), sources)
-    return [*gradients, *found[3:]]
+    sources, strided = (with_rows(c), with_rows(u), *maps), (*5 * [None], dh)
+    sums = found[3].new_zeros(max(1, c.shape[0]), 3, 5, c.shape[2])
+    _call("mlstm_backward", (*dh.shape, dh.shape[3]), reverse, strided, found, (), sources, (dc, du, sums))
+    return found[3], found[4], sums[0].clone()
 
 
 @_backward.register_fake
@@ -149,6 +150,7 @@ _forward.register_autograd(_gradients, setup_context=_setup_context)
 def _call(
     function: str, sizes: tuple[int, ...], reverse: bool, strided: Sequence[Tensor | None],
     contiguous: Sequence[Tensor | None], results: Sequence[Tensor | None], maps: Sequence[Tensor | None] = 8 * (None,),
+    of_maps: Sequence[Tensor | None] = 3 * (None,),
 ) -> None:  # fmt: skip
     """Fill in the members of `Arguments` in mlstm.cpp; None for those that the function does not use.
 
@@ -158,6 +160,7 @@ def _call(
         contiguous: a, n and lim, and the gradients of i and log f.
         results: h, and the gradients of q, k and v.
         maps: what makes q, k and v, in place of them: c, u, three weights and biases.
+        of_maps: gradients of c and u, and the sums for those of weights and biases.
     """
     source = next(x for x in (*strided[:3], maps[0]) if x is not None)
     if source.dtype not in DTYPES or source.device.type != "cpu":
@@ -174,7 +177,7 @@ def _call(
     loaded.call(
         function, source.dtype == torch.bfloat16, *sizes, chunk_size(*sizes[2:]), reverse,
         *strided, *_strides(strided, 3), *contiguous, *results, *_strides(results, 3), c, u, *_strides((c, u), 2),
-        *parameters,
+        *parameters, *of_maps[:2], *_strides(of_maps[:2], 2), of_maps[2],
     )  # fmt: skip
 
 

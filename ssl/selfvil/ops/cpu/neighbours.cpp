@@ -13,7 +13,6 @@ inline Vector sigmoid(Vector x) { return reciprocal(1.f + exponential(-x)); }
 inline Vector silu_slope(Vector x, Vector s) { return s * (1.f + x * (1.f - s)); }
 
 constexpr int64_t SPAN = 64;  // tokens of an item, where an item has all channels
-constexpr int64_t NEAR = 8;   // tokens whose channels are read together: in more rows, memory is not read ahead
 constexpr int64_t AHEAD = 8;  // tokens that are asked for before they are read
 constexpr int64_t SET = 4;    // gates that are computed together
 
@@ -29,6 +28,10 @@ struct Conv {
   void *y, *dx;                // with `silu`, y is SiLU(conv(x)), else x + conv(x)
   int64_t add;                 // dx is added to what is there
   float* sums;  // (B, 10, E): gradients of the weights and of the bias
+  // Of the backward pass: linear maps of y and x, the gates, whose gradients are known by now. They add to those of y and x.
+  int64_t gates;
+  const float *d_gates, *y_gates, *x_gates;  // (B, N, gates), (gates, E), (gates, E)
+  float* gate_sums;                          // (B, 2, gates, E): gradients of the weights for y and x
 
   // The grid of a vector of channels, with a border of zeros.
   int64_t plane() const { return (height + 2) * (width + 2) * LANES; }
@@ -37,6 +40,17 @@ struct Conv {
   int64_t blocks() const { return (channels / LANES + vectors() - 1) / vectors(); }
   int64_t floats(bool backward) const { return (vectors() + backward) * plane() + tokens + 16; }
 };
+
+// The gradient of a vector of a token's channels, plus that through the gates. The gates' own are added to `sums`.
+inline Vector through_gates(const Conv& args, int64_t image, int64_t t, const float* weights, Vector value,
+                            Vector gradient, float* sums) {
+  const float* d_gates = args.d_gates + (image * args.tokens + t) * args.gates;
+  for (int64_t g = 0; g < args.gates; g++) {
+    gradient += d_gates[g] * load(weights + g * args.channels);
+    add_to(sums + g * args.channels, d_gates[g] * value);
+  }
+  return gradient;
+}
 
 template <class T, bool BACKWARD>
 void convolve(const Conv& args, int64_t item, float* memory) {
@@ -64,6 +78,7 @@ void convolve(const Conv& args, int64_t item, float* memory) {
     for (int k = 0; k < 9; k++) weight[k] = load(args.weight + (args.reverse ? 8 - k : k) * args.channels + e);
     if (!args.silu) weight[4] += 1.f;
     Vector d_weight[9] = {}, d_bias = {};
+    float* gate_sums = args.gate_sums + image * 2 * args.gates * args.channels + e;
     for (int64_t t = 0; t < tokens; t++) {
       const float* corner = x + corners[t];
       Vector total = bias;
@@ -76,6 +91,7 @@ void convolve(const Conv& args, int64_t item, float* memory) {
       }
       prefetch(dy + (t + AHEAD) * args.channels + e, LANES);
       Vector d = read(dy + t * args.channels + e);
+      if (args.gates) d = through_gates(args, image, t, args.y_gates + e, total * s, d, gate_sums);
       if (args.silu) d *= silu_slope(total, s);
       store(gradient + corners[t] + centre, d);
       d_bias += d;
@@ -90,6 +106,9 @@ void convolve(const Conv& args, int64_t item, float* memory) {
       for (int k = 0; k < 9; k++) total += weight[8 - k] * load(corner + k / 3 * row + k % 3 * LANES);
       T* to = dx + t * args.dx_strides[1] + e;
       if (args.add) prefetch(to + AHEAD * args.dx_strides[1], LANES);
+      if (args.gates)
+        total = through_gates(args, image, t, args.x_gates + e, load(x + corners[t] + centre), total,
+                              gate_sums + args.gates * args.channels);
       write(to, args.add ? total + read(to) : total);
     }
     float* sums = args.sums + image * 10 * args.channels + e;
@@ -102,7 +121,7 @@ void convolve(const Conv& args, int64_t item, float* memory) {
 
 struct Project {
   Parallel parallel;
-  int64_t threads, bfloat16, images, tokens, channels, heads, c_strides[2], x_strides[2], dx_strides[2];
+  int64_t threads, bfloat16, images, tokens, channels, heads, c_strides[2], x_strides[2];
   const void *c, *x;                                    // the convolved and the plain branch
   const float *weights[3], *biases[3];                  // of q, k, v: (E / 4, 4, 4), and (E,) or null
   const float *c_gates, *x_gates, *gates_bias;          // (2 H, E), (2 H, E), (2 H,)
@@ -110,8 +129,7 @@ struct Project {
   float *i, *f;                                         // (B, H, N)
   const void *dq, *dk, *dv;
   const float *di, *df;
-  void *dc, *dx;  // dx has strides
-  int64_t add;    // to what is in dc
+  void *dc, *dx;
   float* sums;  // (spans, 3, 5, E): gradients of the weights by column of a block, and of biases; (spans, 2, 2 H, E)
 
   int64_t spans() const { return (images * tokens + SPAN - 1) / SPAN; }
@@ -119,7 +137,7 @@ struct Project {
 
 // Where the tokens of an item are; they may be of several images.
 struct Places {
-  int64_t count, c[SPAN], x[SPAN], dx[SPAN], head[SPAN], gate[SPAN], first;
+  int64_t count, c[SPAN], x[SPAN], head[SPAN], gate[SPAN], first;
   Places(const Project& args, int64_t item) : first(item * SPAN) {
     const int64_t left = args.images * args.tokens - first, width = args.channels / args.heads;
     count = left < SPAN ? left : SPAN;
@@ -127,7 +145,6 @@ struct Places {
     for (int64_t t = 0; t < count; t++) {
       c[t] = image * args.c_strides[0] + token * args.c_strides[1];
       x[t] = image * args.x_strides[0] + token * args.x_strides[1];
-      dx[t] = image * args.dx_strides[0] + token * args.dx_strides[1];
       gate[t] = image * args.heads * args.tokens + token, head[t] = gate[t] * width;
       if (++token == args.tokens) token = 0, image++;
     }
@@ -175,19 +192,17 @@ void project(const Project& args, int64_t item, float* memory) {
   }
 }
 
-inline void add_to(float* sum, Vector x) { store(sum, load(sum) + x); }
-
 template <class T>
 void project_backward(const Project& args, int64_t item, float* memory) {
   const Places at(args, item);
   const int64_t n = at.count, width = args.channels / args.heads, gates = 2 * args.heads, parts = args.spans();
   const T *c = static_cast<const T*>(args.c), *x = static_cast<const T*>(args.x);
-  T *dc = static_cast<T*>(args.dc) + at.first * args.channels, *dx = static_cast<T*>(args.dx);
-  float *sums = args.sums + item * 15 * args.channels;
-  float *gate_sums = args.sums + (parts * 15 + item * 2 * gates) * args.channels, *d_gates = memory;  // (n, 2 H)
+  T *dc = static_cast<T*>(args.dc) + at.first * args.channels, *dx = static_cast<T*>(args.dx) + at.first * args.channels;
+  float *sums = args.sums + item * MAP_SUMS * args.channels, *d_gates = memory;  // (n, 2 H)
+  float* gate_sums = args.sums + (parts * MAP_SUMS + item * 2 * gates) * args.channels;
   float* arranged = memory + SPAN * gates;
   arrange(args.weights, 0, args.channels, true, arranged);
-  memset(sums, 0, 15 * args.channels * sizeof(float));
+  memset(sums, 0, MAP_SUMS * args.channels * sizeof(float));
   memset(gate_sums, 0, 2 * gates * args.channels * sizeof(float));
   for (int64_t g = 0; g < gates; g++) {
     const float* from = (g < args.heads ? args.di : args.df) + g % args.heads * args.tokens;
@@ -199,32 +214,16 @@ void project_backward(const Project& args, int64_t item, float* memory) {
       const int64_t *head = at.head + first, *c_at = at.c + first, *x_at = at.x + first;
       const T *dq = static_cast<const T*>(args.dq) + base, *dk = static_cast<const T*>(args.dk) + base;
       const T* dv = static_cast<const T*>(args.dv) + base;
+      const T* gradients[3] = {dq, dk, dv};
       Vector branches[2][NEAR];  // gradients of c and x so far
-      {
-        const Maps weight(arranged, e);
-        Vector d_weight[3][4] = {}, d_bias[3] = {};
-        for (int64_t t = 0; t < count; t++) {
-          if (first + NEAR + t < n) {
-            prefetch(c + c_at[t + NEAR] + e, LANES), prefetch(x + x_at[t + NEAR] + e, LANES);
-            for (const T* d : {dq, dk, dv}) prefetch(d + head[t + NEAR], LANES);
-          }
-          const Fours from_c(read(c + c_at[t] + e)), from_x(read(x + x_at[t] + e));
-          const Vector d[3] = {read(dq + head[t]), read(dk + head[t]), read(dv + head[t])};
-#pragma GCC unroll 3
-          for (int p = 0; p < 3; p++) {
-            const Fours& from = p < 2 ? from_c : from_x;
-#pragma GCC unroll 4
-            for (int m = 0; m < 4; m++) d_weight[p][m] += d[p] * from.of[m];
-            d_bias[p] += d[p];
-          }
-          branches[0][t] = times(Fours(d[1]), weight.of[1], times(Fours(d[0]), weight.of[0], Vector{}));
-          branches[1][t] = times(Fours(d[2]), weight.of[2], Vector{});
-        }
-        for (int p = 0; p < 3; p++) {
-          for (int m = 0; m < 4; m++) add_to(sums + (p * 5 + m) * args.channels + e, d_weight[p][m]);
-          add_to(sums + (p * 5 + 4) * args.channels + e, d_bias[p]);
-        }
+      for (int64_t t = 0; t < count && first + NEAR + t < n; t++) {
+        prefetch(c + c_at[t + NEAR] + e, LANES), prefetch(x + x_at[t + NEAR] + e, LANES);
+        for (const T* d : gradients) prefetch(d + head[t + NEAR], LANES);
       }
+      maps_backward(
+          count, Maps(arranged, e), [&](int64_t t) { return read(c + c_at[t] + e); },
+          [&](int64_t t) { return read(x + x_at[t] + e); }, [&](int p, int64_t t) { return read(gradients[p] + head[t]); },
+          branches[0], branches[1], sums + e, args.channels);
       for (int64_t g = 0; g < gates; g += SET)
         for (int branch = 0; branch < 2; branch++) {
           const float* gate_weights = (branch ? args.x_gates : args.c_gates) + g * args.channels + e;
@@ -244,9 +243,8 @@ void project_backward(const Project& args, int64_t item, float* memory) {
           for (int64_t m = 0; m < SET; m++) add_to(gate_sums + (branch * gates + g + m) * args.channels + e, total[m]);
         }
       for (int64_t t = 0; t < count; t++) {
-        T* to = dc + (first + t) * args.channels + e;
-        write(to, args.add ? branches[0][t] + read(to) : branches[0][t]);
-        write(dx + at.dx[first + t] + e, branches[1][t]);
+        const int64_t to = (first + t) * args.channels + e;
+        write(dc + to, branches[0][t]), write(dx + to, branches[1][t]);
       }
     }
 }
@@ -342,6 +340,7 @@ extern "C" int selfvil_conv_backward(const Conv* args) {
   int failed = run(*args, args->images * args->blocks(), args->floats(true), convolve<float, true>,
                    convolve<BFloat16, true>);
   add_parts(args->sums, args->images, 10 * args->channels);
+  add_parts(args->gate_sums, args->images, 2 * args->gates * args->channels);
   return failed;
 }
 extern "C" int selfvil_project_forward(const Project* args) {
@@ -350,8 +349,8 @@ extern "C" int selfvil_project_forward(const Project* args) {
 extern "C" int selfvil_project_backward(const Project* args) {
   const int64_t parts = args->spans(), floats = SPAN * 2 * args->heads + MAP_VECTORS * args->channels;
   int failed = run(*args, parts, floats, project_backward<float>, project_backward<BFloat16>);
-  add_parts(args->sums, parts, 15 * args->channels);
-  add_parts(args->sums + parts * 15 * args->channels, parts, 4 * args->heads * args->channels);
+  add_parts(args->sums, parts, MAP_SUMS * args->channels);
+  add_parts(args->sums + parts * MAP_SUMS * args->channels, parts, 4 * args->heads * args->channels);
   return failed;
 }
 extern "C" int selfvil_norm_forward(const Norm* args) {
