@@ -51,6 +51,9 @@ struct Product {
 
 // --- packing ---------------------------------------------------------------------------------------------------------
 
+constexpr int64_t LINES = 32;  // of B that are packed together
+constexpr int64_t AHEAD = 8;   // lines that are asked for before they are read
+
 // LANES words of a line from k: numbers, or pairs of neighbours. Words after the line's end are 0.
 template <class Words, class T>
 inline Vector words_along(const T* from, int64_t left) {
@@ -114,6 +117,8 @@ void pack_across(int64_t inner, int64_t count, F line, float* to, int64_t stride
   Vector totals[CHUNK / LANES] = {};
   for (int64_t k = 0; k < inner; k += Words::PER_WORD) {
     const T *even = line(k), *odd = Words::PER_WORD == 2 && k + 1 < inner ? line(k + 1) : nullptr;
+    for (int64_t later = k + AHEAD; later < k + AHEAD + Words::PER_WORD && later < inner; later++)
+      prefetch(line(later), count);
     float* row = to + k / Words::PER_WORD * WIDTH;
     for (int64_t n = 0; n < count; n += LANES) {
       const Vector words = words_across<Words>(even + n, odd ? odd + n : nullptr, count - n);
@@ -145,6 +150,8 @@ void pack_turned(int64_t inner, int64_t count, F line, float* to, int64_t stride
       Vector x[LANES];
       for (int64_t word = 0; word < LANES; word++) {
         const int64_t first = k + 2 * word;
+        for (int64_t later = first + 2 * LANES; later < first + 2 * LANES + 2 && later < inner; later++)
+          prefetch(line(later) + m, count - m < LANES ? count - m : LANES);
         const T* even = first < inner ? line(first) + m : nullptr;
         const T* odd = first + 1 < inner ? line(first + 1) + m : nullptr;
         x[word] = even ? words_across<Pairs>(even, odd, count - m) : Vector{};
@@ -251,16 +258,22 @@ bool compute(const Product& x) {
   for (int64_t block = 0; block < blocks; block++) {
     const int64_t first = block * depth, inner = x.inner - first < depth ? x.inner - first : depth;
     const int64_t used = (inner + Words::PER_WORD - 1) / Words::PER_WORD;
-    auto pack_b = [&](int64_t panel, float*) {
+    // Numbers along k are packed panel by panel; across k, a few lines at a time, so that lines are read from end to end.
+    auto pack_panel = [&](int64_t panel, float*) {
       const int64_t begin = panels.begin(panel), left = x.columns - begin;
       const int64_t count = left < panels.width(panel) ? left : panels.width(panel);
-      float* to = packed + panel * WIDE * words;
-      auto along = [&](int64_t n) { return n < count ? x.template line<B>(begin + n) + first : nullptr; };
-      auto across = [&](int64_t k) { return x.template line<B>(first + k) + begin; };
-      if (x.b_transposed) pack_along<Words, WIDE, B>(inner, along, to);
-      else pack_across<Words, WIDE, B>(inner, count, across, to, 0, nullptr);
+      auto line = [&](int64_t n) { return n < count ? x.template line<B>(begin + n) + first : nullptr; };
+      pack_along<Words, WIDE, B>(inner, line, packed + panel * WIDE * words);
     };
-    if (!for_each(panels.all, 0, x.threads, x.parallel, pack_b)) return false;
+    auto pack_lines = [&](int64_t item, float*) {
+      const int64_t begin = item * LINES, left = inner - begin;
+      auto line = [&](int64_t k) { return x.template line<B>(first + begin + k); };
+      float* to = packed + begin / Words::PER_WORD * WIDE;
+      pack_across<Words, WIDE, B>(left < LINES ? left : LINES, x.columns, line, to, WIDE * words, nullptr);
+    };
+    if (!(x.b_transposed ? for_each(panels.all, 0, x.threads, x.parallel, pack_panel)
+                         : for_each((inner + LINES - 1) / LINES, 0, x.threads, x.parallel, pack_lines)))
+      return false;
     auto multiply_rows = [&](int64_t item, float* memory) {
       const int64_t begin = item * chunk, end = begin + chunk < x.rows ? begin + chunk : x.rows;
       float *strip = memory, *buffer = memory + chunk * wide;
