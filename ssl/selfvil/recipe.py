@@ -261,7 +261,8 @@ class RunSection(Section):
     a virtual machine may be half of the useful number)."""
     compile: Literal["none", "default", "max-autotune"] = "none"
     """Compile the blocks of all networks by torch.compile, in this mode; needs a C++ compiler on CPUs, Triton on GPUs;
-    not under ZeRO-3. Checkpoints are the same: a run may continue with another choice."""
+    not under ZeRO-3. With the native CPU kernels there is nothing left to gain. Checkpoints are the same: a run may
+    continue with another choice."""
     profile: int | None = Field(None, ge=1)
     """Trace this many steps of the launch, after 3 warm-up steps, into profile/*.json.gz, which ui.perfetto.dev opens,
     and print the ten operations that take the most time; null traces none."""
