@@ -1,5 +1,6 @@
 """Shards in S3: read through s3fs from a real S3-compatible server (moto)."""
 
+import io
 import logging
 
 import numpy as np
@@ -84,6 +85,8 @@ def test_ranges_and_versions(bucket):
     bucket[1].put_object(Bucket="images", Key="train/changed.tar", Body=data[::-1])
     with pytest.raises(Changed, match="changed while it was used"):
         store.read(url, version, 0, len(data))
+    with pytest.raises(Changed):
+        store.download(url, version, io.BytesIO(data[:600]))  # it continues a download of the version before
     bucket[1].put_object(Bucket="images", Key="train/changed.tar", Body=data[:600])
     with pytest.raises(Changed):
         store.read(url, version, 512, 1000)

@@ -38,6 +38,10 @@ def store_of(protocol: str) -> Store:
         from selfvil.data.remote.web import HttpStore
 
         return HttpStore()
+    if protocol == "hf":
+        from selfvil.data.remote.hub import HubStore
+
+        return HubStore()
     from selfvil.data.remote.buckets import BucketStore
 
     return BucketStore(protocol)
