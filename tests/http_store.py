@@ -21,7 +21,8 @@ class HttpStore:
             is closed in the middle), "long" (a wrong Content-Range and more bytes), "hang" (no answer for 30 s),
             "redirect URL". A name that ends in * stays.
         ranges: whether ranges are honoured. etags: whether ETags are sent. latency: seconds before each response.
-        requests: number of requests by file name. sent: bytes sent by file name.
+        fail_after: number of shards that are sent whole before every answer is 503. requests: number of requests by
+            file name. sent: bytes sent by file name.
     """
 
     folder: Path
@@ -30,13 +31,21 @@ class HttpStore:
     etags: bool = True
     latency: float = 0.0
     rate: float | None = None
+    fail_after: int | None = None
     requests: Counter = field(default_factory=Counter)
     sent: Counter = field(default_factory=Counter)
     url: str = ""
 
     def fault(self, name: str) -> str:
+        if self.fail_after is not None:
+            whole = [each for each in list(self.sent) if each.endswith(".tar") and self.sent[each] > self.size(each)]
+            if len(whole) >= self.fail_after:
+                return "503"
         names = self.faults.get(name, [])
         return "" if not names else names[0][:-1] if names[0].endswith("*") else names.pop(0)
+
+    def size(self, name: str) -> int:
+        return (self.folder / name).stat().st_size
 
 
 @contextmanager
