@@ -72,7 +72,7 @@ def open_training(recipe: Recipe) -> tuple[Recipe, Images]:
 
 def cache_of(data: DataSection) -> Cache:
     """The cache for images behind a URL."""
-    return Cache(data.cache, round(data.cache_gb * 1e9))
+    return Cache(data.cache, None if data.cache_gb is None else round(data.cache_gb * 1e9))
 
 
 def _open(data: DataSection) -> Images:

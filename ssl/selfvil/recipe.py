@@ -192,9 +192,11 @@ class DataSection(Section):
     """Shuffle the images of this many shards at a time, with another order of the shards in each epoch; null: 16 where
     shuffled images are behind a URL, so that each shard is downloaded once an epoch, otherwise all images at once."""
     cache: PathText | None = None
-    """Folder for downloaded shards, which several runs may share; null: selfvil/remote in the user's cache folder."""
-    cache_gb: float = Field(50.0, gt=0)
-    """Size of that folder, in GB: the least recently used shards are removed. Two windows of shards should fit."""
+    """Folder for downloaded shards, which several runs may share; null: SELFVIL_REMOTE_CACHE of the environment, or
+    selfvil/remote in the user's cache folder."""
+    cache_gb: float | None = Field(None, gt=0, allow_inf_nan=False)
+    """Size of that folder, in GB: the least recently used shards are removed. Two windows of shards should fit. null:
+    SELFVIL_REMOTE_CACHE_GB of the environment, or 50."""
     labels_per_class: int | None = Field(None, ge=1)
     """Train on this many images of each class only, drawn by run.seed; needs labels. null trains on all images."""
     mean: list[Annotated[float, Field(allow_inf_nan=False)]] = list(IMAGENET_MEAN)  # noqa: RUF012 - pydantic copies it

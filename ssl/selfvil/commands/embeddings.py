@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from selfvil.commands import shard_cache
 from selfvil.errors import UserError
 from selfvil.terminal import progress_bar
 
@@ -23,6 +24,8 @@ def embed(
     batch_size: Annotated[int | None, typer.Option(min=1, help="Images in a forward pass.")] = None,
     workers: Annotated[int, typer.Option(min=0, help="Processes that decode images.")] = 2,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
+    cache: shard_cache.Folder = None,
+    cache_gb: shard_cache.Gigabytes = None,
 ) -> None:
     """Embed images: keys and features, one row for each image, in a Parquet or NumPy file.
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from selfvil.commands import shard_cache
 from selfvil.errors import UserError
 
 
@@ -34,6 +35,8 @@ def evaluate(
     allow_shared: Annotated[
         bool, typer.Option("--allow-shared", help="Score although some test images are in --train too.")
     ] = False,
+    cache: shard_cache.Folder = None,
+    cache_gb: shard_cache.Gigabytes = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the rows to this file.")] = None,
     chart: Annotated[Path | None, typer.Option(help="Of a comparison: draw it to this PNG or SVG file.")] = None,
     show_help: Annotated[bool, typer.Option("--help", help="Show this message, and the settings of NAME.")] = False,

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from selfvil.commands import shard_cache
 from selfvil.errors import shorten
 from selfvil.files import require_writable, write_text
 from selfvil.terminal import progress_bar
@@ -34,6 +35,8 @@ def pack(
     shard_bytes: Annotated[int, typer.Option(min=1, help="Bytes of images in a shard, at most.")] = 1 << 30,
     verify: Annotated[bool, typer.Option("--verify", help="Read everything back afterwards.")] = False,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; default: one per core.")] = None,
+    cache: shard_cache.Folder = None,
+    cache_gb: shard_cache.Gigabytes = None,
 ) -> None:
     """Pack images into WebDataset shards, and index them.
 
@@ -72,6 +75,8 @@ def index(
         int | None, typer.Option(min=1, max=32, help="With --stats: default, the first image's.")
     ] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes of --stats; default: one per core.")] = None,
+    cache: shard_cache.Folder = None,
+    cache_gb: shard_cache.Gigabytes = None,
 ) -> None:
     """Index images, so that they can be read by position; pretrain and eval do this if needed."""
     from selfvil.data.images import open_images
@@ -97,6 +102,8 @@ def inspect(
     json: Annotated[Path | None, typer.Option(help="File for all findings, as JSON.")] = None,
     sheet: Annotated[Path | None, typer.Option(help="PNG of random, damaged, equal and similar images.")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; default: one per core.")] = None,
+    cache: shard_cache.Folder = None,
+    cache_gb: shard_cache.Gigabytes = None,
 ) -> None:
     """Examine every image: sizes, formats, classes, damage, equal and similar images.
 

@@ -11,6 +11,7 @@ Locks (flock) end with the process that holds them, however it ends:
 
 import errno
 import fcntl
+import math
 import os
 import stat
 from collections.abc import Callable
@@ -18,11 +19,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from selfvil.errors import UserError
+from selfvil.errors import UserError, shorten
 from selfvil.files import user_cache
 
 LIMIT = 50 * 10**9
 """Bytes of the cache, unless another limit is given."""
+
+FOLDER_VARIABLE, GIGABYTES_VARIABLE = "SELFVIL_REMOTE_CACHE", "SELFVIL_REMOTE_CACHE_GB"
+"""Variables of the environment: folder and size of the cache where nothing else is given."""
 
 _COMPLETE, _PARTIAL = ".tar", ".part"
 
@@ -32,18 +36,25 @@ class Full(OSError):
 
 
 class Cache:
-    """Args: folder, by default one in the user's cache folder; limit: of all its files together, in bytes."""
+    """Args: folder; limit: of all its files together, in bytes. None: as the environment states, else a folder in the
+    user's cache folder, and LIMIT. Raises UserError for a size in the environment that is no number."""
 
-    def __init__(self, folder: str | Path | None = None, limit: int = LIMIT) -> None:
-        self.given, self.limit = folder, limit
+    def __init__(self, folder: str | Path | None = None, limit: int | None = None) -> None:
+        self.given = folder if folder is not None else os.environ.get(FOLDER_VARIABLE) or None
+        if limit is None:
+            stated = os.environ.get(GIGABYTES_VARIABLE)
+            limit = LIMIT if not stated else round(gigabytes(stated, GIGABYTES_VARIABLE) * 1e9)
+        self.limit = limit
 
     @property
     def folder(self) -> Path:
         """Made when the first file is written. Raises UserError if there is no home folder."""
         if self.given is not None:
-            return Path(self.given).absolute()
+            return Path(self.given).expanduser().absolute()
         if (cache := user_cache("remote")) is None:
-            raise UserError("there is no home folder for downloaded shards: set data.cache to a folder")
+            raise UserError(
+                f"there is no home folder for downloaded shards: set data.cache, or {FOLDER_VARIABLE}, to a folder"
+            )
         return cache
 
     def open(self, name: str, size: int) -> int | None:
@@ -138,6 +149,17 @@ class Cache:
         finally:
             fcntl.flock(space, fcntl.LOCK_UN)
             os.close(space)
+
+
+def gigabytes(text: str, name: str) -> float:
+    """The number in a text. name: of the option or variable, for the message. Raises UserError."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise UserError(f"{name} is {shorten(text, 50)!r}; expected the size of the cache in GB, such as 200")
+    return number
 
 
 def _size(name: str) -> int | None:

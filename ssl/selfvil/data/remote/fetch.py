@@ -204,7 +204,7 @@ def _read_range(file: Remote, cache: Cache, offset: int, size: int) -> bytes:
     if not file.version.ranges:
         raise UserError(
             f"{file.url} cannot be read: the server does not send parts of a file, and the cache {cache.folder} cannot "
-            "hold the whole file: set data.cache to another folder, or raise data.cache_gb"
+            "hold the whole file: set data.cache (--cache) to another folder, or raise data.cache_gb (--cache-gb)"
         )
     return store.read(*file, min(offset, file.version.size), min(offset + size, file.version.size))
 
@@ -214,7 +214,7 @@ def _report(file: Remote, cache: Cache, error: OSError) -> None:
         return
     _reported.add(type(error))
     _log.warning(
-        "the cache %s cannot hold %s (%s): images are read one by one from the store, which is slow; set data.cache to "
-        "another folder, raise data.cache_gb, or lower data.window",
+        "the cache %s cannot hold %s (%s): images are read one by one from the store, which is slow; set data.cache "
+        "(--cache) to another folder, raise data.cache_gb (--cache-gb), or lower data.window",
         cache.folder, file.url, error.strerror or error,
     )  # fmt: skip
