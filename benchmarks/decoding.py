@@ -25,6 +25,8 @@ from selfvil.data.read import MAX_ARRAY_BYTES, MAX_PIXELS
 from selfvil.data.views import CenterCrop
 
 SIDE = int(MAX_PIXELS**0.5)
+ROTATED = Image.Exif()
+ROTATED[0x0112] = 6
 
 
 def encoded(mode: str, kind: str, size: tuple[int, int], **settings: object) -> Callable[[], bytes]:
@@ -89,12 +91,18 @@ CASES = {
     "JPEG, grey to 1 channel": (1, encoded("L", "JPEG", (SIDE, SIDE))),
     "PNG, RGB": (3, encoded("RGB", "PNG", (SIDE, SIDE), compress_level=1)),
     "PNG, RGBA to 4 channels": (4, encoded("RGBA", "PNG", (SIDE, SIDE), compress_level=1)),
+    "JPEG, RGB, rotated by EXIF": (3, encoded("RGB", "JPEG", (SIDE, SIDE), exif=ROTATED)),
     "PNG, palette": (3, encoded("P", "PNG", (SIDE, SIDE), compress_level=1)),
+    "PNG, palette with alpha to 4 channels": (4, encoded("P", "PNG", (SIDE, SIDE), compress_level=1, transparency=0)),
     "PNG, 16-bit grey": (1, encoded("I;16", "PNG", (SIDE, SIDE), compress_level=1)),
+    "PNG, 16-bit grey to 3 channels": (3, encoded("I;16", "PNG", (SIDE, SIDE), compress_level=1)),
+    "PNG, 16-bit RGB to 1 channel": (1, array("PNG", 3, "u2")),
     "PNG, 16-bit RGB": (3, array("PNG", 3, "u2")),
     "NPY, 2 channels, uint16": (2, array("NPY", 2, "u2")),
     "NPY, 12 channels, uint16": (12, array("NPY", 12, "u2")),
+    "NPY, 32 channels, uint8": (32, array("NPY", 32, "u1")),
     "NPY, 1 channel, float32": (1, array("NPY", 1, "f4")),
+    "NPY, 3 channels, float64": (3, array("NPY", 3, "f8")),
     "TIFF, 12 channels, uint16": (12, array("TIFF", 12, "u2")),
     "TIFF, 12 channels, uint16, deflate with predictor": (
         12,

@@ -5,6 +5,7 @@ crashes on some damaged files. Interlaced files of this kind are not read.
 """
 
 import io
+import sys
 import zlib
 
 import numpy as np
@@ -38,11 +39,19 @@ def read(data: bytes) -> Decoded:
     check_size(width, height, channels, 2)
     if data[26:29] != b"\0\0\0":
         raise DamagedImage("it is interlaced, which is not read for 16-bit colours: save it without")
-    chunks = list(png_chunks(data))
-    if broken := [chunk for chunk in chunks if chunk.kind in (b"IHDR", b"IDAT") and not chunk.sound]:
-        raise DamagedImage(f"the CRC-32 of its chunk {broken[0].kind.decode()} differs")
-    rows = _inflate(b"".join(chunk.content[8:-4] for chunk in chunks if chunk.kind == b"IDAT"), width, height, channels)
-    return Decoded(upright(_unfilter(rows, width, 2 * channels), _orientation(data)), colour=True)
+    # No name here holds the compressed bytes or the rows, so that each is freed as soon as it has been used.
+    pixels = _unfilter(_inflate(_compressed(data), width, height, channels), width, 2 * channels)
+    return Decoded(upright(pixels, _orientation(data)), colour=True)
+
+
+def _compressed(data: bytes) -> bytes:
+    parts = []
+    for chunk in png_chunks(data):
+        if chunk.kind in (b"IHDR", b"IDAT") and not chunk.sound:
+            raise DamagedImage(f"the CRC-32 of its chunk {chunk.kind.decode()} differs")
+        if chunk.kind == b"IDAT":
+            parts.append(chunk.content[8:-4])
+    return b"".join(parts)
 
 
 def _inflate(data: bytes, width: int, height: int, channels: int) -> np.ndarray:
@@ -68,12 +77,15 @@ def _unfilter(rows: np.ndarray, width: int, step: int) -> np.ndarray:
         raise DamagedImage(f"a row has the filter {kinds.max()}, which PNG does not have")
     padded = np.zeros((height + 1, width + 1, step), np.uint8)
     padded[1:, 1:] = rows[:, 1:].reshape(height, width, step)
+    kinds = kinds.copy()
+    del rows  # as large as the image
     if kinds.max() <= _UP and not (kinds == _UP).any():
         sub = kinds[:, 0] == _SUB
         padded[1:, 1:][sub] = padded[1:, 1:][sub].cumsum(axis=1, dtype=np.uint8)
     elif kinds.any():
         _unfilter_diagonals(padded, kinds)
-    return np.ascontiguousarray(padded[1:, 1:]).view(">u2").astype(np.uint16)
+    values = np.ascontiguousarray(padded[1:, 1:]).view(np.uint16)
+    return values.byteswap(inplace=True) if sys.byteorder == "little" else values  # PNG is big-endian
 
 
 def _unfilter_diagonals(padded: np.ndarray, kinds: np.ndarray) -> None:

@@ -23,8 +23,8 @@ from selfvil.errors import UserError
 MAX_PIXELS = 2**26
 """Largest width × height that is decoded, 67 million: a PNG of 20 KB may declare enough pixels to fill the memory.
 
-An image of this size takes 0.5 GB in a data worker as an RGB JPEG, 0.6 GB as a PNG with alpha or a palette, and 1.3 GB
-as a PNG of 16-bit grey, including a view of 224 x 224 (`benchmarks/decoding.py`)."""
+An image of this size takes 0.5 GB in a data worker as an RGB JPEG, 0.6 GB as a PNG with alpha or a palette, and 0.9 GB
+as a PNG of 16-bit grey, including a view of 224 x 224 (`benchmarks/decoding.py`, docs/howto/own_data.md)."""
 
 MAX_BYTES = 2**28
 """Largest file, in bytes, that is read or decompressed: MAX_PIXELS in four channels, uncompressed."""
@@ -36,8 +36,8 @@ MAX_ARRAY_BYTES = 2**28
 """Largest decoded array in bytes: width × height × channels × bytes of a value. It is checked in the header, before
 anything of this size is allocated: 12 channels of 16 bits may have 3,344 × 3,344 pixels.
 
-An array of this size takes up to 1.1 GB in a data worker, a DICOM image 1.7 GB, including a view of 224 x 224
-(`benchmarks/decoding.py`)."""
+An array of this size takes up to 0.8 GB in a data worker, including a view of 224 x 224 (`benchmarks/decoding.py`,
+docs/howto/own_data.md)."""
 
 EXTENSIONS = (
     "jpg", "jpeg", "jpe", "jfif", "mpo", "png", "apng", "webp", "tif", "tiff", "bmp", "ppm", "pgm", "pbm", "pnm",
