@@ -113,6 +113,26 @@ def test_images_shared_with_another_source(folder, tmp_path):
     assert report.images == 20
 
 
+@pytest.mark.parametrize("packed", ["both", "one"])
+def test_images_made_from_the_same_files(tmp_path, packed):
+    """Resized by `pack` they are other files; the hash of their source is the same. Names are not compared."""
+    for part, numbers in (("train", range(6)), ("test", range(4, 10))):
+        (tmp_path / part).mkdir()
+        for place, number in enumerate(numbers):
+            (tmp_path / part / f"{place}.jpg").write_bytes(encode(scene(number), "JPEG"))
+    pack(tmp_path / "train", tmp_path / "resized", size=32, workers=1)
+    pack(tmp_path / "test", tmp_path / "kept", workers=1)
+    names = {line.split("\t")[0]: Path(line.split("\t")[1]).name for line in
+             (tmp_path / "resized" / "sources.tsv").read_text().splitlines()}  # fmt: skip
+    against = tmp_path / ("kept" if packed == "both" else "test")
+    report = inspect(tmp_path / "resized", against=against, workers=1).report
+    assert report.shared == []
+    assert sorted(names[ours] for ours, _ in report.same_source) == ["4.jpg", "5.jpg"]
+    assert any("made from the same files" in problem for problem in report.problems)
+    assert "from the same files as in" in str(report)
+    assert inspect(tmp_path / "kept", against=tmp_path / "test", workers=1).report.same_source == []  # but equal
+
+
 def test_the_sheet_shows_sound_and_damaged_images(folder, tmp_path):
     found = inspect(folder, workers=1)
     out = inspection_sheet(tmp_path / "sheet.png", found)

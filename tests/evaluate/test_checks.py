@@ -105,6 +105,52 @@ def test_images_in_both_parts_are_refused_or_counted(tmp_path):
         check_classes(train, train, allow_shared=True)
 
 
+def photos(folder, numbers):
+    """A folder of two classes, whose files have the same names in each such folder."""
+    for place, number in enumerate(numbers):
+        path = folder / "ab"[place % 2] / f"{place:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(number).integers(0, 256, (24, 24, 3), np.uint8)
+        Image.fromarray(pixels).save(path)
+    return folder
+
+
+def test_images_packed_from_the_same_files_are_refused(tmp_path):
+    """With another size they have other bytes. Equal names of different files mean nothing."""
+    for name, numbers, size in [("train", range(20), None), ("test", range(17, 37), 16), ("new", range(40, 60), 16)]:
+        pack(photos(tmp_path / name, numbers), tmp_path / f"{name}-packed", size=size, samples_per_shard=8, workers=1)
+    train, test, new = (open_shards(tmp_path / f"{name}-packed") for name in ("train", "test", "new"))
+    assert not np.isin(test.contents, train.contents).any()
+    assert shared_images(train, test) == 3
+    with pytest.raises(UserError, match=r"^3 of the 20 test images in .*packed from the same files"):
+        check_classes(train, test)
+    assert shared_images(train, new) == 0
+    assert check_classes(train, new) == []
+    one = open_shards(tmp_path / "test-packed" / "shard-000001.tar")  # a part of the shards
+    assert (
+        shared_images(train, one)
+        + sum(shared_images(train, open_shards(tmp_path / "test-packed" / f"shard-{i:06d}.tar")) for i in (0, 2))
+        == 3
+    )
+
+
+@pytest.mark.parametrize("kind", ["missing", "of others", "short", "random", "empty"])
+def test_a_table_that_does_not_belong_to_the_shards_is_not_used(tmp_path, kind):
+    for name, size in [("train", None), ("test", 16)]:
+        pack(photos(tmp_path / name, range(20)), tmp_path / f"{name}-packed", size=size, workers=1)
+    file = tmp_path / "test-packed" / "sources.tsv"
+    lines = file.read_bytes().splitlines(True)
+    assert shared_images(*(open_shards(tmp_path / f"{name}-packed") for name in ("train", "test"))) == 20
+    file.unlink()
+    if kind != "missing":
+        broken = {
+            "of others": [line.replace(b"shard-", b"other-") for line in lines], "short": lines[:7],
+            "random": [np.random.default_rng(0).bytes(500)], "empty": [],
+        }  # fmt: skip
+        file.write_bytes(b"".join(broken[kind]))
+    assert shared_images(*(open_shards(tmp_path / f"{name}-packed") for name in ("train", "test"))) == 0
+
+
 def test_classes_without_test_images_are_a_warning(tmp_path):
     train = shards(tmp_path / "train.tar", range(20), classes=4)
     (warning,) = check_classes(train, shards(tmp_path / "test.tar", range(20, 30)))

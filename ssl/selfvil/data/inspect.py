@@ -21,6 +21,7 @@ from selfvil.data.check import examine
 from selfvil.data.classes import class_names
 from selfvil.data.images import open_images
 from selfvil.data.near import HEIGHT, WIDTH, near_groups, small_picture
+from selfvil.data.origins import origin, origins
 from selfvil.data.processes import map_processes
 from selfvil.data.read import DamagedImage
 from selfvil.errors import UserError, shorten
@@ -43,6 +44,7 @@ class _Seen(NamedTuple):
     damage: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     picture: bytes = b""
+    origin: int = 0
 
 
 @dataclass
@@ -66,6 +68,8 @@ class Inspection:
         conflicts: those of these groups whose labels differ.
         near: groups of near-duplicates; one image stands for its equal files.
         shared: (name, name in `against`) of equal files.
+        same_source: the same for other files that were made from the same file, as by `selfvil pack` with another
+            size.
         near_shared: the same for near-duplicates.
         seconds: time taken.
     """
@@ -90,6 +94,7 @@ class Inspection:
     conflicts: list[list[str]] = field(default_factory=list)
     near: list[list[str]] = field(default_factory=list)
     shared: list[tuple[str, str]] = field(default_factory=list)
+    same_source: list[tuple[str, str]] = field(default_factory=list)
     near_shared: list[tuple[str, str]] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -105,6 +110,7 @@ class Inspection:
             (self.duplicates, "groups of equal files"),
             (self.conflicts, "groups of equal files with different labels"),
             (self.shared, f"images are also in {self.against}"),
+            (self.same_source, f"images were made from the same files as images in {self.against}"),
         ]
         return [f"{len(items):,} {text}" for items, text in found if items]
 
@@ -172,6 +178,7 @@ def inspect(
     if other is not None:
         names_other = _names(other)
         report.shared = _across(equal, len(seen), name, names_other)
+        report.same_source = _across(_same_source(opened, seen, other, seen_other, equal), len(seen), name, names_other)
         report.near_shared = _across(near, len(seen), name, names_other)
     report.duplicates = [[name(i) for i in group] for group in duplicates]
     if opened.labels is not None:
@@ -215,10 +222,11 @@ def _examine(images: Images, i: int) -> _Seen:
         data = images.read(i)
         found = examine(data)
     except DamagedImage as damage:
-        return _Seen(len(data), zlib.crc32(data), shorten(" ".join(str(damage).split()), 300))
+        reason = shorten(" ".join(str(damage).split()), 300)
+        return _Seen(len(data), zlib.crc32(data), reason, origin=origin(data) if data else 0)
     return _Seen(
         len(data), zlib.crc32(data), "", found.kind, found.mode, found.depth, *found.image.size, found.damage,
-        found.notes, small_picture(found.image),
+        found.notes, small_picture(found.image), origin(data),
     )  # fmt: skip
 
 
@@ -243,6 +251,23 @@ def _equal_files(seen: Sequence[_Seen], read: Callable[[int], bytes]) -> list[li
                 continue
         groups += [group for group in by_content.values() if len(group) > 1]
     return groups
+
+
+def _same_source(
+    images: Images, seen: Sequence[_Seen], others: Images, seen_others: Sequence[_Seen], equal: Sequence[Sequence[int]]
+) -> list[list[int]]:
+    """Groups of images that were made from one file, without those whose files are equal.
+
+    A file that was not packed, as in a folder, is its own source.
+    """
+    groups: dict[int, list[int]] = {}
+    same = {i for group in equal if group[0] < len(seen) <= group[-1] for i in group}
+    for first, part, found in ((0, images, seen), (len(seen), others, seen_others)):
+        packed = origins(part)
+        for i, each in enumerate(found):
+            if first + i not in same and (made := int(packed[i]) if packed is not None else each.origin):
+                groups.setdefault(made, []).append(first + i)
+    return [group for group in groups.values() if len(group) > 1]
 
 
 def _near(seen: Sequence[_Seen], equal: Sequence[Sequence[int]]) -> list[list[int]]:
@@ -360,6 +385,7 @@ def _describe(report: Inspection) -> str:
     ]
     if report.against is not None:
         lists.append((f"also in {report.against}", [f"{a} = {b}" for a, b in report.shared]))
+        lists.append((f"from the same files as in {report.against}", [f"{a} = {b}" for a, b in report.same_source]))
         lists.append((f"near-duplicates in {report.against}", [f"{a} ~ {b}" for a, b in report.near_shared]))
     lists.append(("notes", [f"{name}: {text}" if name else text for name, text in report.notes]))
     for title, items in lists:

@@ -9,6 +9,7 @@ import torch
 
 from selfvil.data.base import Images
 from selfvil.data.classes import class_names
+from selfvil.data.origins import made_from
 from selfvil.errors import UserError
 from selfvil.evaluate.features import Features, names, require_labels, shared_classes
 
@@ -42,12 +43,13 @@ def check_classes(train: Images, test: Images, allow_shared: bool = False) -> li
 
 
 def shared_images(train: Images, test: Images) -> int:
-    """The number of test images whose files are also training images, by CRC-32 and size.
+    """The number of test images whose files are also training images, by CRC-32 and size, or which `selfvil pack` made
+    from the same files, as with another --size.
 
-    Files are compared, not pixels: a copy that was encoded again is not found. Its pixels differ slightly if the format
-    is a lossy one, so a digest of pixels would not find it either; near-duplicates are found by their features.
+    Files are compared, not pixels: another copy that was encoded again is not found. Its pixels differ slightly if the
+    format is a lossy one, so a digest of pixels would not find it either; near-duplicates are found by their features.
     """
-    return int(np.isin(test.contents, train.contents).sum())
+    return int((np.isin(test.contents, train.contents) | made_from(test, train)).sum())
 
 
 def _compare_contents(train: Images, test: Images, allowed: bool) -> list[str]:
@@ -56,7 +58,8 @@ def _compare_contents(train: Images, test: Images, allowed: bool) -> list[str]:
         return []
     found = (
         f"{'all ' if shared == len(test) else ''}{shared:,} {'' if shared == len(test) else f'of the {len(test):,} '}"
-        f"test images in {names(test)} are also training images in {names(train)} (equal CRC-32 and size)"
+        f"test images in {names(test)} are also training images in {names(train)} (equal CRC-32 and size, or "
+        f"packed from the same files)"
     )
     if shared == len(test):
         raise UserError(

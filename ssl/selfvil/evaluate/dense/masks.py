@@ -19,6 +19,7 @@ from selfvil.data.arrays import Pixels, array_extension, decode_pixels, size_of
 from selfvil.data.base import DamagedSample, Images
 from selfvil.data.classes import class_names
 from selfvil.data.index import Shards, group_members, order_images
+from selfvil.data.origins import made_from
 from selfvil.data.read import MAX_BYTES, DamagedImage, open_image
 from selfvil.data.sources import MASK
 from selfvil.errors import UserError, shorten
@@ -267,11 +268,12 @@ def read_classes(train: Masked, test: Masked, ignore: Sequence[int]) -> tuple[Cl
 
 
 def _require_new_images(train: Images, test: Images) -> None:
-    shared = np.flatnonzero(np.isin(test.contents, train.contents))
+    shared = np.flatnonzero(np.isin(test.contents, train.contents) | made_from(test, train))
     if shared.size:
         raise UserError(
-            f"{shared.size:,} of the {len(test):,} test images are also training images (equal CRC-32 and size; first: "
-            f"{shorten(test.key(int(shared[0])), 100)} in {test.shard_of(int(shared[0]))}), so a score would not "
+            f"{shared.size:,} of the {len(test):,} test images are also training images (equal CRC-32 and size, or "
+            f"packed from the same files; first: {shorten(test.key(int(shared[0])), 100)} in "
+            f"{test.shard_of(int(shared[0]))}), so a score would not "
             f"measure how new images are segmented: give test images that are not in train"
         )
 
