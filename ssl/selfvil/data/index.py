@@ -33,7 +33,8 @@ from selfvil.data.changes import Change, compare, describe_changes
 from selfvil.data.files import LocalFiles, ShardFiles
 from selfvil.data.read import EXTENSIONS, MAX_BYTES
 from selfvil.data.remote.cache import Cache
-from selfvil.data.remote.shards import in_threads, open_remote
+from selfvil.data.remote.fetch import RemoteFiles
+from selfvil.data.remote.shards import find_remote, in_threads, index_remote
 from selfvil.data.remote.urls import Location, is_remote
 from selfvil.data.sidecar import LARGEST_LABEL, SIDECAR, STATS, ShardIndex, Stamp, sidecars
 from selfvil.data.tar import BLOCK, members
@@ -328,18 +329,28 @@ def open_shards(
     if image is not None and image not in EXTENSIONS:
         raise UserError(f"image extension {image!r} is not known; expected one of {', '.join(EXTENSIONS)}")
     if is_remote(pattern):
-        remote = open_remote(pattern, build, progress, image, cache)
-        return _new(Shards(remote.urls, remote.indexes, remote.files, image), remote.changed)
+        return _open_remote(RemoteFiles(find_remote(pattern, progress), cache or Cache(), image), progress, image)
     paths = expand_shards(pattern)
-    files = local_files(paths, image)
+    files, stamps = local_files(paths, image), _stamps(Stamp.of(path) for path in paths)
     joined = columns.cache_file("shards", image, *map(os.path.abspath, paths))
-    if (shards := _load_joined(joined, paths, files, image)) is not None:
+    if (shards := _load_joined(joined, paths, stamps, files, image)) is not None:
         return shards
     threads = min(os.cpu_count() or 1, 16)  # zlib and file reads run in parallel
     loaded = in_threads(partial(load_index, image=image), paths, threads, progress)
     changed: dict[Location, Change] = {path: change for path, (_, change) in zip(paths, loaded) if change}
     shards = _new(Shards(paths, [index for index, _ in loaded], files, image), changed)
-    shards.save(joined, paths)
+    shards.save(joined, stamps)
+    return shards
+
+
+def _open_remote(files: RemoteFiles, progress: Progress | None, image: str | None) -> "Shards":
+    urls, stamps = [file.url for file in files.files], _stamps(file.stamp for file in files.files)
+    joined = columns.cache_file("shards", image, *(url.text for url in urls))
+    if (shards := _load_joined(joined, urls, stamps, files, image)) is not None:
+        return shards
+    indexes, changed = index_remote(files.files, build, progress, image, files.cache)
+    shards = _new(Shards(urls, indexes, files, image), changed)
+    shards.save(joined, stamps)
     return shards
 
 
@@ -353,21 +364,20 @@ def _new(shards: "Shards", changed: Mapping[Location, Change]) -> "Shards":
     return shards
 
 
-def _load_joined(file: Path | None, paths: Sequence[Path], files: ShardFiles, image: str | None) -> "Shards | None":
+def _load_joined(
+    file: Path | None, paths: Sequence[Location], stamps: str | None, files: ShardFiles, image: str | None
+) -> "Shards | None":
     """The shards by their joined index; None if there is none, or a shard changed since it was made."""
-    if file is None or not file.is_file():
-        return None
-    try:
-        stamps = _stamps(paths)
-    except OSError:  # the message comes from the index of that shard
-        return None
     loaded = columns.load(file)
     return Shards.mapped(paths, *loaded, files, image) if loaded and loaded[0]["stamps"] == stamps else None
 
 
-def _stamps(paths: Sequence[Path]) -> str:
-    """A digest of the sizes and times of these files. Raises OSError."""
-    return hashlib.sha256(repr([tuple(Stamp.of(path)) for path in paths]).encode()).hexdigest()
+def _stamps(stamps: Iterable[Stamp]) -> str | None:
+    """A digest of the sizes and times, or versions, of files. None if one cannot be read: its index has the message."""
+    try:
+        return hashlib.sha256(repr([tuple(stamp) for stamp in stamps]).encode()).hexdigest()
+    except OSError:
+        return None
 
 
 def index_shards(pattern: Pattern, progress: Progress | None = None, image: str | None = None) -> IndexReport:
@@ -408,7 +418,7 @@ class Shards(Images):
 
     @classmethod
     def mapped(
-        cls, paths: Sequence[Path], facts: Mapping[str, Any], joined: Mapping[str, np.ndarray], files: ShardFiles,
+        cls, paths: Sequence[Location], facts: Mapping[str, Any], joined: Mapping[str, np.ndarray], files: ShardFiles,
         image: str | None,
     ) -> "Shards":  # fmt: skip
         """The shards by the facts and arrays that `save` wrote."""
@@ -430,12 +440,12 @@ class Shards(Images):
         self.files = files
         self._keys: tuple[int, list[str]] | None = None
 
-    def save(self, file: Path | None, paths: Sequence[Path]) -> None:
-        """Save the joined index of a large number of samples in local files for the next start."""
-        if file is None or len(self) < _MAPPED:
+    def save(self, file: Path | None, stamps: str | None) -> None:
+        """Save the joined index of a large number of samples for the next start."""
+        if file is None or stamps is None or len(self) < _MAPPED:
             return
         facts = {
-            "stamps": _stamps(paths), "ends": self.ends, "several": list(self.several.items()),
+            "stamps": stamps, "ends": self.ends, "several": list(self.several.items()),
             "ignored": self.ignored, "highest": self.num_classes - 1, "fingerprint": self.fingerprint,
             "digests": self.digests,
         }  # fmt: skip

@@ -2,13 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import BinaryIO, NamedTuple, TypeVar
+from typing import BinaryIO, TypeVar
 
 from selfvil.data.base import Pattern, Progress
 from selfvil.data.changes import Change, compare
 from selfvil.data.remote import indexes, store
 from selfvil.data.remote.cache import Cache
-from selfvil.data.remote.fetch import RemoteFiles, open_whole
+from selfvil.data.remote.fetch import open_whole
 from selfvil.data.remote.indexes import Remote
 from selfvil.data.remote.urls import Location, Url, expand_braces, is_remote
 from selfvil.data.sidecar import ShardIndex
@@ -26,45 +26,40 @@ _T = TypeVar("_T")
 _R = TypeVar("_R")
 
 
-class Opened(NamedTuple):
-    """Shards of a store. changed: shards that differ from the last time they were indexed."""
-
-    urls: list[Url]
-    indexes: list[ShardIndex]
-    changed: dict[Location, Change]
-    files: RemoteFiles
-
-
-def open_remote(
-    pattern: Pattern, build: Build, progress: Progress | None, image: str | None, cache: Cache | None
-) -> Opened:
-    """Open the shards of a URL with braces (or, except for https, stars), or of a list of them.
-
-    The index of each comes from the user's cache folder, from the store, or from the shard itself, which is then
-    downloaded.
+def find_remote(pattern: Pattern, progress: Progress | None) -> list[Remote]:
+    """The shards of a URL with braces (or, except for https, stars), or of a list of them, in their present versions.
 
     Raises:
-        UserError: a URL is not accepted, given twice or does not exist, the store fails, or a shard is damaged.
+        UserError: a URL is not accepted, given twice or does not exist, or the store fails.
     """
-    urls = expand_urls(pattern)
-    cache = Cache() if cache is None else cache
+    return in_threads(lambda url: Remote(url, store.stat(url)), expand_urls(pattern), _THREADS, progress)
 
-    def opened(url: Url) -> tuple[Remote, ShardIndex, Change | None]:
-        file = Remote(url, store.stat(url))
+
+def index_remote(
+    files: Sequence[Remote], build: Build, progress: Progress | None, image: str | None, cache: Cache
+) -> tuple[list[ShardIndex], dict[Location, Change]]:
+    """The index of each shard, and what changed in those that differ from the last time they were indexed.
+
+    An index comes from the user's cache folder, from the store, or from the shard itself, which is then downloaded.
+
+    Raises:
+        UserError: the store fails, or a shard is damaged.
+    """
+
+    def opened(file: Remote) -> tuple[ShardIndex, Change | None]:
         loaded = indexes.load(file, image)
         if loaded is not None and loaded[1]:
-            return file, loaded[0], None
+            return loaded[0], None
         index = indexes.from_store(file, image)
         if index is None:
             with open_whole(file, cache) as content:
-                index = build(content, url, image)
+                index = build(content, file.url, image)
         indexes.save(file, image, index)
-        return file, index, compare(loaded[0], index) if loaded else None
+        return index, compare(loaded[0], index) if loaded else None
 
-    found = in_threads(opened, urls, _THREADS, progress)
-    files, made, changes = zip(*found)
-    changed: dict[Location, Change] = {url: change for url, change in zip(urls, changes) if change}
-    return Opened(urls, list(made), changed, RemoteFiles(files, cache, image))
+    found = in_threads(opened, files, _THREADS, progress)
+    changed: dict[Location, Change] = {file.url: change for file, (_, change) in zip(files, found) if change}
+    return [index for index, _ in found], changed
 
 
 def expand_urls(pattern: Pattern) -> list[Url]:
