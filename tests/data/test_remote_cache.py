@@ -209,8 +209,9 @@ def test_processes_share_the_limit(cache):
             with contextlib.suppress(Full):  # the others use all three
                 assert filled(cache, name, pause=0.002) == content(name)
             with most.get_lock():
-                found = [entry for entry in os.scandir(cache.folder) if entry.name.endswith(".tar")]
-                most.value = max(most.value, len(found))
+                # The least of three: a list that is read while a file is replaced has the old and the new one.
+                lists = [[each for each in os.scandir(cache.folder) if each.name.endswith(".tar")] for _ in range(3)]
+                most.value = max(most.value, min(len(found) for found in lists))
 
     processes = [in_process(use, number) for number in range(8)]
     for process in processes:

@@ -163,7 +163,10 @@ def test_it_computes_what_ddp_computes(folder, objective, strategy, precision):
         if objective in ("lejepa", "visreg") and "backbone.norm.bias" in name:
             continue  # batch norm removes it: its gradient is rounding, and AdamW's step has the sign of that
         message = partial("{}: {}".format, name)
-        torch.testing.assert_close(value, theirs[name], rtol=10 * rounding, atol=1e-6, msg=message)
+        # A weight that rounds to another bfloat16 changes the gradients of others by a rounding of theirs.
+        moment = precision == "bf16" and name.startswith("optimizer/")
+        bound = max(1e-6, 2**-8 * float(theirs[name].abs().max())) if moment else 1e-6
+        torch.testing.assert_close(value, theirs[name], rtol=10 * rounding, atol=bound, msg=message)
 
 
 @pytest.mark.parametrize(("objective", "strategy"), ALL)
