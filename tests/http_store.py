@@ -48,18 +48,22 @@ class HttpStore:
         return (self.folder / name).stat().st_size
 
 
+class QuietHandler(BaseHTTPRequestHandler):
+    """Keeps connections open and writes no log."""
+
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
 @contextmanager
 def serve(folder: Path, **settings: object) -> Iterator[HttpStore]:
     store = HttpStore(Path(folder), **settings)  # type: ignore[arg-type]
     ended = threading.Event()
 
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-        disable_nagle_algorithm = True
-
-        def log_message(self, *_: object) -> None:
-            pass
-
+    class Handler(QuietHandler):
         def do_HEAD(self) -> None:
             self.send_error(405)
 

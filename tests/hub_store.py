@@ -11,9 +11,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import sha256
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
+
+from http_store import QuietHandler
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -42,13 +44,7 @@ class HubStore:
 def serve_hub(folder: Path) -> Iterator[HubStore]:
     hub = HubStore(Path(folder))
 
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-        disable_nagle_algorithm = True
-
-        def log_message(self, *_: object) -> None:
-            pass
-
+    class Handler(QuietHandler):
         def do_HEAD(self) -> None:
             self.do_GET()
 

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from selfvil.ops.operators import custom_operator
 
 CALLS = []
-"""Whether a graph or a mode saw each call of the functions below: they are called by the custom operator then."""
+"""The calls of the functions below."""
 
 
 @custom_operator("selfvil_tests::scaled_square")

@@ -15,7 +15,7 @@ PLAIN = (Tensor, nn.Parameter)
 
 
 class Operator:
-    """A function of tensors and numbers, first a tensor. It returns a tensor, or a tuple or a list of them.
+    """A function whose first argument is a tensor. It returns a tensor, or a tuple or a list of tensors.
 
     Second derivatives are not defined, and raise a RuntimeError.
     """

@@ -133,8 +133,9 @@ class Pauses:
         pause = max(pause, min(failure.wait or 0.0, _LONGEST_PAUSE))
         passed = time.monotonic() - self._began
         if passed + pause > self._patience:
+            tries = "1 try" if self._tries == 1 else f"{self._tries} tries"
             raise StoreFailed(
-                f"{url} could not be read: {self._tries} tries in {passed:.0f} s, the last one: {failure}. Run the "
+                f"{url} could not be read: {tries} in {passed:.0f} s, the last one: {failure}. Run the "
                 "same command again when the store answers"
             ) from None
         _sleep(pause)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from selfvil.ops.cpu.build import available, kernels
-from selfvil.ops.cpu.mlstm import DTYPES, with_rows
+from selfvil.ops.cpu.mlstm import DTYPES, contiguous_channels
 from selfvil.ops.exporting import exporting
 from selfvil.ops.fused import SWITCH, autocast
 from selfvil.ops.operators import custom_operator
@@ -84,7 +84,7 @@ def convolved(
     x: Tensor, weight: Tensor, bias: Tensor, kept: Tensor | None, grid: tuple[int, int], reverse: bool, silu: bool
 ) -> Tensor:
     """SiLU(conv(x)), or x + conv(x) without `silu`."""
-    x = with_rows(x)
+    x = contiguous_channels(x)
     y = x.new_empty(x.shape)
     members = _conv_members(x, weight, bias, kept, grid, reverse, silu, None, None)
     _call("conv_forward", x, *members, y, None, False, None, 0, *4 * [None])
@@ -115,7 +115,7 @@ def convolved_backward(
     gates: gradients (B, N, G) of linear maps of the result and of x, and the maps' weights (G, E) for both, in float32.
     They add to the gradients of the result and of x. Those of their weights are (2, G, E), empty without gates.
     """
-    x, dy = with_rows(x), dy.contiguous()
+    x, dy = contiguous_channels(x), dy.contiguous()
     of_gates = (None, None, None) if gates is None else [gate.contiguous() for gate in gates]
     count = 0 if gates is None else gates[0].shape[2]
     batch, _, channels = x.shape
@@ -197,7 +197,7 @@ def gates_of(c: Tensor, x: Tensor, c_gates: Tensor, x_gates: Tensor, bias: Tenso
 def _project_into(
     outputs: Sequence[Tensor | None], c: Tensor, x: Tensor, parameters: Sequence[Tensor | None], gates: int
 ) -> None:
-    c, x, parameters = with_rows(c), with_rows(x), [single(p) for p in parameters]
+    c, x, parameters = contiguous_channels(c), contiguous_channels(x), [single(p) for p in parameters]
     sizes = _project_sizes(c, x, gates)
     _call("project_forward", c, *sizes, c, x, *parameters, *outputs, *8 * [None])
 
@@ -214,7 +214,7 @@ def _project_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of c and x; of the weights by column of a block, and biases, of q, k and v (3, 5, E); of the gates'
     weights (2, 2 H, E)."""
-    c, x = with_rows(c), with_rows(x)
+    c, x = contiguous_channels(c), contiguous_channels(x)
     dc, dx = c.new_empty(c.shape), x.new_empty(x.shape)
     weights, gradients = (
         (q_weight, k_weight, v_weight),
@@ -300,7 +300,11 @@ def normed(
     sigmoid: bool = False,
 ) -> Tensor:  # fmt: skip
     """See `norm_skip_gate`; parameters: weight, bias, skip. c may be None, and the gate the sigmoid."""
-    h, c, gate = with_rows(h), None if c is None else with_rows(c), None if gate is None else with_rows(gate)
+    h, c, gate = (
+        contiguous_channels(h),
+        None if c is None else contiguous_channels(c),
+        None if gate is None else contiguous_channels(gate),
+    )
     y = h.new_empty(h.shape[0], h.shape[2], h.shape[1] * h.shape[3])
     sizes = _norm_sizes(h, c, gate, None, sigmoid, eps)
     _call("norm_forward", h, *sizes, h, c, gate, None, *(single(p) for p in parameters), y, *4 * [None])
@@ -328,8 +332,8 @@ def normed_backward(
     dgate: Tensor, sigmoid: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
     """Gradients of h, of c, and of weight, bias and skip as one (3, E). That of the gate is written to dgate."""
-    dy, h = dy.contiguous(), with_rows(h)
-    c, gate = None if c is None else with_rows(c), None if gate is None else with_rows(gate)
+    dy, h = dy.contiguous(), contiguous_channels(h)
+    c, gate = None if c is None else contiguous_channels(c), None if gate is None else contiguous_channels(gate)
     dh, dc = h.new_empty(h.shape), None if c is None else c.new_empty(c.shape)
     (batch, num_tokens, width), target = dy.shape, None if gate is None else dgate
     sums = h.new_zeros(max(1, batch * math.ceil(num_tokens / SPAN)), 3, width, dtype=torch.float32)

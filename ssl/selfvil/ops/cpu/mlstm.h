@@ -8,7 +8,6 @@
 namespace {
 
 constexpr int64_t BLOCK = 32;  // rows
-constexpr int64_t AHEAD = 8;   // tokens that are asked for before they are read
 constexpr float EPS = 1e-6f;   // that of reference.py
 
 // Filled in by mlstm.py: every member has 8 bytes. Strides are in numbers, for images, heads and tokens.

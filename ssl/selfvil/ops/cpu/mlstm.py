@@ -61,7 +61,7 @@ def scan(
     q: Tensor, k: Tensor, v: Tensor, i: Tensor, log_f: Tensor, reverse: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """h, and for the backward pass a, n and lim, each (B, H, N) and in the order of the scan. i and log_f: float32."""
-    q, k, v = (with_rows(x) for x in (q, k, v))
+    q, k, v = (contiguous_channels(x) for x in (q, k, v))
     h = v.new_empty(v.shape)
     saved = [log_f.new_empty(log_f.shape) for _ in range(3)]
     _call("mlstm_forward", (*q.shape, v.shape[3]), reverse, (q, k, v, i, log_f, None), saved, [h])
@@ -79,7 +79,15 @@ def scan_of_maps(
     h = c.new_empty(*log_f.shape, c.shape[2] // log_f.shape[1])
     saved = [log_f.new_empty(log_f.shape) for _ in range(3)]
     strided = (None, None, None, i, log_f, None)
-    _call("mlstm_forward", (*h.shape, h.shape[3]), reverse, strided, saved, [h], (with_rows(c), with_rows(u), *maps))
+    _call(
+        "mlstm_forward",
+        (*h.shape, h.shape[3]),
+        reverse,
+        strided,
+        saved,
+        [h],
+        (contiguous_channels(c), contiguous_channels(u), *maps),
+    )
     return h, saved[0], saved[1], saved[2]
 
 
@@ -105,7 +113,7 @@ def scan_backward(
     gradients: tuple[Tensor, Tensor, Tensor],
 ) -> tuple[Tensor, Tensor]:
     """Gradients of i and log_f (B, H, N) in float32; those of `inputs` q, k, v are written to `gradients`."""
-    q, k, v, dh = (with_rows(x) for x in (*inputs, dh.to(inputs[2].dtype)))
+    q, k, v, dh = (contiguous_channels(x) for x in (*inputs, dh.to(inputs[2].dtype)))
     found = [x.contiguous() for x in saved] + [saved[0].new_empty(saved[0].shape) for _ in range(2)]
     _call("mlstm_backward", (*q.shape, v.shape[3]), reverse, (q, k, v, None, None, dh), found, (None, *gradients))
     return found[3], found[4]
@@ -117,9 +125,9 @@ def scan_of_maps_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of i and log_f (B, H, N) of `scan_of_maps`, and of the maps' weights by column of a block, and biases,
     (3, 5, E), in float32. The gradient of c is added to dc, and that of u is written to du, both (B, N, E)."""
-    dh = with_rows(dh)
+    dh = contiguous_channels(dh)
     found = [*saved, *(saved[0].new_empty(saved[0].shape) for _ in range(2))]
-    sources, strided = (with_rows(c), with_rows(u), *maps), (*5 * [None], dh)
+    sources, strided = (contiguous_channels(c), contiguous_channels(u), *maps), (*5 * [None], dh)
     sums = found[3].new_zeros(max(1, c.shape[0]), 3, 5, c.shape[2])
     _call("mlstm_backward", (*dh.shape, dh.shape[3]), reverse, strided, found, (), sources, (dc, du, sums))
     return found[3], found[4], sums[0].clone()
@@ -185,6 +193,6 @@ def _strides(tensors: Sequence[Tensor | None], count: int) -> list[int]:
     return [stride for x in tensors for stride in (count * (0,) if x is None else x.stride()[:count])]
 
 
-def with_rows(x: Tensor) -> Tensor:
+def contiguous_channels(x: Tensor) -> Tensor:
     """x itself if its channels are contiguous, else a contiguous copy."""
     return x if x.stride(-1) == 1 else x.contiguous()

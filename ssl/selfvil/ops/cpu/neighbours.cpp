@@ -13,7 +13,6 @@ inline Vector sigmoid(Vector x) { return reciprocal(1.f + exponential(-x)); }
 inline Vector silu_slope(Vector x, Vector s) { return s * (1.f + x * (1.f - s)); }
 
 constexpr int64_t SPAN = 64;  // tokens of an item, where an item has all channels
-constexpr int64_t AHEAD = 8;  // tokens that are asked for before they are read
 constexpr int64_t SET = 4;    // gates that are computed together
 
 // --- convolution and SiLU --------------------------------------------------------------------------------------------

@@ -52,7 +52,6 @@ struct Product {
 // --- packing ---------------------------------------------------------------------------------------------------------
 
 constexpr int64_t LINES = 32;  // of B that are packed together
-constexpr int64_t AHEAD = 8;   // lines that are asked for before they are read
 
 // LANES words of a line from k: numbers, or pairs of neighbours. Words after the line's end are 0.
 template <class Words, class T>

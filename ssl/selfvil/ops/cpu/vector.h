@@ -29,6 +29,8 @@ typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Bits __attribute__((vector_size(4 * LANES)));
 typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
 
+constexpr int64_t AHEAD = 8;  // rows, of tokens or of a factor, that are asked for before they are read
+
 // Asks for n numbers before they are read: pieces of rows are too short for the processor to read ahead.
 template <class T>
 inline void prefetch(const T* from, int64_t n) {
