@@ -1,5 +1,6 @@
 """An HTTP server of files for tests, with ranges and ETags, which can be made to fail."""
 
+import sys
 import threading
 import time
 from collections import Counter
@@ -9,6 +10,7 @@ from dataclasses import dataclass, field
 from hashlib import md5
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 
@@ -56,6 +58,29 @@ class QuietHandler(BaseHTTPRequestHandler):
 
     def log_message(self, *_: object) -> None:
         pass
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, *address: Any) -> None:
+        """Prints an error of the handler. A client that closes its connection is none."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(*address)
+
+
+@contextmanager
+def serve_requests(handler: type[QuietHandler]) -> Iterator[str]:
+    """The URL of a server on this machine, which ends with the context."""
+    server = _Server(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
 
 
 @contextmanager
@@ -121,20 +146,8 @@ def serve(folder: Path, **settings: object) -> Iterator[HttpStore]:
             if cut:
                 self.close_connection = True
 
-    class Server(ThreadingHTTPServer):
-        daemon_threads = True
-
-        def handle_error(self, *_: object) -> None:
-            """A client that closes its connection is no error."""
-
-    server = Server(("127.0.0.1", 0), Handler)
-    store.url = f"http://127.0.0.1:{server.server_address[1]}"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
-    thread.start()
-    try:
-        yield store
-    finally:
-        ended.set()
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    with serve_requests(Handler) as store.url:
+        try:
+            yield store
+        finally:
+            ended.set()

@@ -5,17 +5,15 @@ A folder is the data set `me/photos`, and the bucket of this name. Files are sto
 """
 
 import json
-import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import sha256
-from http.server import ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from http_store import QuietHandler
+from http_store import QuietHandler, serve_requests
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -121,23 +119,9 @@ def serve_hub(folder: Path) -> Iterator[HubStore]:
                 self.wfile.write(data[: len(data) // 2] if cut else data)
             self.close_connection |= cut
 
-    class Server(ThreadingHTTPServer):
-        daemon_threads = True
-
-        def handle_error(self, *_: object) -> None:
-            """A client that closes its connection is no error."""
-
-    server = Server(("127.0.0.1", 0), Handler)
-    port = server.server_address[1]
-    hub.url, hub.storage = f"http://127.0.0.1:{port}", f"http://localhost:{port}"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
-    thread.start()
-    try:
+    with serve_requests(Handler) as hub.url:
+        hub.storage = hub.url.replace("127.0.0.1", "localhost")
         yield hub
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
 def _json(content: object) -> bytes:

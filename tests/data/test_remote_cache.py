@@ -190,6 +190,26 @@ def test_a_file_larger_than_the_cache(cache):
     assert names(cache.folder) == []
 
 
+def test_the_folder_stays_the_same_while_a_cache_is_used(tmp_path, monkeypatch):
+    """Its threads may still download when the environment changes."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "a"))
+    cache = Cache()
+    os.close(cache.fill("aa", SIZE, writer("aa")))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "b"))
+    os.close(cache.fill("bb", SIZE, writer("bb")))
+    assert not (tmp_path / "b").exists()
+
+
+def test_no_part_is_made_of_a_file_larger_than_the_cache(cache, monkeypatch):
+    """Another process that lists the folder at that moment would find it."""
+    opened, real = [], os.open
+    monkeypatch.setattr(os, "open", lambda path, *rest: (opened.append(str(path)), real(path, *rest))[1])
+    with pytest.raises(Full):
+        cache.fill("a", cache.limit + 1, writer("a"))
+    assert opened
+    assert not [path for path in opened if path.endswith(".part")]
+
+
 def test_parts_of_dead_processes_count_and_are_removed(cache):
     in_process(lambda: filled(cache, "aa", half=True)).join(10)
     for name in ("bb", "cc"):

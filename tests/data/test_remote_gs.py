@@ -4,13 +4,12 @@ import contextlib
 import io
 import json
 import logging
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
 import torch
 
+from http_store import QuietHandler, serve_requests
 from selfvil.data.index import open_shards
 from selfvil.data.loader import train_batches
 from selfvil.data.remote import store
@@ -145,9 +144,8 @@ def answering(answers):
     """A server that gives these (status, message) to its requests, the last one again and again, and counts them."""
     given = []
 
-    class Handler(BaseHTTPRequestHandler):
-        def log_message(self, *_):
-            pass
+    class Handler(QuietHandler):
+        protocol_version = "HTTP/1.0"  # a connection ends after each answer: what a POST sends is not read
 
         def do_GET(self):
             status, message = answers[min(len(given), len(answers) - 1)]
@@ -160,15 +158,8 @@ def answering(answers):
 
         do_POST = do_GET
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}", given
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    with serve_requests(Handler) as url:
+        yield url, given
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +12,7 @@ import pytest
 import torch
 from huggingface_hub.errors import HfHubHTTPError
 
+from http_store import QuietHandler, serve_requests
 from selfvil.cli import main
 from selfvil.errors import UserError
 from selfvil.export import export
@@ -106,7 +105,7 @@ def test_timm_loads_what_was_pushed_from_a_hub(out, tmp_path):
     api = Api(tmp_path / "hub")
     hub.send(hub.prepare(out, "me/vil"), api=api, notify=lambda _: None)
 
-    class Hub(BaseHTTPRequestHandler):
+    class Hub(QuietHandler):
         def do_GET(self):
             path = api.folder / self.path.partition("/resolve/main/")[2].partition("?")[0]
             found = self.path.startswith("/me/vil/resolve/main/") and path.is_file()
@@ -123,11 +122,6 @@ def test_timm_loads_what_was_pushed_from_a_hub(out, tmp_path):
 
         do_HEAD = do_GET
 
-        def log_message(self, *_):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
     code = (
         "import selfvil, timm, torch\n"
         "model = timm.create_model('hf-hub:me/vil', pretrained=True).eval()\n"
@@ -136,16 +130,14 @@ def test_timm_loads_what_was_pushed_from_a_hub(out, tmp_path):
         "assert torch.equal(model(images), ours(images))\n"
         "assert list(timm.data.resolve_model_data_config(model)['mean']) == [0.3]\n"
     )
-    environment = os.environ | {
-        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "home"),
-        "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
-    }  # fmt: skip
-    try:
+    with serve_requests(Hub) as url:
+        environment = os.environ | {
+            "HF_ENDPOINT": url, "HF_HOME": str(tmp_path / "home"),
+            "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
+        }  # fmt: skip
         done = subprocess.run(
             [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300
         )
-    finally:
-        server.shutdown()
     assert done.returncode == 0, done.stderr[-2000:]
 
 

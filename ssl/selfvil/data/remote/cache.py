@@ -16,6 +16,7 @@ import os
 import stat
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO
 
@@ -46,9 +47,9 @@ class Cache:
             limit = LIMIT if not stated else round(gigabytes(stated, GIGABYTES_VARIABLE) * 1e9)
         self.limit = limit
 
-    @property
+    @cached_property
     def folder(self) -> Path:
-        """Made when the first file is written. Raises UserError if there is no home folder."""
+        """Fixed at its first use; made when the first file is written. Raises UserError if there is no home folder."""
         if self.given is not None:
             return Path(self.given).expanduser().absolute()
         if (cache := user_cache("remote")) is None:
@@ -93,6 +94,8 @@ class Cache:
         if not self.folder.stat().st_mode & 0o222:  # respect read-only permissions even as root
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self.folder))
         while (descriptor := self.open(name, size)) is None:
+            if size > self.limit:
+                raise Full(errno.EFBIG, f"it has {size:,} bytes, and the whole cache {self.limit:,}")
             part = self._path(name, size, _PARTIAL)
             locked = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
             with os.fdopen(locked, "r+b") as file:
@@ -126,8 +129,6 @@ class Cache:
 
     def _make_space(self, part: Path, size: int) -> None:
         """Remove files until the limit holds, that of `part` included. Raises Full, and OSError."""
-        if size > self.limit:
-            raise Full(errno.EFBIG, f"it has {size:,} bytes, and the whole cache {self.limit:,}")
         space = os.open(self.folder / ".space", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
             fcntl.flock(space, fcntl.LOCK_EX)
