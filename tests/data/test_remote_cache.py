@@ -88,6 +88,22 @@ def test_many_processes_download_each_file_once(cache, tmp_path):
     assert sorted(log.read_text().splitlines()) == ["aa 0", "bb 0"]
 
 
+def test_a_download_that_ends_while_a_process_looks_for_the_file_is_not_repeated(cache, tmp_path, monkeypatch):
+    log, real, missed = tmp_path / "log", Cache.open, []
+
+    def open_late(self, name, size):
+        found = real(self, name, size)
+        if found is None and not missed:  # now another process downloads it
+            missed.append(name)
+            in_process(lambda: filled(Cache(cache.folder), "aa", log=log)).join(10)
+        return found
+
+    monkeypatch.setattr(Cache, "open", open_late)
+    assert filled(cache, "aa", log=log) == content("aa")
+    assert log.read_text().splitlines() == ["aa 0"]
+    assert names(cache.folder) == [f"aa-{SIZE}.tar"]
+
+
 def test_without_waiting_a_file_that_another_process_downloads_is_left_to_it(cache):
     started = FORK.Event()
 
@@ -228,10 +244,9 @@ def test_processes_share_the_limit(cache):
             name = "abcdefghi"[(number + 5 * step) % 9] * 2
             with contextlib.suppress(Full):  # the others use all three
                 assert filled(cache, name, pause=0.002) == content(name)
-            with most.get_lock():
-                # The least of three: a list that is read while a file is replaced has the old and the new one.
-                lists = [[each for each in os.scandir(cache.folder) if each.name.endswith(".tar")] for _ in range(3)]
-                most.value = max(most.value, min(len(found) for found in lists))
+            with most.get_lock(), cache._space():
+                complete = [name for name in names(cache.folder) if name.endswith(".tar")]
+                most.value = max(most.value, len(complete))
 
     processes = [in_process(use, number) for number in range(8)]
     for process in processes:

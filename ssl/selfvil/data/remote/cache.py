@@ -6,7 +6,8 @@ Locks (flock) end with the process that holds them, however it ends:
 - who downloads holds an exclusive lock on the .part file, so each file is downloaded once, and renames it at the end;
   after the death of that process, the next one continues with the bytes that are there;
 - who reads holds a shared lock on the file. Files are removed, least recently used first, only under an exclusive lock;
-- a lock on the file `.space` is held while the sizes are added up and files removed.
+- a lock on the file `.space` is held while the sizes are added up and files removed, and while a complete file gets
+  its name: a sum never misses a file because its name changes.
 """
 
 import errno
@@ -14,8 +15,8 @@ import fcntl
 import math
 import os
 import stat
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO
@@ -110,6 +111,9 @@ class Cache:
                 try:
                     if not _is(part, locked):
                         continue  # its download has ended, or it was removed
+                    if (descriptor := self.open(name, size)) is not None:
+                        part.unlink()  # a new part: the download ended after the complete file was not found
+                        return descriptor
                     try:
                         self._make_space(part, size)
                         if os.fstat(locked).st_size > size:
@@ -119,7 +123,8 @@ class Cache:
                     except OSError:
                         part.unlink(missing_ok=True)
                         raise
-                    part.replace(path)
+                    with self._space():
+                        part.replace(path)
                 finally:
                     fcntl.flock(locked, fcntl.LOCK_UN)  # a child that was forked meanwhile has this descriptor, too
         return descriptor
@@ -129,9 +134,7 @@ class Cache:
 
     def _make_space(self, part: Path, size: int) -> None:
         """Remove files until the limit holds, that of `part` included. Raises Full, and OSError."""
-        space = os.open(self.folder / ".space", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        try:
-            fcntl.flock(space, fcntl.LOCK_EX)
+        with self._space():
             found = []
             for entry in os.scandir(self.folder):
                 with suppress(OSError):
@@ -147,6 +150,14 @@ class Cache:
                     used -= bytes
             if used > self.limit:
                 raise Full(errno.ENOSPC, f"{used:,} bytes are in use, and the limit is {self.limit:,}")
+
+    @contextmanager
+    def _space(self) -> Iterator[None]:
+        """Hold the lock on `.space`."""
+        space = os.open(self.folder / ".space", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            fcntl.flock(space, fcntl.LOCK_EX)
+            yield
         finally:
             fcntl.flock(space, fcntl.LOCK_UN)
             os.close(space)
