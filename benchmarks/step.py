@@ -24,7 +24,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -33,6 +33,7 @@ import torch
 from about import about
 
 from selfvil import optim, runtime
+from selfvil.allocator import kept_memory
 from selfvil.build import build_objective, parameter_groups
 from selfvil.data.loader import Batch
 from selfvil.data.views import RandomCropFlip
@@ -112,9 +113,11 @@ def main() -> None:
     parser.add_argument("--clock", default="wall", choices=CLOCKS, help="cpu: CPU time of this process")
     parser.add_argument("--whole", action="store_true", help="measure no phases")
     parser.add_argument("--json", type=Path, help="file to write the figures to")
+    parser.add_argument("--return-memory", action="store_true", help="not as a run: freed memory returns to the system")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    rows = [row for name in args.recipes for row in measure(name, args)]
+    with nullcontext() if args.return_memory else kept_memory():
+        rows = [row for name in args.recipes for row in measure(name, args)]
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps({"about": about(args), "rows": rows}, indent=1) + "\n")

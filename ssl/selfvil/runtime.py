@@ -28,6 +28,7 @@ from accelerate.utils import (
     compare_versions,
 )
 
+from selfvil.allocator import kept_memory
 from selfvil.errors import UserError, redact
 from selfvil.version import __version__
 
@@ -42,6 +43,7 @@ log = logging.getLogger("selfvil")
 @contextmanager
 def undisturbed() -> Iterator[None]:
     """In this context, changes of process-wide settings are temporary: Accelerate's state, torch's threads and RNGs.
+    Memory that steps free is kept for the next ones (`kept_memory`).
 
     A notebook can therefore train, evaluate, and train again with other settings. Accelerate refuses to change the
     precision in its state, so the context begins with an empty one.
@@ -51,7 +53,7 @@ def undisturbed() -> Iterator[None]:
     for state in shared:
         state.clear()
     try:
-        with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_initialized() else []):
+        with kept_memory(), torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_initialized() else []):
             yield
     finally:
         torch.set_num_threads(threads)
