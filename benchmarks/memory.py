@@ -29,7 +29,18 @@ STEPS = 2
 RECIPES: dict[str, list[str]] = {
     "demo": ["model.in_chans=3", "data.mean=[0.4914, 0.4822, 0.4465]", "data.std=[0.247, 0.2435, 0.2616]"],
     "cifar10_mae": [],
+    "cifar10_mae_mlp": [],
     "cifar10_dino": [],
+    "cifar10_dino_mlp": [],
+    "cifar10_ibot": [],
+    "cifar10_ijepa": [],
+    "cifar10_lejepa": [],
+    "cifar10_lejepa_mlp": [],
+    "cifar10_lejepa_long": [],
+    "cifar10_visreg": [],
+    "cifar10_simmim": [],
+    "cifar10_autoregressive": [],
+    "cifar10_finetune": ["model.start_from=null"],
     "mae_vil_b": ["optim.batch_size=8", "optim.accumulate=1"],
 }
 """Packaged recipes and their changed keys; demo, a recipe for grey digits, gets the colours of CIFAR-10 here."""

@@ -38,11 +38,12 @@ import torch
 from about import about
 from PIL import Image
 
-from selfvil.data import columns, index
+from selfvil.data import columns, index, patterns
 from selfvil.data.base import Images
 from selfvil.data.images import open_images
 from selfvil.data.index import open_shards
 from selfvil.data.loader import train_batches
+from selfvil.data.sidecar import Stamp
 from selfvil.data.views import RandomCropFlip
 
 _SAMPLES, _SHARDS, _POSITION = 100_000_000, 10_000, 50_000_000
@@ -110,13 +111,13 @@ def resume(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     shards.mkdir()
     for number in range(_SHARDS):
         (shards / f"{number:05}.tar").write_bytes(b"stands for a shard")
-    paths = index.expand_shards(shards)
+    paths = patterns.expand_shards(shards)
     generator = np.random.default_rng(0)
     joined = {name: generator.integers(0, 1 << 31, _SAMPLES, dtype=np.uint32) for name in ("blocks", "sizes", "crcs")}
     joined["labels"] = (joined["crcs"] % 1000).astype(np.int32)
     facts = {
-        "stamps": index._stamps(paths), "ends": [each * (number + 1) for number in range(_SHARDS)], "several": [],
-        "ignored": 0, "highest": 999, "fingerprint": "0" * 16, "digests": [f"{each}:00000000"] * _SHARDS,
+        "stamps": index._stamps(map(Stamp.of, paths)), "ends": [each * (number + 1) for number in range(_SHARDS)],
+        "several": [], "ignored": 0, "highest": 999, "fingerprint": "0" * 16, "digests": [f"{each}:00000000"] * _SHARDS,
     }  # fmt: skip
     file = columns.cache_file("shards", None, *map(os.path.abspath, paths))
     assert file is not None

@@ -15,8 +15,10 @@ from PIL import Image
 
 from selfvil.data import files as shard_files
 from selfvil.data import index
+from selfvil.data import shard as shard_index
 from selfvil.data.base import DamagedSample
-from selfvil.data.index import IndexReport, expand_shards, index_shards, open_shards
+from selfvil.data.index import IndexReport, index_shards, open_shards
+from selfvil.data.patterns import expand_shards
 from selfvil.data.tar import members
 from selfvil.errors import UserError
 from tars import labelled, png, write_tar
@@ -305,8 +307,8 @@ def sidecar(shard: Path) -> Path:
 def builds(monkeypatch) -> list[Path]:
     """The shards that were indexed."""
     walked: list[Path] = []
-    build = index._build
-    monkeypatch.setattr(index, "_build", lambda path, image: walked.append(path) or build(path, image))
+    build = shard_index._build
+    monkeypatch.setattr(shard_index, "_build", lambda path, image: walked.append(path) or build(path, image))
     return walked
 
 

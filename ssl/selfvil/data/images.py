@@ -6,9 +6,10 @@ from pathlib import Path
 
 from selfvil.data.base import Images, Pattern, Progress
 from selfvil.data.folder import FolderImages
-from selfvil.data.index import expand_shards, open_shards
+from selfvil.data.index import open_shards
 from selfvil.data.mixture import Mixture
 from selfvil.data.parquet import ParquetImages, data_files, holds_images
+from selfvil.data.patterns import expand_shards
 from selfvil.data.read import EXTENSIONS
 from selfvil.data.remote.cache import Cache
 from selfvil.data.remote.urls import is_remote

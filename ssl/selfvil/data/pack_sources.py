@@ -12,9 +12,10 @@ import numpy as np
 from selfvil.data.base import Images, Pattern
 from selfvil.data.classes import class_names
 from selfvil.data.images import open_images
-from selfvil.data.index import Shards, describe_several, group_members, order_images
+from selfvil.data.index import Shards, describe_several
 from selfvil.data.parquet import ParquetImages, data_files
 from selfvil.data.read import EXTENSIONS, DamagedImage
+from selfvil.data.shard import group_members, order_images
 from selfvil.data.sources import MASK, Source, image_files, open_folder
 from selfvil.errors import UserError, shorten
 

@@ -22,7 +22,8 @@ from typing import Any
 
 from selfvil.data.base import Progress
 from selfvil.data.columns import cache_folder
-from selfvil.data.index import Shards, load_index, local_files
+from selfvil.data.index import Shards, local_files
+from selfvil.data.shard import load_index
 from selfvil.data.sidecar import LARGEST_LABEL, Stamp
 from selfvil.errors import UserError, shorten
 

@@ -18,7 +18,7 @@ WINDOW = 16
 """Shards in a window of the order, unless `data.window` states another number."""
 
 Build = Callable[[BinaryIO, Location, str | None], ShardIndex]
-"""Makes the index of a shard: `selfvil.data.index.build`."""
+"""Makes the index of a shard: `selfvil.data.shard.build`."""
 
 _THREADS = 16  # requests at a time
 

@@ -18,9 +18,10 @@ import numpy as np
 from selfvil.data.arrays import Pixels, array_extension, decode_pixels, size_of
 from selfvil.data.base import DamagedSample, Images
 from selfvil.data.classes import class_names
-from selfvil.data.index import Shards, group_members, order_images
+from selfvil.data.index import Shards
 from selfvil.data.origins import made_from
 from selfvil.data.read import MAX_BYTES, DamagedImage, open_image
+from selfvil.data.shard import group_members, order_images
 from selfvil.data.sources import MASK
 from selfvil.errors import UserError, shorten
 
