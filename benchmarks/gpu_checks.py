@@ -94,10 +94,12 @@ def ask_guard(args: argparse.Namespace) -> dict[str, Any]:
         os.environ["SELFVIL_CACHE"] = folder
         for dtype in args.dtypes:
             for width in args.widths:
-                for kernels in ("triton", "triton_chunkwise", "layer"):
+                for kernels in ("triton", "triton_chunkwise", "layer", "convolution"):
                     start = time.perf_counter()
                     if kernels == "layer":
                         agree = guard.layer_agrees(operators, where, DTYPES[dtype], guard.HEADS * width)
+                    elif kernels == "convolution":
+                        agree = guard.conv_agrees(fused.add_conv, where, DTYPES[dtype], guard.HEADS * width)
                     else:
                         agree = guard.mlstm_agrees(where, DTYPES[dtype], width, kernels)
                     seconds = round(time.perf_counter() - start, 1)

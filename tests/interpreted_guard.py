@@ -26,8 +26,8 @@ def answers(
 ) -> tuple[dict, list[str], int]:
     """The guard's answers in a process that has not asked before, its warnings, and how often it launched a kernel.
 
-    kinds: "triton", "triton_chunkwise" or "layer". broken: the kernel whose outputs are wrong; or "compiler", which
-    then raises an error.
+    kinds: "triton", "triton_chunkwise", "layer" or "convolution". broken: the kernel whose outputs are wrong; or
+    "compiler", which then raises an error.
     """
     from selfvil.ops import fused, guard, triton_mlstm
 
@@ -62,6 +62,8 @@ def answers(
             found = {
                 kind: guard.layer_agrees(operators, CPU, dtype, 4 * WIDTH)
                 if kind == "layer"
+                else guard.conv_agrees(fused.add_conv, CPU, dtype, 4 * WIDTH)
+                if kind == "convolution"
                 else guard.mlstm_agrees(CPU, dtype, WIDTH, kind)
                 for kind in kinds
             }

@@ -9,15 +9,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def conv(scan, inputs: dict[str, Tensor], fuse: bool, *, grid, reverse) -> tuple[Tensor, ...]:
+def conv(scan, inputs: dict[str, Tensor], fuse: bool, *, layout, reverse) -> tuple[Tensor, ...]:
     from selfvil.models.convolution import convolve
-    from selfvil.models.layout import TokenLayout
     from selfvil.ops import fused
 
     x = inputs["xz"].chunk(2, -1)[0]
     if fuse:
-        return (fused.conv_silu(x, scan.conv.weight, scan.conv.bias, grid, reverse),)
-    return (F.silu(convolve(scan.conv, x, TokenLayout(grid), reverse=reverse)),)
+        return (fused.conv_silu(x, scan.conv.weight, scan.conv.bias, layout.places_grid, reverse, layout.placed),)
+    return (F.silu(convolve(scan.conv, x, layout, reverse=reverse)),)
+
+
+def add_conv(scan, inputs: dict[str, Tensor], fuse: bool, *, layout) -> tuple[Tensor, ...]:
+    from selfvil.models.convolution import convolve
+    from selfvil.ops import fused
+
+    x = inputs["c"]
+    if fuse:
+        return (fused.add_conv(x, scan.conv.weight, scan.conv.bias, layout.places_grid, layout.placed),)
+    return (x + convolve(scan.conv, x, layout),)
 
 
 def project(scan, inputs: dict[str, Tensor], fuse: bool) -> tuple[Tensor, ...]:
@@ -41,7 +50,7 @@ def norm(scan, inputs: dict[str, Tensor], fuse: bool, *, gated=True) -> tuple[Te
     return (y if gate is None else y * F.silu(gate),)
 
 
-PARTS = {"conv": conv, "project": project, "norm": norm}
+PARTS = {"conv": conv, "add_conv": add_conv, "project": project, "norm": norm}
 
 
 def gradients(part: str, scan, inputs, fuse: bool, device="cpu", amp=None, **how) -> list[Tensor]:
@@ -101,11 +110,16 @@ def check_operators(scan, inputs: dict[str, Tensor]) -> None:
     c, (x, z), h = inputs["c"], inputs["xz"].chunk(2, -1), inputs["h"].transpose(1, 2)
     head_norm, ops = scan.outnorm, torch.ops.selfvil
     maps = (scan.q_proj, scan.k_proj, scan.v_proj)
-    parameters = [head_norm.weight, head_norm.bias, scan.skip, head_norm.eps, h.dtype]
+    of_norm = [head_norm.weight, head_norm.bias, scan.skip, head_norm.eps, h.dtype]
     folded = [t.detach().requires_grad_() for t in scan.gate_weights()]
-    torch.library.opcheck(ops.norm_skip_gate.default, (h, c, z, *parameters))
-    torch.library.opcheck(ops.norm_skip_gate.default, (h, c, None, *parameters))
-    torch.library.opcheck(ops.conv_silu.default, (x, scan.conv.weight, scan.conv.bias, 1, x.shape[1], True))
+    torch.library.opcheck(ops.norm_skip_gate.default, (h, c, z, *of_norm))
+    torch.library.opcheck(ops.norm_skip_gate.default, (h, c, None, *of_norm))
+    parameters, grid = (scan.conv.weight, scan.conv.bias), (2, x.shape[1])
+    places = torch.arange(x.shape[1]).flip(0).repeat(len(x), 1) * 2
+    token_at = torch.full((len(x), 2 * x.shape[1]), -1).scatter_(1, places, torch.arange(x.shape[1]).expand_as(places))
+    torch.library.opcheck(ops.conv_silu.default, (x, *parameters, None, None, 1, x.shape[1], True, True))
+    torch.library.opcheck(ops.conv_silu.default, (x, *parameters, places, token_at, *grid, True, True))
+    torch.library.opcheck(ops.conv_silu.default, (x, *parameters, places, token_at, *grid, False, False))
     torch.library.opcheck(
         ops.project.default, (c, x, *(p.weight for p in maps), *(p.bias for p in maps), *folded)
     )  # fmt: skip

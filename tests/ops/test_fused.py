@@ -7,6 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import interpreted
 import interpreted_layers
 from selfvil.models.layers import GatedScan
+from selfvil.models.layout import TokenLayout
 from selfvil.models.vision_lstm import VisionLSTM
 from selfvil.ops import fused
 
@@ -40,7 +41,7 @@ def randomised(module, dtype=torch.float64):
 
 def make_inputs(part, batch, num_tokens, inner, dtype=torch.float64):
     """Inputs of a part: up-projections, the convolved branch and the output of the mLSTM, with tokens before heads."""
-    wanted = {"conv": ["xz"], "project": ["c", "xz"], "norm": ["h", "c", "xz"]}[part]
+    wanted = {"conv": ["xz"], "add_conv": ["c"], "project": ["c", "xz"], "norm": ["h", "c", "xz"]}[part]
     sizes = {"xz": (2 * inner,), "c": (inner,), "h": (4, inner // 4)}
     return {name: torch.randn(batch, num_tokens, *sizes[name]).to(dtype) for name in wanted}
 
@@ -54,6 +55,13 @@ def check(run, part, inner, batch, num_tokens, bias=True, **how):
     assert len(got) > 3
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+
+def on_grid(part, grid):
+    """Arguments of a part for a full grid."""
+    return {"conv": {"layout": TokenLayout(grid), "reverse": True}, "add_conv": {"layout": TokenLayout(grid)}}.get(
+        part, {}
+    )
 
 
 SHAPES = [(80, 1, 7), (192, 2, 20), (384, 1, 1)]
@@ -83,23 +91,50 @@ def test_projections_and_gates(inner, batch, num_tokens, bias, run):
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize(("inner", "batch", "grid"), [(80, 1, (7, 1)), (192, 2, (4, 5)), (384, 1, (1, 1))])
 def test_convolution_and_silu(inner, batch, grid, reverse, run):
-    check(run, "conv", inner, batch, grid[0] * grid[1], grid=grid, reverse=reverse)
+    check(run, "conv", inner, batch, grid[0] * grid[1], layout=TokenLayout(grid), reverse=reverse)
+
+
+def layout_of(grid, batch, kept=None, num_extra=0):
+    """With `kept` of the patches, others in each image, and extra tokens; and the number of all tokens."""
+    count = grid[0] * grid[1]
+    keep = None if kept is None else torch.rand(batch, count).argsort(1)[:, :kept].sort(1).values
+    patches = torch.zeros(batch, kept or count, 1)
+    return TokenLayout.of(patches, grid, keep, num_extra=num_extra), (kept or count) + num_extra
+
+
+PLACED = [((4, 5), 7, 0), ((4, 5), None, 3), ((3, 4), 5, 4), ((1, 3), 1, 1), ((5, 1), 5, 2)]
+"""Grid, kept patches and extra tokens."""
 
 
 @on_a_cpu
-@pytest.mark.parametrize("part", ["norm", "project", "conv"])
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(("grid", "kept", "num_extra"), PLACED)
+def test_convolution_of_kept_and_extra_tokens(grid, kept, num_extra, reverse, run):
+    layout, tokens = layout_of(grid, 3, kept, num_extra)
+    check(run, "conv", 80, 3, tokens, layout=layout, reverse=reverse)
+
+
+@on_a_cpu
+@pytest.mark.parametrize(("grid", "kept", "num_extra"), [((4, 5), None, 0), *PLACED])
+def test_sum_with_the_convolution(grid, kept, num_extra, run):
+    layout, tokens = layout_of(grid, 3, kept, num_extra)
+    check(run, "add_conv", 80, 3, tokens, layout=layout)
+
+
+@on_a_cpu
+@pytest.mark.parametrize("part", ["norm", "project", "conv", "add_conv"])
 def test_sums_of_several_spans_add_up(part, run, interpreter):
     """More tokens than one program sums over."""
-    config = {"norm": fused.NORM, "project": fused.PROJECT_BACKWARD, "conv": fused.CONV}[part]
+    config = {"norm": fused.NORM, "project": fused.PROJECT_BACKWARD}.get(part, fused.CONV)
     height = -(-(config.span + 1) // 3)
-    check(run, part, 16, 3, height, **({"grid": (height, 1), "reverse": False} if part == "conv" else {}))
+    check(run, part, 16, 3, height, **on_grid(part, (height, 1)))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("part", ["norm", "project", "conv"])
+@pytest.mark.parametrize("part", ["norm", "project", "conv", "add_conv"])
 def test_is_as_accurate_as_the_plain_layers(part, dtype, run):
     scan, inputs = randomised(GatedScan(192), dtype), make_inputs(part, 2, 20, 192, dtype)
-    how = {"grid": (4, 5), "reverse": True} if part == "conv" else {}
+    how = on_grid(part, (4, 5))
     got, plain = (
         run(part, scan, inputs, True, **how),
         interpreted_layers.gradients(part, scan, inputs, False, **how),
@@ -111,16 +146,16 @@ def test_is_as_accurate_as_the_plain_layers(part, dtype, run):
         assert (a - x).norm() <= 1.05 * (b - x).norm() + 1e-6 * x.norm()
 
 
-@pytest.mark.parametrize("part", ["norm", "project", "conv"])
+@pytest.mark.parametrize("part", ["norm", "project", "conv", "add_conv"])
 def test_dtypes_under_autocast_are_those_of_the_plain_layers(part, run):
     scan, inputs = randomised(GatedScan(80), torch.float32), make_inputs(part, 1, 7, 80, torch.float32)
-    how = {"grid": (7, 1), "reverse": False} if part == "conv" else {}
+    how = on_grid(part, (7, 1))
     if part == "norm":  # the output of a product
         inputs["h"], inputs["c"], inputs["xz"] = (inputs[name].bfloat16() for name in ("h", "c", "xz"))
     got = run(part, scan, inputs, True, amp=torch.bfloat16, **how)
     plain = interpreted_layers.gradients(part, scan, inputs, False, amp=torch.bfloat16, **how)
     assert [x.dtype for x in got] == [x.dtype for x in plain]
-    assert got[0].dtype == torch.bfloat16
+    assert got[0].dtype == (torch.float32 if part == "add_conv" else torch.bfloat16)
 
 
 @on_a_cpu
@@ -136,7 +171,8 @@ def tiny(**how):
 @on_a_cpu
 @pytest.mark.parametrize(("how", "kept"), [
     ({}, None), ({}, 4), ({"num_registers": 2, "global_pool": "registers"}, None), ({"traversal": "quad"}, None),
-    ({"conv": "causal1d", "bias": False}, None),
+    ({"conv": "causal1d", "bias": False}, None), ({"num_registers": 2, "global_pool": "registers"}, 3),
+    ({"block": "mlp"}, None), ({"block": "mlp", "num_registers": 2, "global_pool": "registers"}, 3),
 ])  # fmt: skip
 def test_a_network_equals_the_plain_one(how, kept, interpreter):
     model, x = tiny(**how), torch.randn(2, 6, 8, dtype=torch.float64)

@@ -14,7 +14,7 @@ from selfvil.ops.mlstm import choose
 
 pytest.importorskip("triton", reason="the package triton is not installed: its kernels are not checked")
 
-KINDS = ["triton", "triton_chunkwise", "layer"]
+KINDS = ["triton", "triton_chunkwise", "layer", "convolution"]
 CPU = torch.device("cpu")
 
 
@@ -51,9 +51,10 @@ def test_right_kernels_pass(ask, tmp_path):
     assert not warnings
     assert found == dict.fromkeys(KINDS, True)
     records = [json.loads(path.read_text()) for path in tmp_path.glob("kernels/triton-*/*.json")]
-    assert len(records) == 3
+    assert len(records) == len(KINDS)
     names = {name for record in records for name in record["relative errors"]}
     assert {"reverse scan: gradient of log f", "projections: result 5", "norm: gradient of skip"} <= names
+    assert {"flipped convolution of kept tokens: gradient of x", "sum with the convolution: result 1"} <= names
     assert max(max(record["relative errors"].values()) for record in records) < 1e-5
 
 
@@ -68,6 +69,7 @@ def test_right_kernels_pass_in_bfloat16(ask, tmp_path):
     pytest.param("forward", "triton", "relative error", marks=pytest.mark.slow),
     pytest.param("project_backward", "layer", "gradient of", marks=pytest.mark.slow),
     ("norm_backward", "layer", "gradient of"),
+    ("conv_backward", "convolution", "sum with the convolution: gradient of weight has a relative error"),
     ("compiler", "layer", "RuntimeError: out of resource: shared memory"),
 ])  # fmt: skip
 def test_a_broken_kernel_falls_back_with_one_warning(broken, kind, what, ask, tmp_path):

@@ -163,11 +163,9 @@ class GatedScan(nn.Module):
         native = not (on_gpu := fused.applies(x)) and cpu_fused.applies(x, NUM_HEADS)
         kernels = fused if on_gpu else cpu_fused
         fuse = on_gpu or native
-        if on_gpu and isinstance(self.conv, nn.Conv2d) and layout.dense:
-            conv = fused.conv_silu(x, self.conv.weight, self.conv.bias, layout.grid, reverse)  # type: ignore[arg-type]
-        elif native and isinstance(self.conv, nn.Conv2d) and layout.compact_grid is None:
-            on_grid = layout.places_grid, reverse, layout.places
-            conv = cpu_fused.conv_silu(x, self.conv.weight, self.conv.bias, *on_grid)  # type: ignore[arg-type]
+        if fuse and isinstance(self.conv, nn.Conv2d) and layout.compact_grid is None:
+            on_grid = layout.places_grid, reverse, layout.placed if on_gpu else layout.places
+            conv = kernels.conv_silu(x, self.conv.weight, self.conv.bias, *on_grid)
         else:
             conv = F.silu(x if self.conv is None else convolve(self.conv, x, layout, reverse=reverse))
         if fuse:

@@ -86,6 +86,7 @@ class TokenLayout(NamedTuple):
         full_index: positions of the sequence's tokens (B, L) in the sequence of all N patches and the same extra
             tokens; None if all patches are kept.
         places: positions of the sequence's tokens (B, L) on `places_grid`; None if it holds all patches and no others.
+        token_at: the token of the sequence at each place (B, places), -1 for none: the inverse of `places`, or None.
         gap_aware: see `scan_positions`.
         compact_grid: the grid on which a convolution places kept patches side by side, as if there were no others;
             None places them on the full grid, with zeros in place of dropped patches.
@@ -99,6 +100,7 @@ class TokenLayout(NamedTuple):
     sequence_index: TokenIndex | None = None
     full_index: TokenIndex | None = None
     places: Tensor | None = None
+    token_at: Tensor | None = None
     gap_aware: bool = False
     compact_grid: Grid | None = None
     column_order: TokenIndex | None = None
@@ -169,7 +171,14 @@ class TokenLayout(NamedTuple):
                 full = torch.empty_like(full).scatter_(1, sequence, full)
                 full_index = TokenIndex.of(full, num_patches + num_extra)
         side_by_side = compact_grid(num_kept, grid) if compact_conv and dropped else None
-        return cls(grid, num_extra, kept, sequence_index, full_index, places, gap_aware, side_by_side)
+        layout = cls(
+            grid, num_extra, kept, sequence_index, full_index, places, gap_aware=gap_aware, compact_grid=side_by_side
+        )
+        if places is None:
+            return layout
+        tokens = torch.arange(places.shape[1], device=ids.device).expand_as(places)
+        free = places.new_full((places.shape[0], math.prod(layout.places_grid)), -1)
+        return layout._replace(token_at=free.scatter_(1, places, tokens))
 
     @property
     def dense(self) -> bool:
@@ -182,6 +191,11 @@ class TokenLayout(NamedTuple):
         no other token from there."""
         height, width = self.grid
         return height + 2 * -(-self.num_extra // _apart_in_row(width)), width
+
+    @property
+    def placed(self) -> tuple[Tensor, Tensor] | None:
+        """`places` and `token_at`, or None."""
+        return None if self.places is None or self.token_at is None else (self.places, self.token_at)
 
     @property
     def scan_positions(self) -> Tensor | None:

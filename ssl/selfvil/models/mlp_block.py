@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from selfvil.models.convolution import convolve, depthwise_conv
 from selfvil.models.layers import HeadNorm, Linear, ResidualLayerNorm, native_linear, residual_factors
 from selfvil.models.layout import TokenLayout
-from selfvil.ops import mlstm
+from selfvil.ops import fused, mlstm
 from selfvil.ops.cpu import fused as cpu_fused
 from selfvil.ops.cpu import layers as cpu_layers
 from selfvil.ops.mlstm import gaps
@@ -248,9 +248,12 @@ class MLPBlock(nn.Module):
     def _convolve(self, x: Tensor, layout: TokenLayout) -> Tensor:
         if self.conv is None:
             return x
-        if isinstance(self.conv, nn.Conv2d) and layout.compact_grid is None and cpu_fused.applies(x, 2):
-            on_grid = layout.places_grid, layout.places
-            return cpu_fused.add_conv(x, self.conv.weight, self.conv.bias, *on_grid)  # type: ignore[arg-type]
+        if isinstance(self.conv, nn.Conv2d) and layout.compact_grid is None:
+            parameters, grid = (self.conv.weight, self.conv.bias), layout.places_grid
+            if fused.adds_conv(x):
+                return fused.add_conv(x, *parameters, grid, layout.placed)  # type: ignore[arg-type]  # it has a bias
+            if cpu_fused.applies(x, 2):
+                return cpu_fused.add_conv(x, *parameters, grid, layout.places)  # type: ignore[arg-type]
         # A convolution along the sequence has a direction, one on the grid has none.
         reverse = self.layer.reverse and isinstance(self.conv, nn.Conv1d)
         return x + convolve(self.conv, x, layout, reverse=reverse)

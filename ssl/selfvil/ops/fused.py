@@ -47,89 +47,130 @@ PROJECT_BACKWARD = FusedConfig(tokens=16, channels=32, span=512, warps=4, stages
 NORM = FusedConfig(tokens=8, channels=0, span=64, warps=8, stages=1)
 
 
+Placed = tuple[Tensor, Tensor]
+"""Where tokens are that do not fill their grid: places (B, N), and the token at each place (B, places), -1 for none."""
+
+
 def applies(x: Tensor) -> bool:
-    """Whether these operators support x: on a GPU, in at most float32, with Triton installed, and if `guard` finds no
-    error. In Triton's interpreter also on a CPU and in float64."""
-    if not INSTALLED or os.environ.get(SWITCH) == "0" or exporting():
-        return False
-    if os.environ.get("TRITON_INTERPRET"):
-        return x.device.type in ("cpu", "cuda")
-    if x.device.type != "cuda" or x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        return False
+    """Whether the operators of a layer support x: on a GPU, in at most float32, with Triton installed, and if `guard`
+    finds no error. In Triton's interpreter also on a CPU and in float64."""
+    if not _supports(x) or os.environ.get("TRITON_INTERPRET"):
+        return _supports(x)
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
     return guard.layer_agrees((conv_silu, project, norm_skip_gate), x.device, dtype, x.shape[-1])
 
 
-def conv_silu(x: Tensor, weight: Tensor, bias: Tensor, grid: tuple[int, int], reverse: bool) -> Tensor:
-    """SiLU of the depthwise 3 × 3 convolution of all tokens of a grid, (B, N, E) to the same shape.
+def adds_conv(x: Tensor) -> bool:
+    """The same for `add_conv`, whose x is not converted under autocast."""
+    if not _supports(x) or os.environ.get("TRITON_INTERPRET"):
+        return _supports(x)
+    return guard.conv_agrees(add_conv, x.device, x.dtype, x.shape[-1])
 
-    The forward pass moves 2 tensors instead of 4. The backward pass moves 5 instead of 8: 3 for the gradient of the
-    convolution, which is recomputed, and 2 for that of x. The convolution without SiLU is not stored.
+
+def _supports(x: Tensor) -> bool:
+    if not INSTALLED or os.environ.get(SWITCH) == "0" or exporting():
+        return False
+    if os.environ.get("TRITON_INTERPRET"):
+        return x.device.type in ("cpu", "cuda")
+    return x.device.type == "cuda" and x.dtype in (torch.bfloat16, torch.float16, torch.float32)
+
+
+def conv_silu(
+    x: Tensor, weight: Tensor, bias: Tensor, grid: tuple[int, int], reverse: bool, placed: Placed | None = None
+) -> Tensor:
+    """SiLU of the depthwise 3 × 3 convolution of tokens on a grid, (B, N, E) to the same shape.
+
+    The forward pass moves 2 tensors instead of 4, and instead of 6 and two grids where tokens do not fill their grid.
+    The backward pass moves 5 instead of 8: 3 for the gradient of the convolution, which is recomputed, and 2 for that
+    of x. The convolution without SiLU is not stored.
 
     Args:
         x: (B, N, E), which need not be contiguous.
         weight, bias: (E, 1, 3, 3), rotated by 180° if `reverse`, and (E,).
-        grid: rows and columns of tokens.
+        grid: rows and columns.
+        placed: where the tokens are on the grid, with zeros at all other places; None if they fill it in order.
     """
-    return _conv(autocast(x), weight, bias, *grid, reverse)
+    return _conv(autocast(x), weight, bias, *(placed or (None, None)), *grid, reverse, True)
+
+
+def add_conv(x: Tensor, weight: Tensor, bias: Tensor, grid: tuple[int, int], placed: Placed | None = None) -> Tensor:
+    """x (B, N, E) plus its depthwise 3 × 3 convolution, in the dtype of x; arguments as for `conv_silu`.
+
+    Either pass moves 2 tensors, the backward pass 2 more for the sums of the parameters' gradients.
+    """
+    return _conv(x, weight, bias, *(placed or (None, None)), *grid, False, False)
 
 
 @custom_operator("selfvil::conv_silu")
-def _conv(x: Tensor, weight: Tensor, bias: Tensor, height: int, width: int, reverse: bool) -> Tensor:
-    return _convolve(_rows(x), weight, bias, (height, width), reverse, silu=True)
+def _conv(
+    x: Tensor, weight: Tensor, bias: Tensor, places: Tensor | None, token_at: Tensor | None, height: int, width: int,
+    reverse: bool, silu: bool,
+) -> Tensor:  # fmt: skip
+    """SiLU(conv(x)), or x + conv(x) without `silu`."""
+    return _convolve(_rows(x), weight, bias, places, token_at, (height, width), reverse, silu, not silu)
 
 
 @_conv.register_fake
-def _(x, weight, bias, height, width, reverse):
+def _(x, weight, bias, places, token_at, height, width, reverse, silu):
     return x.new_empty(x.shape)
 
 
 @custom_operator("selfvil::conv_silu_backward")
 def _conv_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, height: int, width: int, reverse: bool
-) -> tuple[Tensor, Tensor]:
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, places: Tensor | None, token_at: Tensor | None, height: int,
+    width: int, reverse: bool, silu: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients of x, and of the weights and the bias as one (10, E)."""
     dy, x = dy.contiguous(), _rows(x)
-    d_conv = x.new_empty(x.shape)
+    d_conv = x.new_empty(x.shape) if silu else dy
     spans = math.ceil(x.shape[:2].numel() / CONV.span)
     sums = _sums(x, spans, 10, x.shape[2])
     _launch(
         "conv_backward", spans * math.ceil(x.shape[2] / CONV.channels), CONV,
-        dy, x, weight.contiguous(), bias, d_conv, sums, *_conv_sizes(x, (height, width)),
-        SPAN=CONV.span, REVERSE=reverse, **_conv_constants(x),
+        dy, x, weight.contiguous(), bias, *_placed(x, places, token_at), d_conv, sums, *_conv_sizes(x, (height, width)),
+        SPAN=CONV.span, SILU=silu, REVERSE=reverse, PLACED=places is not None, **_conv_constants(x),
     )  # fmt: skip
-    return _convolve(d_conv, weight, None, (height, width), not reverse, silu=False), sums.sum(0)
+    dx = _convolve(d_conv, weight, None, places, token_at, (height, width), not reverse, False, not silu)
+    return dx, sums.sum(0)
 
 
 @_conv_backward.register_fake
-def _(dy, x, weight, bias, height, width, reverse):
+def _(dy, x, weight, bias, places, token_at, height, width, reverse, silu):
     return x.new_empty(x.shape), _sums(x, 10, x.shape[2])
 
 
 def _conv_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    *tensors, ctx.height, ctx.width, ctx.reverse = inputs
+    *tensors, ctx.height, ctx.width, ctx.reverse, ctx.silu = inputs
     ctx.save_for_backward(*tensors)
 
 
 def _conv_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, bias = ctx.saved_tensors  # once: with checkpointing, each access recomputes them
-    dx, sums = _conv_backward(dy, x, weight, bias, ctx.height, ctx.width, ctx.reverse)
-    return dx, sums[:9].mT.reshape(weight.shape).to(weight.dtype), sums[9].to(bias.dtype), None, None, None
+    x, weight, bias, *placed = ctx.saved_tensors  # once: with checkpointing, each access recomputes them
+    dx, sums = _conv_backward(dy, x, weight, bias, *placed, ctx.height, ctx.width, ctx.reverse, ctx.silu)
+    return dx, sums[:9].mT.reshape(weight.shape).to(weight.dtype), sums[9].to(bias.dtype), *6 * [None]
 
 
 _conv.register_autograd(_conv_gradients, setup_context=_conv_setup)
 
 
 def _convolve(
-    x: Tensor, weight: Tensor, bias: Tensor | None, grid: tuple[int, int], reverse: bool, silu: bool
-) -> Tensor:
+    x: Tensor, weight: Tensor, bias: Tensor | None, places: Tensor | None, token_at: Tensor | None,
+    grid: tuple[int, int], reverse: bool, silu: bool, add: bool,
+) -> Tensor:  # fmt: skip
     y = x.new_empty(x.shape)
     programs = math.ceil(x.shape[:2].numel() / CONV.tokens) * math.ceil(x.shape[2] / CONV.channels)
     _launch(
-        "conv_forward", programs, CONV, x, weight.contiguous(), weight if bias is None else bias, y,
-        *_conv_sizes(x, grid), BIAS=bias is not None, SILU=silu, REVERSE=reverse, **_conv_constants(x),
+        "conv_forward", programs, CONV,
+        x, weight.contiguous(), weight if bias is None else bias, *_placed(x, places, token_at), y,
+        *_conv_sizes(x, grid), BIAS=bias is not None, SILU=silu, ADD=add, REVERSE=reverse, PLACED=places is not None,
+        **_conv_constants(x),
     )  # fmt: skip
     return y
+
+
+def _placed(x: Tensor, places: Tensor | None, token_at: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Arguments of a kernel, which does not read them if the tokens fill their grid."""
+    return (x, x) if places is None or token_at is None else (places.contiguous(), token_at.contiguous())
 
 
 def _conv_sizes(x: Tensor, grid: tuple[int, int]) -> tuple[int, ...]:

@@ -18,6 +18,7 @@ import functools
 import hashlib
 import json
 import logging
+import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -66,6 +67,12 @@ def layer_agrees(
     return _passes("layer", device, dtype, width, lambda: _layer_errors(operators, device, dtype, width))
 
 
+@torch.compiler.assume_constant_result
+def conv_agrees(add_conv: Function, device: torch.device, dtype: torch.dtype, width: int) -> bool:
+    """The same for `add_conv` of `selfvil.ops.fused` with tokens of E = `width` channels."""
+    return _passes("convolution", device, dtype, width, lambda: _conv_errors(add_conv, device, dtype, width))
+
+
 # --- what is compared ------------------------------------------------------------------------------------------------
 
 
@@ -95,13 +102,14 @@ def _layer_errors(
     x, c, gate, dy = (random(tokens) for _ in range(4))
     weight = random((width, 1, 3, 3)).float()
     scale, bias, skip = (random((width,)).float() for _ in range(3))
-    for reverse in (False, True):
+    for reverse, kept in ((False, None), (True, None), (True, _kept(grid, device))):
+        some = slice(None if kept is None else kept.shape[1])
         yield from _compare(
-            f"{'flipped ' if reverse else ''}convolution",
-            functools.partial(conv_silu, grid=grid, reverse=reverse),
-            functools.partial(_conv, grid=grid, reverse=reverse),
-            {"x": x, "weight": weight, "bias": bias},
-            [dy],
+            f"{'flipped ' if reverse else ''}convolution{'' if kept is None else ' of kept tokens'}",
+            functools.partial(conv_silu, grid=grid, reverse=reverse, placed=_placed(kept, grid)),
+            functools.partial(_conv, grid=grid, reverse=reverse, kept=kept),
+            {"x": x[:, some], "weight": weight, "bias": bias},
+            [dy[:, some]],
         )
     head = (2, HEADS, 35, width // HEADS)
     weights = {f"weight of {name}": random((width // SIDE, SIDE, SIDE)).float() for name in "qkv"}
@@ -123,10 +131,48 @@ def _layer_errors(
     )
 
 
-def _conv(x: Tensor, weight: Tensor, bias: Tensor, grid: tuple[int, int], reverse: bool) -> Tensor:
+def _conv_errors(
+    add_conv: Function, device: torch.device, dtype: torch.dtype, width: int
+) -> Iterator[tuple[str, float]]:
+    """Two images of 5 x 7 tokens, and of some of them."""
+    random, grid = _Random(device, dtype), (5, 7)
+    parameters = {"weight": random((width, 1, 3, 3)).float(), "bias": random((width,)).float()}
+    for kept in (None, _kept(grid, device)):
+        shape = (2, 35 if kept is None else kept.shape[1], width)
+        yield from _compare(
+            f"sum with the convolution{'' if kept is None else ' of kept tokens'}",
+            functools.partial(add_conv, grid=grid, placed=_placed(kept, grid)),
+            lambda x, weight, bias, kept=kept: x + _conv(x, weight, bias, grid, False, kept, silu=False),
+            {"x": random(shape), **parameters},
+            [random(shape)],
+        )
+
+
+def _kept(grid: tuple[int, int], device: torch.device) -> Tensor:
+    """Places (2, 20) on the grid."""
+    random = torch.rand(2, math.prod(grid), generator=torch.Generator().manual_seed(0))
+    return random.argsort(1)[:, :20].sort(1).values.to(device)
+
+
+def _placed(kept: Tensor | None, grid: tuple[int, int]) -> tuple[Tensor, Tensor] | None:
+    if kept is None:
+        return None
+    tokens = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
+    return kept, kept.new_full((len(kept), math.prod(grid)), -1).scatter_(1, kept, tokens)
+
+
+def _conv(
+    x: Tensor, weight: Tensor, bias: Tensor, grid: tuple[int, int], reverse: bool, kept: Tensor | None = None,
+    silu: bool = True,
+) -> Tensor:  # fmt: skip
+    """On the grid, with zeros where no token is."""
+    index = None if kept is None else kept.unsqueeze(2).expand_as(x)
+    if index is not None:
+        x = x.new_zeros(len(x), math.prod(grid), x.shape[2]).scatter(1, index, x)
     weight = weight.flip(2, 3) if reverse else weight
-    y = F.conv2d(x.mT.unflatten(2, grid), weight, bias, padding=1, groups=len(bias))
-    return F.silu(y.flatten(2).mT)
+    y = F.conv2d(x.mT.unflatten(2, grid), weight, bias, padding=1, groups=len(bias)).flatten(2).mT
+    y = y if index is None else y.gather(1, index)
+    return F.silu(y) if silu else y
 
 
 def _project(c: Tensor, x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:

@@ -114,15 +114,35 @@ def norm_backward(
 
 
 @triton.jit
+def _tile(x, rows, channels, tokens, N, image, token, E: tl.constexpr):
+    from_x = x + _at(rows, N, image, token)[:, None] + channels[None, :]
+    return tl.load(from_x, mask=(rows < tokens)[:, None] & (channels < E)[None, :], other=0.0)
+
+
+@triton.jit
+def _places(places, rows, tokens, N, PLACED: tl.constexpr):
+    """Positions of tokens on the grid: `places` (B, N), or in order if the grid is full."""
+    if PLACED:
+        return tl.load(places + rows, mask=rows < tokens, other=0).to(tl.int32)
+    else:
+        return rows % N
+
+
+@triton.jit
 def _neighbours(
-    x, rows, channels, tap, tokens, N, ROWS, COLUMNS, image, token,
-    E: tl.constexpr, dtype: tl.constexpr,
+    x, token_at, place, rows, channels, tap, tokens, N, ROWS, COLUMNS, image, token,
+    E: tl.constexpr, PLACED: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
-    """Neighbour number `tap` of the 3 × 3 around each token; 0 outside the grid."""
+    """Neighbour number `tap` of the 3 × 3 around each token; 0 outside the grid, and where no token is."""
     down, right = tap // 3 - 1, tap % 3 - 1
-    row, column = rows % N // COLUMNS + down, rows % N % COLUMNS + right
+    row, column = place // COLUMNS + down, place % COLUMNS + right
     inside = (rows < tokens) & (row >= 0) & (row < ROWS) & (column >= 0) & (column < COLUMNS)
-    at = _at(rows, N, image, token) + (down * COLUMNS + right) * token
+    near = place + down * COLUMNS + right
+    of_image = (rows // N).to(tl.int64)
+    if PLACED:
+        near = tl.load(token_at + of_image * (ROWS * COLUMNS) + near, mask=inside, other=-1).to(tl.int32)
+        inside = inside & (near >= 0)
+    at = of_image * image + near.to(tl.int64) * token
     return tl.load(x + at[:, None] + channels[None, :], mask=inside[:, None] & (channels < E)[None, :], other=0.0).to(
         dtype
     )
@@ -130,8 +150,8 @@ def _neighbours(
 
 @triton.jit
 def _convolved(
-    x, weight, bias, rows, channels, tokens, N, ROWS, COLUMNS, image, token,
-    E: tl.constexpr, BIAS: tl.constexpr, REVERSE: tl.constexpr, dtype: tl.constexpr,
+    x, weight, bias, token_at, place, rows, channels, tokens, N, ROWS, COLUMNS, image, token,
+    E: tl.constexpr, BIAS: tl.constexpr, REVERSE: tl.constexpr, PLACED: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
     """The 3 × 3 convolution of some tokens and channels, its kernel rotated by 180° if REVERSE."""
     total = tl.full([rows.shape[0], channels.shape[0]], 0.0, dtype)
@@ -139,37 +159,48 @@ def _convolved(
         total += tl.load(bias + channels, mask=channels < E, other=0.0).to(dtype)[None, :]
     for tap in tl.static_range(9):
         factor = tl.load(weight + channels * 9 + (8 - tap if REVERSE else tap), mask=channels < E, other=0.0)
-        near = _neighbours(x, rows, channels, tap, tokens, N, ROWS, COLUMNS, image, token, E, dtype)
+        near = _neighbours(
+            x, token_at, place, rows, channels, tap, tokens, N, ROWS, COLUMNS, image, token, E, PLACED, dtype
+        )
         total += near * factor.to(dtype)[None, :]
     return total
 
 
 @triton.jit
 def conv_forward(
-    x, weight, bias, y, tokens, N, ROWS, COLUMNS, x_image, x_token,
+    x, weight, bias, places, token_at, y, tokens, N, ROWS, COLUMNS, x_image, x_token,
     E: tl.constexpr, BLOCK: tl.constexpr, CHANNELS: tl.constexpr,
-    BIAS: tl.constexpr, SILU: tl.constexpr, REVERSE: tl.constexpr,
+    BIAS: tl.constexpr, SILU: tl.constexpr, ADD: tl.constexpr, REVERSE: tl.constexpr, PLACED: tl.constexpr,
 ):  # fmt: skip
-    """The depthwise convolution (B, N, E) of tokens on their grid, followed by SiLU if SILU."""
+    """The depthwise convolution (B, N, E) of tokens on their grid; SiLU of it if SILU, and x + it if ADD.
+
+    If PLACED, tokens are at `places` (B, N), and `token_at` (B, ROWS · COLUMNS) has the token at each place, or -1.
+    """
     tiles = tl.cdiv(E, CHANNELS)
     rows = tl.program_id(0) // tiles * BLOCK + tl.arange(0, BLOCK)
     channels = tl.program_id(0) % tiles * CHANNELS + tl.arange(0, CHANNELS)
     dtype: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
+    place = _places(places, rows, tokens, N, PLACED)
     total = _convolved(
-        x, weight, bias, rows, channels, tokens, N, ROWS, COLUMNS, x_image, x_token, E, BIAS, REVERSE, dtype
-    )
+        x, weight, bias, token_at, place, rows, channels, tokens, N, ROWS, COLUMNS, x_image, x_token,
+        E, BIAS, REVERSE, PLACED, dtype,
+    )  # fmt: skip
     if SILU:
         total *= tl.sigmoid(total)
+    if ADD:
+        total += _tile(x, rows, channels, tokens, N, x_image, x_token, E).to(dtype)
     to = y + rows.to(tl.int64)[:, None] * E + channels[None, :]
     tl.store(to, total.to(y.dtype.element_ty), mask=(rows < tokens)[:, None] & (channels < E)[None, :])
 
 
 @triton.jit
 def conv_backward(
-    dy, x, weight, bias, d_conv, sums, tokens, N, ROWS, COLUMNS, x_image, x_token,
-    E: tl.constexpr, BLOCK: tl.constexpr, CHANNELS: tl.constexpr, SPAN: tl.constexpr, REVERSE: tl.constexpr,
+    dy, x, weight, bias, places, token_at, d_conv, sums, tokens, N, ROWS, COLUMNS, x_image, x_token,
+    E: tl.constexpr, BLOCK: tl.constexpr, CHANNELS: tl.constexpr, SPAN: tl.constexpr,
+    SILU: tl.constexpr, REVERSE: tl.constexpr, PLACED: tl.constexpr,
 ):  # fmt: skip
-    """The gradient (B, N, E) of the convolution without SiLU, and a span's sums (10, E) for weights and bias."""
+    """A span's sums (10, E) for weights and bias. If SILU, also the gradient (B, N, E) of the convolution before it;
+    else that is dy."""
     tiles = tl.cdiv(E, CHANNELS)
     span = tl.program_id(0) // tiles
     channels = tl.program_id(0) % tiles * CHANNELS + tl.arange(0, CHANNELS)
@@ -180,25 +211,24 @@ def conv_backward(
         rows = first + tl.arange(0, BLOCK)
         mask = (rows < tokens)[:, None] & (channels < E)[None, :]
         at = rows.to(tl.int64)[:, None] * E + channels[None, :]
+        place = _places(places, rows, tokens, N, PLACED)
         d = tl.load(dy + at, mask=mask, other=0.0).to(dtype)
-        d *= _silu_slope(
-            _convolved(
-                x, weight, bias, rows, channels, tokens, N, ROWS, COLUMNS, x_image, x_token, E, True, REVERSE, dtype
-            )
-        )
-        tl.store(d_conv + at, d.to(d_conv.dtype.element_ty), mask=mask)
+        if SILU:
+            d *= _silu_slope(
+                _convolved(
+                    x, weight, bias, token_at, place, rows, channels, tokens, N, ROWS, COLUMNS, x_image, x_token,
+                    E, True, REVERSE, PLACED, dtype,
+                )
+            )  # fmt: skip
+            tl.store(d_conv + at, d.to(d_conv.dtype.element_ty), mask=mask)
         for tap in tl.static_range(9):
-            near = _neighbours(x, rows, channels, tap, tokens, N, ROWS, COLUMNS, x_image, x_token, E, dtype)
+            near = _neighbours(
+                x, token_at, place, rows, channels, tap, tokens, N, ROWS, COLUMNS, x_image, x_token, E, PLACED, dtype
+            )
             total += tl.where(parameters == (8 - tap if REVERSE else tap), tl.sum(d * near, 0)[None, :], 0.0)
         total += tl.where(parameters == 9, tl.sum(d, 0)[None, :], 0.0)
     to = sums + span.to(tl.int64) * (10 * E) + parameters * E + channels[None, :]
     tl.store(to, total, mask=(parameters < 10) & (channels < E)[None, :])
-
-
-@triton.jit
-def _tile(x, rows, channels, tokens, N, image, token, E: tl.constexpr):
-    from_x = x + _at(rows, N, image, token)[:, None] + channels[None, :]
-    return tl.load(from_x, mask=(rows < tokens)[:, None] & (channels < E)[None, :], other=0.0)
 
 
 @triton.jit
