@@ -4,6 +4,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import runs
@@ -82,6 +83,35 @@ def test_state_divided_among_processes_takes_less_memory(digit_shards, tmp_path,
     with pytest.raises(UserError, match="GiB are free"):
         memory.require_memory(subject, 1, 1, CPU, nullcontext())
     memory.require_memory(subject, 1, 1, CPU, nullcontext(), parts=4)
+
+
+@pytest.mark.parametrize(("device", "processes"), [("cpu", 1), ("cpu", 3), ("meta", 1)])
+def test_the_copy_for_a_checkpoint_must_fit(digit_shards, tmp_path, monkeypatch, device, processes):
+    """On a GPU (here: meta), only the copy is in the memory of the machine."""
+    subject = build_objective(runs.small("dino", digit_shards, tmp_path / "run"))
+    copy, trained = footprint.state_bytes(subject), footprint.trained_bytes(subject)
+    needed = copy + (2 * trained * processes if device == "cpu" else 0)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    monkeypatch.setattr(memory, "free_host_bytes", lambda: needed)
+    memory._require_copy(subject, torch.device(device), 1)
+    monkeypatch.setattr(memory, "free_host_bytes", lambda: needed - 1)
+    with pytest.raises(UserError, match=r"a checkpoint is copied to memory before it is written, which needs 0\.0 GiB"):
+        memory._require_copy(subject, torch.device(device), 1)
+
+
+def test_the_copy_is_checked_before_the_first_step(digit_shards, tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "free_host_bytes", lambda: 1000)
+    with pytest.raises(UserError, match="a checkpoint is copied to memory"):
+        pretrain(runs.small("mae", digit_shards, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_checkpoint_has_the_bytes_that_were_predicted(digit_shards, tmp_path):
+    recipe = runs.small("dino", digit_shards, tmp_path / "run", "budget.steps=1", "budget.epochs=null")
+    pretrain(recipe)
+    files = (tmp_path / "run" / "checkpoints").glob("*/*.safetensors")
+    tensors = [x for file in files for x in load_file(file).values()]
+    assert sum(x.nbytes for x in tensors) == footprint.state_bytes(build_objective(recipe))
 
 
 def test_a_run_with_more_crops_than_memory_is_refused_before_its_first_step(digit_shards, tmp_path, monkeypatch):

@@ -89,18 +89,29 @@ def update_bytes(module: nn.Module, parts: int = 1) -> int:
     return _GRADIENT_AND_MOMENTS * trained_bytes(module) // parts
 
 
+def state_bytes(module: nn.Module) -> int:
+    """Bytes of a checkpoint: all weights and buffers, and AdamW's moments and step of each trained weight."""
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    return sum(x.nbytes for x in module.state_dict().values()) + sum(2 * x.nbytes + 4 for x in trained)
+
+
 def free_bytes(device: torch.device) -> int:
     """Memory that this process may still take: of its GPU, or its share of the machine's or container's memory."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return free_host_bytes() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def free_host_bytes() -> int:
+    """Memory of the machine, or of its container, that all processes together may still take."""
     free = psutil.virtual_memory().available
     try:  # a container's limit is not part of the machine's figures
         group = Path("/sys/fs/cgroup")
         free = min(free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
     except (OSError, ValueError):
         pass
-    return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return free
 
 
 # --- multiply-adds ---------------------------------------------------------------------------------------------------

@@ -3,7 +3,8 @@
 Two functions, for two questions:
 
 - `require_memory` refuses a run before its first step. It counts only what a step certainly holds: what autograd saves,
-  measured on one and two images, and gradients and moments. So a refusal is certain, and a pass is not.
+  measured on one and two images, and gradients and moments; and what saving a checkpoint certainly holds: moments, and
+  the copy that is written. So a refusal is certain, and a pass is not.
 - `step_memory` predicts the peak, temporary tensors included, by running forward and backward on a few images and
   recording every allocation. Every tensor's size is linear in the number of images, so the memory held at each moment
   is extrapolated on its own, and the peak is the largest of these. It is right where the peak of many images falls at
@@ -13,6 +14,7 @@ Where an objective masks each image differently, both are as exact as the masks 
 """
 
 import itertools
+import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -27,7 +29,7 @@ from selfvil.data.loader import Batch
 from selfvil.data.views import preserved_randomness
 from selfvil.divergence import BuffersBefore
 from selfvil.errors import UserError
-from selfvil.footprint import free_bytes, trained_bytes, update_bytes
+from selfvil.footprint import free_bytes, free_host_bytes, state_bytes, trained_bytes, update_bytes
 from selfvil.objectives.base import Objective, Progress, View
 
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
@@ -95,6 +97,20 @@ def require_memory(
             f"a micro-batch of {batch_size:,} images with {len(objective.views())} crops of each needs at least "
             f"{needed / 2**30:,.1f} GiB, and {free / 2**30:,.1f} GiB are free for a process on {device}: lower "
             f"optim.batch_size or the number of crops, or raise optim.accumulate"
+        )
+    _require_copy(objective, device, parts)
+
+
+def _require_copy(objective: Objective, device: torch.device, parts: int) -> None:
+    """A checkpoint is copied to the memory of the machine, and written from there while training goes on."""
+    copy, moments = state_bytes(objective), 0
+    if device.type == "cpu":  # of all its processes
+        moments = 2 * trained_bytes(objective) // parts * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if copy + moments > (free := free_host_bytes()):
+        also = f", beside {moments / 2**30:,.1f} GiB of the optimizer's moments" if moments else ""
+        raise UserError(
+            f"a checkpoint is copied to memory before it is written, which needs {copy / 2**30:,.1f} GiB{also}; "
+            f"{free / 2**30:,.1f} GiB are free on this machine: take a smaller model, or a machine with more memory"
         )
 
 

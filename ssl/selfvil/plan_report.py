@@ -21,7 +21,7 @@ from selfvil import optim, runtime
 from selfvil.build import build_objective, image_spec, open_training, parameter_groups
 from selfvil.data.base import Images, SourceShare
 from selfvil.data.loader import train_batches
-from selfvil.footprint import free_bytes, multiply_adds
+from selfvil.footprint import free_bytes, multiply_adds, state_bytes
 from selfvil.memory import StepMemory, blank_batch, step_memory
 from selfvil.monitor.evaluations import check_evaluations
 from selfvil.monitor.pictures import save_picture
@@ -262,13 +262,11 @@ def _numel(module: nn.Module) -> int:
 
 
 def _disk(objective: Objective, recipe: Recipe) -> Disk:
-    tensors = list(objective.state_dict().values())
-    trained = [parameter for parameter in objective.parameters() if parameter.requires_grad]
-    values = sum(tensor.nbytes for tensor in tensors) + sum(2 * parameter.nbytes + 4 for parameter in trained)
-    headers = _SAFETENSORS_ENTRY * (len(tensors) + 3 * len(trained))
+    trained = sum(parameter.requires_grad for parameter in objective.parameters())
+    headers = _SAFETENSORS_ENTRY * (len(objective.state_dict()) + 3 * trained)
     out = Path(recipe.run.out).absolute()
     existing = next(folder for folder in (out, *out.parents) if folder.exists())
-    return Disk(values + headers, recipe.run.keep_checkpoints, shutil.disk_usage(existing).free)
+    return Disk(state_bytes(objective) + headers, recipe.run.keep_checkpoints, shutil.disk_usage(existing).free)
 
 
 def draw_crops(objective: Objective, recipe: Recipe, shards: Images, path: Path) -> Path:
