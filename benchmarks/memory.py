@@ -6,8 +6,8 @@ Each recipe runs for 2 steps on CIFAR-10 by `pretrain` in its own process, check
 and evaluations. Its peak is measured in two ways:
 
 - `measured`: the peak of torch's allocations since before the objective was built, recorded by torch's profiler at
-  every allocation. The prediction is about the same quantity, tensors on any device, at its highest: in a step, or in the
-  save at the end, which copies weights and moments.
+  every allocation. The prediction is about the same quantity, tensors on any device, at its highest: in a step, or in
+  the save at the end, which copies weights and moments.
 - `rss`: in another process without the profiler, the peak of resident memory minus its value before `pretrain` was
   called, with all modules imported. It also includes memory that is not in tensors: buffers of oneDNN and MKL,
   libraries that are loaded later, decoded images, and memory that the allocator keeps. So it is larger; the difference
