@@ -179,12 +179,14 @@ def report(recipe: Recipe, name: str, processes: int = 1, trial: bool = True, pi
         objective, plan.micro_batch, recipe.model.in_chans, device, autocast,
         processes=processes, accumulate=recipe.optim.accumulate,
     )  # fmt: skip
-    if memory.total - memory.weights - memory.teacher > free:
+    disk = _disk(objective, recipe)
+    # On a CPU, a checkpoint is written from a copy in the same memory while training goes on.
+    needed = memory.total + (disk.checkpoint if device.type == "cpu" else 0)
+    if needed - memory.weights - memory.teacher > free:
         warnings.append(
-            f"a step is predicted to need {memory.total / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free for a "
+            f"a step is predicted to need {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free for a "
             f"process on {device}: lower optim.batch_size or the number of crops, or raise optim.accumulate"
         )
-    disk = _disk(objective, recipe)
     if disk.most > disk.free:
         warnings.append(
             f"checkpoints need up to {disk.most / 1e9:.1f} GB, and {disk.free / 1e9:.1f} GB are free for run.out = "

@@ -77,7 +77,7 @@ def _memory(report: Report) -> Table:
         table.add_row(part, _bytes(size))
     table.add_section()
     table.add_row("total", _bytes(report.memory.total))
-    table.add_row("a checkpoint's copy, in host memory, while it is written", _bytes(report.disk.checkpoint))
+    table.add_row("copy of a checkpoint (host)", _bytes(report.disk.checkpoint))
     table.add_row("free now", _bytes(report.free_memory))
     return _right(table)
 
