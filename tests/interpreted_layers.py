@@ -7,13 +7,14 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 
 def conv(scan, inputs: dict[str, Tensor], fuse: bool, *, layout, reverse) -> tuple[Tensor, ...]:
     from selfvil.models.convolution import convolve
     from selfvil.ops import fused
 
-    x = inputs["xz"].chunk(2, -1)[0]
+    x, layout = inputs["xz"].chunk(2, -1)[0], on_device(layout, inputs["xz"])
     if fuse:
         return (fused.conv_silu(x, scan.conv.weight, scan.conv.bias, layout.places_grid, reverse, layout.placed),)
     return (F.silu(convolve(scan.conv, x, layout, reverse=reverse)),)
@@ -23,10 +24,14 @@ def add_conv(scan, inputs: dict[str, Tensor], fuse: bool, *, layout) -> tuple[Te
     from selfvil.models.convolution import convolve
     from selfvil.ops import fused
 
-    x = inputs["c"]
+    x, layout = inputs["c"], on_device(layout, inputs["c"])
     if fuse:
         return (fused.add_conv(x, scan.conv.weight, scan.conv.bias, layout.places_grid, layout.placed),)
     return (x + convolve(scan.conv, x, layout),)
+
+
+def on_device(layout, x: Tensor):
+    return tree_map_only(Tensor, lambda tensor: tensor.to(x.device), layout)
 
 
 def project(scan, inputs: dict[str, Tensor], fuse: bool) -> tuple[Tensor, ...]:

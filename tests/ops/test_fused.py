@@ -131,10 +131,15 @@ def test_sums_of_several_spans_add_up(part, run, interpreter):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("part", ["norm", "project", "conv", "add_conv"])
-def test_is_as_accurate_as_the_plain_layers(part, dtype, run):
+@pytest.mark.parametrize(("part", "grid"), [
+    ("norm", (4, 5)), ("project", (4, 5)), ("conv", (4, 5)), ("conv", (7, 8)), ("add_conv", (4, 5)), ("add_conv", (7, 8))
+])  # fmt: skip
+def test_is_as_accurate_as_the_plain_layers(part, grid, dtype, run):
+    """With the larger grid, 17 of its patches are kept, and there are three other tokens."""
     scan, inputs = randomised(GatedScan(192), dtype), make_inputs(part, 2, 20, 192, dtype)
-    how = on_grid(part, (4, 5))
+    how = on_grid(part, grid)
+    if grid == (7, 8):
+        how["layout"], _ = layout_of(grid, 2, 17, 3)
     got, plain = (
         run(part, scan, inputs, True, **how),
         interpreted_layers.gradients(part, scan, inputs, False, **how),
