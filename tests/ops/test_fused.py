@@ -132,7 +132,8 @@ def test_sums_of_several_spans_add_up(part, run, interpreter):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize(("part", "grid"), [
-    ("norm", (4, 5)), ("project", (4, 5)), ("conv", (4, 5)), ("conv", (7, 8)), ("add_conv", (4, 5)), ("add_conv", (7, 8))
+    ("norm", (4, 5)), ("project", (4, 5)), ("conv", (4, 5)), ("conv", (7, 8)), ("add_conv", (4, 5)),
+    ("add_conv", (7, 8)),
 ])  # fmt: skip
 def test_is_as_accurate_as_the_plain_layers(part, grid, dtype, run):
     """With the larger grid, 17 of its patches are kept, and there are three other tokens."""
