@@ -80,9 +80,9 @@ def conv_silu(
 ) -> Tensor:
     """SiLU of the depthwise 3 × 3 convolution of tokens on a grid, (B, N, E) to the same shape.
 
-    The forward pass moves 2 tensors instead of 4, and instead of 6 and two grids where tokens do not fill their grid.
-    The backward pass moves 5 instead of 8: 3 for the gradient of the convolution, which is recomputed, and 2 for that
-    of x. The convolution without SiLU is not stored.
+    The forward pass moves 2 tensors instead of 4, or instead of 6 and three grids where tokens do not fill their grid.
+    The backward pass moves 5 instead of 8, or of 7 and five grids: 3 for the gradient of the convolution, which is
+    recomputed, and 2 for that of x. The convolution without SiLU is not stored.
 
     Args:
         x: (B, N, E), which need not be contiguous.
@@ -96,7 +96,8 @@ def conv_silu(
 def add_conv(x: Tensor, weight: Tensor, bias: Tensor, grid: tuple[int, int], placed: Placed | None = None) -> Tensor:
     """x (B, N, E) plus its depthwise 3 × 3 convolution, in the dtype of x; arguments as for `conv_silu`.
 
-    Either pass moves 2 tensors, the backward pass 2 more for the sums of the parameters' gradients.
+    The forward pass moves 2 tensors instead of 5. The backward pass moves 4 instead of 7: 2 for the gradient of x, and 2
+    for the sums of the parameters' gradients.
     """
     return _conv(x, weight, bias, *(placed or (None, None)), *grid, False, False)
 
