@@ -54,25 +54,28 @@ Placed = tuple[Tensor, Tensor]
 def applies(x: Tensor) -> bool:
     """Whether the operators of a layer support x: on a GPU, in at most float32, with Triton installed, and if `guard`
     finds no error. In Triton's interpreter also on a CPU and in float64."""
-    if not _supports(x) or os.environ.get("TRITON_INTERPRET"):
-        return _supports(x)
+    if not _supports(x):
+        return False
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
-    return guard.layer_agrees((conv_silu, project, norm_skip_gate), x.device, dtype, x.shape[-1])
+    operators = (conv_silu, project, norm_skip_gate)
+    return _interpreted() or guard.layer_agrees(operators, x.device, dtype, x.shape[-1])
 
 
 def adds_conv(x: Tensor) -> bool:
     """The same for `add_conv`, whose x is not converted under autocast."""
-    if not _supports(x) or os.environ.get("TRITON_INTERPRET"):
-        return _supports(x)
-    return guard.conv_agrees(add_conv, x.device, x.dtype, x.shape[-1])
+    return _supports(x) and (_interpreted() or guard.conv_agrees(add_conv, x.device, x.dtype, x.shape[-1]))
 
 
 def _supports(x: Tensor) -> bool:
     if not INSTALLED or os.environ.get(SWITCH) == "0" or exporting():
         return False
-    if os.environ.get("TRITON_INTERPRET"):
+    if _interpreted():
         return x.device.type in ("cpu", "cuda")
     return x.device.type == "cuda" and x.dtype in (torch.bfloat16, torch.float16, torch.float32)
+
+
+def _interpreted() -> bool:
+    return bool(os.environ.get("TRITON_INTERPRET"))
 
 
 def conv_silu(
@@ -96,8 +99,8 @@ def conv_silu(
 def add_conv(x: Tensor, weight: Tensor, bias: Tensor, grid: tuple[int, int], placed: Placed | None = None) -> Tensor:
     """x (B, N, E) plus its depthwise 3 × 3 convolution, in the dtype of x; arguments as for `conv_silu`.
 
-    The forward pass moves 2 tensors instead of 5. The backward pass moves 4 instead of 7: 2 for the gradient of x, and 2
-    for the sums of the parameters' gradients.
+    The forward pass moves 2 tensors instead of 5. The backward pass moves 4 instead of 7: 2 for the gradient of x, and
+    2 for the sums of the parameters' gradients.
     """
     return _conv(x, weight, bias, *(placed or (None, None)), *grid, False, False)
 
