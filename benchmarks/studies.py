@@ -353,7 +353,7 @@ def children_seconds() -> float:
 # --- the table -------------------------------------------------------------------------------------------------------
 
 PROTOCOLS = ["k-NN, k = 20", "linear probe", "fine-tuning", "few labels"]
-"""Columns of a table: the first words of a protocol, up to a comma."""
+"""Columns of a table: the first words of a protocol, up to a comma; with the evaluation, if that is not `frozen`."""
 
 
 def markdown(found: dict[str, Any], protocols: list[str] = PROTOCOLS) -> str:
@@ -365,7 +365,7 @@ def markdown(found: dict[str, Any], protocols: list[str] = PROTOCOLS) -> str:
         protocol = next((p for p in protocols if f"{figure['protocol']},".startswith(f"{p},")), None)
         if protocol is None:
             continue
-        column = f"{protocol} ({figure['evaluation']})" if protocol == "fine-tuning" else protocol
+        column = protocol if figure["evaluation"] == "frozen" else f"{protocol} ({figure['evaluation']})"
         row = figure["row"] if figure["network"] == "pretrained" else f"*{figure['network']}, {figure['row']}*"
         values[column][row][figure["seed"]] = figure["value"]
         if figure["network"] == "pretrained":

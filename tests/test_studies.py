@@ -188,5 +188,12 @@ def test_the_table_has_means_deviations_differences_and_the_paired_test(studies)
     assert float(table["new"].rsplit("p = ", 1)[1].split(")")[0]) == pytest.approx(p, rel=0.01)
     assert table["base"].endswith("|  | 40.83 ± 0.76 |")
     assert table["*untrained, base*"].endswith("|  | 35.00 |")
+    few = [
+        figure("base", 0, 20.0) | {"evaluation": "few"},
+        figure("base", 0, 25.0, "fine-tuning, 2 epochs") | {"evaluation": "few"},
+    ]
+    lines = studies.markdown({"rows": rows + few, "baseline": "base"}).splitlines()
+    assert lines[0].endswith("| k-NN, k = 20 | linear probe | linear probe (few) | fine-tuning (few) |")
+    assert "| 40.83 ± 0.76 | 20.00 | 25.00 |" in lines[3] + lines[2]
     assert studies.paired_p([1.0], [2.0]) is None
     assert studies.paired_p([1.0, 2.0], [2.0, 3.0]) is None
