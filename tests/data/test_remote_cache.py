@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from selfvil.data import index
 from selfvil.data.remote.cache import Cache, Full
 from selfvil.errors import UserError
 
@@ -330,3 +331,10 @@ def test_the_default_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
     with pytest.raises(UserError, match=r"data\.cache"):
         Cache().folder  # noqa: B018 - a property
+
+
+def test_a_wrong_size_in_the_environment_is_refused_before_the_store_is_asked(monkeypatch):
+    monkeypatch.setenv("SELFVIL_REMOTE_CACHE_GB", "lots")
+    monkeypatch.setattr(index, "find_remote", lambda *_: pytest.fail("the store was asked"))
+    with pytest.raises(UserError, match="SELFVIL_REMOTE_CACHE_GB is 'lots'; expected"):
+        index.open_shards("https://host/a.tar")

@@ -101,7 +101,8 @@ def open_shards(
     if image is not None and image not in EXTENSIONS:
         raise UserError(f"image extension {image!r} is not known; expected one of {', '.join(EXTENSIONS)}")
     if is_remote(pattern):
-        return _open_remote(RemoteFiles(find_remote(pattern, progress), cache or Cache(), image), progress, image)
+        cache = cache or Cache()  # first: a wrong size in the environment is refused before the store is asked
+        return _open_remote(RemoteFiles(find_remote(pattern, progress), cache, image), progress, image)
     paths = expand_shards(pattern)
     files, stamps = local_files(paths, image), _stamps(Stamp.of(path) for path in paths)
     joined = columns.cache_file("shards", image, *map(os.path.abspath, paths))
