@@ -131,7 +131,8 @@ def _conv_backward(
     sums = _sums(x, spans, 10, x.shape[2])
     _launch(
         "conv_backward", spans * math.ceil(x.shape[2] / CONV.channels), CONV,
-        dy, x, weight.contiguous(), bias, *_placed(x, places, token_at), d_conv, sums, *_conv_sizes(x, (height, width)),
+        dy, x, weight.contiguous(), bias, *_place_arguments(x, places, token_at), d_conv, sums,
+        *_conv_sizes(x, (height, width)),
         SPAN=CONV.span, SILU=silu, REVERSE=reverse, PLACED=places is not None, **_conv_constants(x),
     )  # fmt: skip
     dx = _convolve(d_conv, weight, None, places, token_at, (height, width), not reverse, False, not silu)
@@ -165,14 +166,14 @@ def _convolve(
     programs = math.ceil(x.shape[:2].numel() / CONV.tokens) * math.ceil(x.shape[2] / CONV.channels)
     _launch(
         "conv_forward", programs, CONV,
-        x, weight.contiguous(), weight if bias is None else bias, *_placed(x, places, token_at), y,
+        x, weight.contiguous(), weight if bias is None else bias, *_place_arguments(x, places, token_at), y,
         *_conv_sizes(x, grid), BIAS=bias is not None, SILU=silu, ADD=add, REVERSE=reverse, PLACED=places is not None,
         **_conv_constants(x),
     )  # fmt: skip
     return y
 
 
-def _placed(x: Tensor, places: Tensor | None, token_at: Tensor | None) -> tuple[Tensor, Tensor]:
+def _place_arguments(x: Tensor, places: Tensor | None, token_at: Tensor | None) -> tuple[Tensor, Tensor]:
     """Arguments of a kernel, which does not read them if the tokens fill their grid."""
     return (x, x) if places is None or token_at is None else (places.contiguous(), token_at.contiguous())
 
