@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -34,13 +36,21 @@ def run(digit_shards, tmp_path_factory) -> api.Run:
     return selfvil.pretrain("demo", **tiny(digit_shards, tmp_path_factory.mktemp("api") / "run"))
 
 
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Check that a call changes nothing that belongs to a notebook, and leaves no thread."""
+    before, threads = state(), threading.enumerate()
+    yield
+    assert state() == before
+    assert set(threading.enumerate()) <= set(threads), "those of other tests may end meanwhile"
+
+
 def state() -> list[object]:
-    """What belongs to a notebook, and a call must not change."""
     root, own = logging.getLogger(), logging.getLogger("selfvil")
     return [
         [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)],
         list(root.handlers), root.level, list(own.handlers), own.level, logging.root.manager.disable,
-        sys.stdout, sys.stderr, sys.excepthook, threading.active_count(),
+        sys.stdout, sys.stderr, sys.excepthook,
         torch.get_num_threads(), torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_rng_state().tolist(),
         random.getstate(), torch.are_deterministic_algorithms_enabled(),
         np.random.get_state()[1].tolist(),  # noqa: NPY002
@@ -49,14 +59,13 @@ def state() -> list[object]:
 
 def test_several_runs_in_one_process_with_different_settings(digit_shards, run, tmp_path):
     torch.manual_seed(3)
-    before = state()
-    other = selfvil.pretrain("cifar10_dino", **tiny(digit_shards, tmp_path / "dino", "dino"))
-    again = selfvil.pretrain("demo", **tiny(digit_shards, tmp_path / "again"))
-    rows = {each.folder: selfvil.evaluate(each, "knn", train=digit_shards / "digits-000000.tar",
-                                          test=digit_shards / "digits-000001.tar", workers=0, k=k)
-            for each, k in ((other, 3), (again, 5))}  # fmt: skip
-    assert [row.metric for found in rows.values() for row in found] == ["knn_3", "knn_5"]
-    assert state() == before
+    with undisturbed():
+        other = selfvil.pretrain("cifar10_dino", **tiny(digit_shards, tmp_path / "dino", "dino"))
+        again = selfvil.pretrain("demo", **tiny(digit_shards, tmp_path / "again"))
+        rows = {each.folder: selfvil.evaluate(each, "knn", train=digit_shards / "digits-000000.tar",
+                                              test=digit_shards / "digits-000001.tar", workers=0, k=k)
+                for each, k in ((other, 3), (again, 5))}  # fmt: skip
+        assert [row.metric for found in rows.values() for row in found] == ["knn_3", "knn_5"]
     runs.assert_same_state(run.folder, again.folder)
     assert other.summary.finished
     assert other.folder == tmp_path / "dino"
@@ -118,12 +127,11 @@ def test_evaluations_and_their_settings(digit_shards, run, tmp_path):
 
 
 def test_fine_tuning_is_an_evaluation_of_the_api(digit_shards, run, tmp_path):
-    before = state()
-    rows = selfvil.evaluate(
-        run, "finetune", train=digit_shards / "digits-000000.tar", test=digit_shards / "digits-000001.tar", workers=0,
-        readout="mean", epochs=1, batch_size=64, out=tmp_path / "tuned",
-    )  # fmt: skip
-    assert state() == before
+    with undisturbed():
+        rows = selfvil.evaluate(
+            run, "finetune", train=digit_shards / "digits-000000.tar", test=digit_shards / "digits-000001.tar",
+            workers=0, readout="mean", epochs=1, batch_size=64, out=tmp_path / "tuned",
+        )  # fmt: skip
     assert [row.metric for row in rows] == ["frozen_mean", "finetune_mean"]
     assert selfvil.load_backbone(tmp_path / "tuned").num_classes == 10
 
@@ -132,11 +140,10 @@ def test_comparison(digit_shards, run, tmp_path, monkeypatch):
     monkeypatch.setattr(comparison, "measure", partial(measure, rounds=2, seconds=0.01))
     shards = {"train": digit_shards / "digits-000000.tar", "test": digit_shards / "digits-000001.tar"}
     exported = selfvil.export(run, tmp_path / "export")
-    before = state()
-    found = selfvil.compare(
-        [run, exported], "knn", **shards, workers=0, k=3, chart=tmp_path / "chart.png", allow_shared=True
-    )
-    assert state() == before
+    with undisturbed():
+        found = selfvil.compare(
+            [run, exported], "knn", **shards, workers=0, k=3, chart=tmp_path / "chart.png", allow_shared=True
+        )
     (alone,) = selfvil.evaluate(run, "knn", **shards, workers=0, k=3)
     assert [(row.protocol, row.value) for row in found.rows] == 2 * [(alone.protocol, alone.value)]
     assert list(found.costs) == [run.folder.name, "export"]
@@ -145,9 +152,8 @@ def test_comparison(digit_shards, run, tmp_path, monkeypatch):
 
 
 def test_export_in_further_formats(run, tmp_path):
-    before = state()
-    out = selfvil.export(run, tmp_path / "export", formats=["published"], licence="mit", heads=True)
-    assert state() == before
+    with undisturbed():
+        out = selfvil.export(run, tmp_path / "export", formats=["published"], licence="mit", heads=True)
     names = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
     assert {"published/vision_lstm.safetensors", "heads/heads.safetensors", "model.safetensors"} <= names
     assert "license: mit" in (out / "README.md").read_text()
@@ -230,10 +236,8 @@ def test_a_run_is_a_path_for_every_function(digit_shards, run, tmp_path):
     ],
 )
 def test_a_mistake_raises_a_user_error_and_leaves_no_files(digit_shards, run, tmp_path, call, message):
-    before = state()
-    with pytest.raises(UserError, match=message):
+    with undisturbed(), pytest.raises(UserError, match=message):
         call(digit_shards, run, tmp_path)
-    assert state() == before
     assert not list(tmp_path.iterdir())
 
 

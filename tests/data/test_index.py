@@ -21,7 +21,7 @@ from selfvil.data.index import IndexReport, index_shards, open_shards
 from selfvil.data.patterns import expand_shards
 from selfvil.data.tar import members
 from selfvil.errors import UserError
-from tars import labelled, png, write_tar
+from tars import labelled, open_files, png, write_tar
 
 
 @pytest.fixture
@@ -443,13 +443,12 @@ def test_few_descriptors_are_open_and_all_are_closed(tmp_path, monkeypatch):
     monkeypatch.setattr(shard_files, "_OPEN_FILES", 3)
     for i in range(8):
         write_tar(tmp_path / f"{i}.tar", labelled(1, first=i))
-    before = len(os.listdir("/proc/self/fd"))
     shards = open_shards(tmp_path)
     for i in [0, 1, 2, 3, 4, 5, 6, 7, 0, 7, 3]:
         assert shards.read(i) == png(i)
-    assert len(os.listdir("/proc/self/fd")) == before + 3
+    assert sorted(path.name for path in open_files(tmp_path)) == ["0.tar", "3.tar", "7.tar"]
     del shards
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert open_files(tmp_path) == []
 
 
 def test_memory_is_twelve_bytes_and_a_label_per_sample(tmp_path):
