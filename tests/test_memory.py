@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import runs
-from selfvil import footprint, memory, ops
+from selfvil import build, footprint, memory, ops
 from selfvil.build import build_objective
 from selfvil.errors import UserError
 from selfvil.models.layers import GatedScan
@@ -62,13 +62,52 @@ def test_a_step_that_does_not_fit_in_memory_is_refused(digit_shards, tmp_path, m
         memory.require_memory(subject, 1000, 1, CPU, nullcontext())
 
 
+@pytest.mark.parametrize("objective", runs.PACKAGED)
+def test_weights_are_counted_without_creating_them(digit_shards, tmp_path, objective):
+    recipe, _ = build.open_training(runs.small(objective, digit_shards, tmp_path / "run"))
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    counted = build._weight_sizes(recipe)
+    assert torch.equal(torch.get_rng_state(), before)
+    found = build_objective(recipe)
+    if objective == "distill":  # its teacher is in a file
+        found = found.backbone
+    assert counted == {name: parameter.nbytes for name, parameter in found.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    ("objective", "changes", "message"),
+    [
+        ("mae", ["model.embed_dim=200000"], r"mae on \S+ has .* GiB of weights \(backbone\.blocks\S+ alone"),
+        ("mae", ["objective.decoder_dim=200000"], r"\(decoder\S+ alone"),
+        ("dino", ["objective.out_dim=100000000000"], r"\(head\.last_layer alone 5,960\.5 GiB\), which are held 2"),
+        ("lejepa", ["objective.hidden_dim=200000"], r"\(head\.mlp\.3\.weight alone 149\.0 GiB\)"),
+        ("distill", ["model.embed_dim=200000"], r"distill on \S+ has .* GiB of weights \(blocks\S+ alone"),
+    ],
+)
+def test_more_weights_than_memory_are_refused_before_they_are_created(
+    digit_shards, tmp_path, monkeypatch, objective, changes, message
+):
+    monkeypatch.setattr(footprint, "free_host_bytes", lambda: 2**30)
+    with pytest.raises(UserError, match=message):
+        pretrain(runs.small(objective, digit_shards, tmp_path / "run", *changes))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("processes", "copies"), [(1, 2), (2, 2), (8, 8)])
+def test_each_process_creates_the_weights(digit_shards, tmp_path, monkeypatch, processes, copies):
+    recipe = runs.small("dino", digit_shards, tmp_path / "run")
+    needed = copies * sum(build._weight_sizes(recipe).values())
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    monkeypatch.setattr(footprint, "free_host_bytes", lambda: needed)
+    build_objective(recipe)
+    monkeypatch.setattr(footprint, "free_host_bytes", lambda: needed - 1)
+    with pytest.raises(UserError, match=f"held {copies} times"):
+        build_objective(recipe)
+
+
 @pytest.mark.parametrize("objective", ["dino", "ibot", "dinov2"])
-def test_more_prototypes_than_memory_are_refused(digit_shards, tmp_path, monkeypatch, objective):
-    """Before they are created, if there are too many for that; otherwise before the first step."""
-    with pytest.raises(
-        UserError, match=r"objective\.out_dim = 100000000000 prototypes of 16 numbers take 11,920\.9 GiB"
-    ):
-        pretrain(runs.small(objective, digit_shards, tmp_path / "run", "objective.out_dim=100000000000"))
+def test_more_prototypes_than_a_step_can_hold_are_refused(digit_shards, tmp_path, monkeypatch, objective):
     monkeypatch.setattr(memory, "free_bytes", lambda device: 2**22)
     with pytest.raises(UserError, match=r"gradients and moments of .* take a smaller model, or fewer prototypes"):
         pretrain(runs.small(objective, digit_shards, tmp_path / "run", "objective.out_dim=100000"))

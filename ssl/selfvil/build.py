@@ -1,6 +1,7 @@
 """Build the objective of a recipe, the data set it is trained on, and the parameter groups of its optimizer."""
 
 import difflib
+import os
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,7 @@ import timm
 import torch
 from torch import nn
 
-from selfvil import optim
+from selfvil import footprint, optim
 from selfvil.data import stats
 from selfvil.data.base import Images
 from selfvil.data.classes import class_names
@@ -105,7 +106,6 @@ def build_objective(recipe: Recipe, start: bool = True) -> Objective:
 
     Raises UserError if timm cannot build the model, the objective refuses it, or the weights do not fit.
     """
-    torch.manual_seed(recipe.run.seed)
     name, kwargs = recipe.model.name, recipe.model.create_kwargs()
     if not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(), n=3)
@@ -114,6 +114,8 @@ def build_objective(recipe: Recipe, start: bool = True) -> Objective:
             if close
             else f"model.name = {name!r} is no model that timm knows; try vil_tiny_patch16_224"
         )
+    _require_memory(recipe)
+    torch.manual_seed(recipe.run.seed)
     try:
         backbone = timm.create_model(name, **kwargs)
     except (RuntimeError, TypeError, ValueError, AssertionError) as error:
@@ -142,6 +144,39 @@ def build_objective(recipe: Recipe, start: bool = True) -> Objective:
     if source is not None and recipe.model.start_heads == "load":
         start_objective(objective, source)
     return objective
+
+
+def _require_memory(recipe: Recipe) -> None:
+    """Refuse networks whose weights do not fit in memory, before they are created.
+
+    Linux lends more memory than it has, and ends the process that uses it, without a message. Needed are at least all
+    weights in each process of this machine, and once more for the copy of a checkpoint.
+    """
+    sizes = _weight_sizes(recipe)
+    total, copies = sum(sizes.values()), max(2, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    if copies * total > (free := footprint.free_host_bytes()):
+        largest = max(sizes, key=sizes.__getitem__)
+        raise UserError(
+            f"model and objective: {recipe.objective.name} on {recipe.model.name} has {total / 2**30:,.1f} GiB of "
+            f"weights ({largest} alone {sizes[largest] / 2**30:,.1f} GiB), which are held {copies} times, and "
+            f"{free / 2**30:,.1f} GiB are free on this machine: take a smaller model, or smaller heads of the objective"
+        )
+
+
+def _weight_sizes(recipe: Recipe) -> dict[str, int]:
+    """Bytes of each weight of the objective, none of which are created; empty where it cannot be built.
+
+    Only those of the backbone where the objective reads another network, whose file has its size.
+    """
+    kind = objective_class(recipe.objective.name)
+    try:
+        with torch.device("meta"):
+            networks = timm.create_model(recipe.model.name, **recipe.model.create_kwargs())
+            if not kind.reads_weights:
+                networks = kind(networks, recipe.objective, image_spec(recipe))
+    except (RuntimeError, TypeError, ValueError, AssertionError, UserError):
+        return {}  # building it in memory tells why
+    return {name: parameter.nbytes for name, parameter in networks.named_parameters()}
 
 
 def image_spec(recipe: Recipe) -> ImageSpec:

@@ -105,7 +105,7 @@ class Autoregressive(Objective):
                 f"objective.decoder_heads = {settings.decoder_heads} does not divide objective.decoder_dim = {dim}"
             )
 
-        ids = torch.arange(rows * columns)
+        ids = torch.arange(rows * columns, device="cpu")  # values, also where weights are counted on the meta device
         cluster_of = ids // columns // high * (columns // wide) + ids % columns // wide
         self.register_buffer("cluster_of", cluster_of, persistent=False)  # (N,)
         visible = adapter.latest_cluster(cluster_of) < cluster_of[cluster_of > 0, None]

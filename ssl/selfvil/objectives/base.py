@@ -81,13 +81,15 @@ class Objective(nn.Module):
     `backbone` is the network that is trained. `networks` maps the name of each exportable backbone to its prefix in
     `state_dict()`; `export` is the name of the one that is exported by default. A network called "teacher" is a running
     mean of `backbone`, and the doctor checks that it follows. `not_restored` are prefixes in `state_dict()` that keep
-    their values when a new run starts from another one's weights (`model.start_from`).
+    their values when a new run starts from another one's weights (`model.start_from`). `reads_weights`: the constructor
+    reads another network from files; any other one is also built on torch's meta device, to count its weights.
     """
 
     backbone: nn.Module
     networks: Mapping[str, str] = {"student": "backbone."}
     export: str = "student"
     not_restored: tuple[str, ...] = ()
+    reads_weights: bool = False
 
     def views(self) -> list[View]:
         """One transform for each view of a sample, in the order of `batch.views`."""

@@ -85,6 +85,8 @@ class Distill(Objective):
             networks lacks the tokens of the loss.
     """
 
+    reads_weights = True
+
     def __init__(self, backbone: nn.Module, settings: DistillSettings, image: ImageSpec) -> None:
         super().__init__()
         self.settings, self.image = settings, image

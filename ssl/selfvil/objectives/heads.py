@@ -5,12 +5,10 @@ Shapes: B images, D features of an image, K outputs or prototypes.
 
 import math
 
-import psutil
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from selfvil.errors import UserError
 from selfvil.objectives import distributed
 
 
@@ -20,8 +18,6 @@ class ProjectionHead(nn.Module):
     With `norm_last_layer` all prototypes have length 1; without it, lengths are learned, which the authors find better
     and less stable. The normalisation is explicit because modules with torch's old `weight_norm`, which lightly's head
     uses, cannot be deep-copied into a teacher.
-
-    Raises UserError if the machine's memory cannot hold the prototypes twice, for the student and for a teacher.
     """
 
     def __init__(
@@ -34,12 +30,6 @@ class ProjectionHead(nn.Module):
         norm_last_layer: bool = True,
     ) -> None:
         super().__init__()
-        needed, free = 2 * 4 * out_dim * bottleneck_dim, psutil.virtual_memory().available
-        if needed > free:
-            raise UserError(
-                f"objective.out_dim = {out_dim} prototypes of {bottleneck_dim} numbers take {needed / 2**30:,.1f} GiB "
-                f"in student and teacher, and {free / 2**30:,.1f} GiB are free: lower out_dim or bottleneck_dim"
-            )
         self.mlp = nn.Sequential(
             nn.Linear(in_dim, hidden_dim), nn.GELU(),
             nn.Linear(hidden_dim, hidden_dim), nn.GELU(),
