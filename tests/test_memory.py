@@ -1,5 +1,6 @@
 """Memory and multiply-adds of a step: measured on few images, predicted for many, refused if they do not fit."""
 
+import resource
 from contextlib import nullcontext
 
 import pytest
@@ -60,6 +61,39 @@ def test_a_step_that_does_not_fit_in_memory_is_refused(digit_shards, tmp_path, m
     memory.require_memory(subject, 4, 1, CPU, nullcontext())
     with pytest.raises(UserError, match=r"1,000 images with 4 crops of each needs at least .* 0\.1 GiB are free"):
         memory.require_memory(subject, 1000, 1, CPU, nullcontext())
+
+
+def test_more_memory_than_is_free_is_an_error_instead_of_the_end_of_the_process(monkeypatch):
+    monkeypatch.setattr(footprint, "free_bytes", lambda device: 2**28)
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    for take in (lambda: torch.empty(2**29, dtype=torch.uint8), lambda: bytearray(2**29)):
+        with pytest.raises(MemoryError), footprint.memory_limit(CPU):
+            take()
+        assert resource.getrlimit(resource.RLIMIT_DATA) == before
+        take()
+    with pytest.raises(RuntimeError, match="size"), footprint.memory_limit(CPU):
+        torch.zeros(2) @ torch.zeros(3)
+    with footprint.memory_limit(torch.device("meta")):
+        torch.empty(2**29, dtype=torch.uint8)
+    with pytest.raises(MemoryError), footprint.memory_limit(torch.device("meta")):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_two_images_that_do_not_fit_are_refused(digit_shards, tmp_path, monkeypatch):
+    """As of a very large size; a run of one image at a time needs only one."""
+    subject = build_objective(runs.small("mae", digit_shards, tmp_path / "run"))
+    taken = memory.saved_bytes
+
+    def measured(objective, count, channels, device):
+        if count > 1:
+            torch.empty(2**29, dtype=torch.uint8)
+        return taken(objective, count, channels, device)
+
+    monkeypatch.setattr(footprint, "free_bytes", lambda device: 2**28)
+    monkeypatch.setattr(memory, "saved_bytes", measured)
+    with pytest.raises(UserError, match=r"even 2 image\(s\) with 1 crops of each need more .*: lower model\.img_size"):
+        memory.require_memory(subject, 2, 1, CPU, nullcontext())
+    memory.require_memory(subject, 1, 1, CPU, nullcontext())
 
 
 @pytest.mark.parametrize("objective", runs.PACKAGED)

@@ -2,7 +2,9 @@
 
 import math
 import os
-from collections.abc import Callable
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +114,39 @@ def free_host_bytes() -> int:
     except (OSError, ValueError):
         pass
     return free
+
+
+@contextmanager
+def memory_limit(device: torch.device) -> Iterator[None]:
+    """Within it, MemoryError is raised where more is taken on `device` than is free.
+
+    Linux lends more memory than it has, and ends the process that uses it, without a message. So on a CPU this process
+    may not take more than is free, other threads included. There is no new limit where the user has set one, or where
+    the system does not tell what is taken.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    taken = _taken_bytes() if device.type == "cpu" else None
+    if taken is not None and soft == resource.RLIM_INFINITY:
+        resource.setrlimit(resource.RLIMIT_DATA, (taken + free_bytes(device), hard))
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise MemoryError from error
+    except RuntimeError as error:  # torch has no error of its own for the memory of a CPU
+        if "can't allocate memory" in str(error):
+            raise MemoryError from error
+        raise
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+
+def _taken_bytes() -> int | None:
+    """Bytes that count for the limit of this process, or None if this system does not tell."""
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmData:"))
+    except (OSError, StopIteration, ValueError):
+        return None
 
 
 # --- multiply-adds ---------------------------------------------------------------------------------------------------

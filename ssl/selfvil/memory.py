@@ -29,7 +29,7 @@ from selfvil.data.loader import Batch
 from selfvil.data.views import preserved_randomness
 from selfvil.divergence import BuffersBefore
 from selfvil.errors import UserError
-from selfvil.footprint import free_bytes, free_host_bytes, state_bytes, trained_bytes, update_bytes
+from selfvil.footprint import free_bytes, free_host_bytes, memory_limit, state_bytes, trained_bytes, update_bytes
 from selfvil.objectives.base import Objective, Progress, View
 
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
@@ -81,17 +81,24 @@ def require_memory(
     Raises:
         UserError: with what is needed, what is free, and the keys to change.
     """
-    with autocast:
-        one, two = (saved_bytes(objective, count, channels, device) for count in (1, 2))
-    of_weights = update_bytes(objective, parts)
-    needed = one + (two - one) * (batch_size - 1) + of_weights
-    free = free_bytes(device)
+    of_weights, free = update_bytes(objective, parts), free_bytes(device)
     if of_weights > free:
         raise UserError(
             f"gradients and moments of {trained_bytes(objective) / 2**30:,.1f} GiB of trained weights need "
             f"{of_weights / 2**30:,.1f} GiB, and {free / 2**30:,.1f} GiB are free for a process on {device}: take a "
             "smaller model, or fewer prototypes (objective.out_dim) if the objective has them"
         )
+    counts = (1, 2) if batch_size > 1 else (1,)
+    try:
+        with autocast, memory_limit(device):
+            saved = [saved_bytes(objective, count, channels, device) for count in counts]
+    except MemoryError:
+        raise UserError(
+            f"even {counts[-1]} image(s) with {len(objective.views())} crops of each need more than the "
+            f"{free / 2**30:,.1f} GiB that are free for a process on {device}: lower model.img_size or the number of "
+            "crops, raise model.patch_size, or take a smaller model"
+        ) from None
+    needed = saved[0] + (saved[-1] - saved[0]) * (batch_size - 1) + of_weights
     if needed > free:
         raise UserError(
             f"a micro-batch of {batch_size:,} images with {len(objective.views())} crops of each needs at least "
