@@ -9,6 +9,7 @@ import sys
 import sysconfig
 import tomllib
 from graphlib import CycleError, TopologicalSorter
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -156,6 +157,35 @@ def test_every_import_of_the_package_is_of_a_module_that_exists():
                 if not (file.with_suffix(".py").exists() or (file / "__init__.py").exists()):
                     missing.append(f"{path.name} imports {node.module}")
     assert not missing
+
+
+def test_every_package_that_is_imported_is_declared():
+    """One that only comes with another one is missing as soon as that one changes."""
+    extras = PROJECT["project"]["optional-dependencies"].values()
+    requirements = [*PROJECT["project"]["dependencies"], *(each for extra in extras for each in extra)]
+    declared = {normalised(re.match(r"[\w.-]+", each)[0]) for each in requirements}
+    declared |= {"triton", "selfvil"}  # Triton comes with torch where torch uses it
+    owners, missing = packages_distributions(), set()
+    for path in (REPOSITORY / "ssl" / "selfvil").rglob("*.py"):
+        for name in {each.split(".")[0] for each in imported(path)} - sys.stdlib_module_names:
+            if not {normalised(owner) for owner in owners.get(name, [name])} & declared:
+                missing.add(f"{path.name} imports {name}")
+    assert not missing
+
+
+def normalised(distribution: str) -> str:
+    return distribution.lower().replace("_", "-")
+
+
+def imported(path: Path) -> set[str]:
+    """Absolute names of the modules that a file imports, also within functions."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {each.name for each in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            names.add(node.module)
+    return names
 
 
 def test_the_import_graph_finds_a_cycle(tmp_path):
