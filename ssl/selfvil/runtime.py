@@ -101,7 +101,10 @@ def start(
     for sentence in overridden_settings(os.environ, precision, accumulate) if accelerator.is_main_process else []:
         log.warning(sentence)
     if precision == "bf16" and accelerator.is_main_process and not bf16_in_hardware():
-        log.warning("this processor has no bfloat16 instructions: run.precision=fp32 is many times faster on it")
+        log.warning(
+            "this processor has no bfloat16 instructions: run.precision=fp32 is faster on it, and many times where a "
+            "network or objective has layers without native kernels"
+        )
     if threads is not None:
         torch.set_num_threads(threads)
     if (used := torch.get_num_threads()) > 1 and accelerator.device.type == "cpu" and accelerator.is_local_main_process:
