@@ -1,6 +1,5 @@
 """Memory and multiply-adds of a step: measured on few images, predicted for many, refused if they do not fit."""
 
-import resource
 from contextlib import nullcontext
 
 import pytest
@@ -9,7 +8,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import runs
-from selfvil import build, footprint, memory, ops
+from selfvil import build, footprint, free_memory, memory, ops
 from selfvil.build import build_objective
 from selfvil.errors import UserError
 from selfvil.models.layers import GatedScan
@@ -63,22 +62,6 @@ def test_a_step_that_does_not_fit_in_memory_is_refused(digit_shards, tmp_path, m
         memory.require_memory(subject, 1000, 1, CPU, nullcontext())
 
 
-def test_more_memory_than_is_free_is_an_error_instead_of_the_end_of_the_process(monkeypatch):
-    monkeypatch.setattr(footprint, "free_bytes", lambda device: 2**28)
-    before = resource.getrlimit(resource.RLIMIT_DATA)
-    for take in (lambda: torch.empty(2**29, dtype=torch.uint8), lambda: bytearray(2**29)):
-        with pytest.raises(MemoryError), footprint.memory_limit(CPU):
-            take()
-        assert resource.getrlimit(resource.RLIMIT_DATA) == before
-        take()
-    with pytest.raises(RuntimeError, match="size"), footprint.memory_limit(CPU):
-        torch.zeros(2) @ torch.zeros(3)
-    with footprint.memory_limit(torch.device("meta")):
-        torch.empty(2**29, dtype=torch.uint8)
-    with pytest.raises(MemoryError), footprint.memory_limit(torch.device("meta")):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-
 def test_two_images_that_do_not_fit_are_refused(digit_shards, tmp_path, monkeypatch):
     """As of a very large size; a run of one image at a time needs only one."""
     subject = build_objective(runs.small("mae", digit_shards, tmp_path / "run"))
@@ -89,7 +72,7 @@ def test_two_images_that_do_not_fit_are_refused(digit_shards, tmp_path, monkeypa
             torch.empty(2**29, dtype=torch.uint8)
         return taken(objective, count, channels, device)
 
-    monkeypatch.setattr(footprint, "free_bytes", lambda device: 2**28)
+    monkeypatch.setattr(free_memory, "free_bytes", lambda device: 2**28)
     monkeypatch.setattr(memory, "saved_bytes", measured)
     with pytest.raises(UserError, match=r"even 2 image\(s\) with 1 crops of each need more .*: lower model\.img_size"):
         memory.require_memory(subject, 2, 1, CPU, nullcontext())
@@ -122,7 +105,7 @@ def test_weights_are_counted_without_creating_them(digit_shards, tmp_path, objec
 def test_more_weights_than_memory_are_refused_before_they_are_created(
     digit_shards, tmp_path, monkeypatch, objective, changes, message
 ):
-    monkeypatch.setattr(footprint, "free_host_bytes", lambda: 2**30)
+    monkeypatch.setattr(free_memory, "free_host_bytes", lambda: 2**30)
     with pytest.raises(UserError, match=message):
         pretrain(runs.small(objective, digit_shards, tmp_path / "run", *changes))
     assert not (tmp_path / "run").exists()
@@ -133,9 +116,9 @@ def test_each_process_creates_the_weights(digit_shards, tmp_path, monkeypatch, p
     recipe = runs.small("dino", digit_shards, tmp_path / "run")
     needed = copies * sum(build._weight_sizes(recipe).values())
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
-    monkeypatch.setattr(footprint, "free_host_bytes", lambda: needed)
+    monkeypatch.setattr(free_memory, "free_host_bytes", lambda: needed)
     build_objective(recipe)
-    monkeypatch.setattr(footprint, "free_host_bytes", lambda: needed - 1)
+    monkeypatch.setattr(free_memory, "free_host_bytes", lambda: needed - 1)
     with pytest.raises(UserError, match=f"held {copies} times"):
         build_objective(recipe)
 

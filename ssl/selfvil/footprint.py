@@ -1,14 +1,10 @@
-"""What a computation costs, measured on a few samples: memory and multiply-adds; and how much memory is free."""
+"""What a computation costs, measured on a few samples: memory and multiply-adds."""
 
 import math
 import os
-import resource
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -95,58 +91,6 @@ def state_bytes(module: nn.Module) -> int:
     """Bytes of a checkpoint: all weights and buffers, and AdamW's moments and step of each trained weight."""
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     return sum(x.nbytes for x in module.state_dict().values()) + sum(2 * x.nbytes + 4 for x in trained)
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory that this process may still take: of its GPU, or its share of the machine's or container's memory."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return free_host_bytes() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
-def free_host_bytes() -> int:
-    """Memory of the machine, or of its container, that all processes together may still take."""
-    free = psutil.virtual_memory().available
-    try:  # a container's limit is not part of the machine's figures
-        group = Path("/sys/fs/cgroup")
-        free = min(free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
-    except (OSError, ValueError):
-        pass
-    return free
-
-
-@contextmanager
-def memory_limit(device: torch.device) -> Iterator[None]:
-    """Within it, MemoryError is raised where more is taken on `device` than is free.
-
-    Linux lends more memory than it has, and ends the process that uses it, without a message. So on a CPU this process
-    may not take more than is free, other threads included. There is no new limit where the user has set one, or where
-    the system does not tell what is taken.
-    """
-    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    taken = _taken_bytes() if device.type == "cpu" else None
-    if taken is not None and soft == resource.RLIM_INFINITY:
-        resource.setrlimit(resource.RLIMIT_DATA, (taken + free_bytes(device), hard))
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise MemoryError from error
-    except RuntimeError as error:  # torch has no error of its own for the memory of a CPU
-        if "can't allocate memory" in str(error):
-            raise MemoryError from error
-        raise
-    finally:
-        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
-
-
-def _taken_bytes() -> int | None:
-    """Bytes that count for the limit of this process, or None if this system does not tell."""
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmData:"))
-    except (OSError, StopIteration, ValueError):
-        return None
 
 
 # --- multiply-adds ---------------------------------------------------------------------------------------------------

@@ -21,7 +21,8 @@ from selfvil import optim, runtime
 from selfvil.build import build_objective, image_spec, open_training, parameter_groups
 from selfvil.data.base import Images, SourceShare
 from selfvil.data.loader import train_batches
-from selfvil.footprint import free_bytes, multiply_adds, state_bytes
+from selfvil.footprint import multiply_adds, state_bytes
+from selfvil.free_memory import free_bytes
 from selfvil.memory import StepMemory, blank_batch, step_memory
 from selfvil.monitor.evaluations import check_evaluations
 from selfvil.monitor.pictures import save_picture

@@ -7,11 +7,11 @@ import os
 import re
 from typing import Any
 
-import psutil
 import torch
 
 from selfvil.data.render import require_renderable
 from selfvil.errors import UserError
+from selfvil.free_memory import free_host_bytes
 from selfvil.memory import require_memory
 from selfvil.objectives.base import Objective
 from selfvil.plan import Plan
@@ -46,7 +46,7 @@ def workers_warning(workers: int, processes: int, cores: int | None = None, free
     cores, free: for tests; by default those of this machine, `free` in bytes.
     """
     cores = cores or len(os.sched_getaffinity(0))
-    free = psutil.virtual_memory().available if free is None else free
+    free = free_host_bytes() if free is None else free
     total = workers * processes
     needed = total * WORKER_BYTES
     if total <= cores and needed <= free:

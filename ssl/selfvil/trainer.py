@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from selfvil import footprint, memory, runtime
+from selfvil import footprint, free_memory, memory, runtime
 from selfvil.build import build_objective, open_training
 from selfvil.errors import UserError
 from selfvil.objectives.base import Objective
@@ -56,14 +56,20 @@ def _micro_batches(objective: Objective, recipe: Recipe, device: torch.device, p
     Measured with two images and with four. At most 64 images on a CPU. Raises UserError if the smallest do not fit.
     """
     share, channels = recipe.optim.batch_size // processes, recipe.model.in_chans
-    least = 2 if getattr(objective, "mixup", None) else 1
-    with runtime.autocast(device, recipe.run.precision):
-        two, four = (memory.saved_bytes(objective, count, channels, device) for count in (2, 4))
-    each, free = max(1, (four - two) // 2), footprint.free_bytes(device)
+    least, (height, width) = 2 if getattr(objective, "mixup", None) else 1, recipe.model.img_size
+    free = free_memory.free_bytes(device)
+    try:
+        with runtime.autocast(device, recipe.run.precision), free_memory.memory_limit(device):
+            two, four = (memory.saved_bytes(objective, count, channels, device) for count in (2, 4))
+    except MemoryError:
+        raise UserError(
+            f"four images of {height} x {width} pixels need more than the {free / 2**30:,.2f} GiB that are free on "
+            f"{device}: use smaller images (img_size), or end other programs"
+        ) from None
+    each = max(1, (four - two) // 2)
     fixed = max(0, two - 2 * each) + footprint.update_bytes(objective)
     most = int((_SHARE_OF_FREE * free - fixed) / each)
     if most < least:
-        height, width = recipe.model.img_size
         raise UserError(
             f"fine-tuning on images of {height} x {width} pixels needs at least "
             f"{(least * each + fixed) / _SHARE_OF_FREE / 2**30:,.2f} GiB, and {free / 2**30:,.2f} GiB are free on "

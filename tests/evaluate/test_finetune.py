@@ -16,7 +16,7 @@ from rich.console import Console
 
 import runs
 import selfvil
-from selfvil import checkpoint, cli, footprint, optim, trainer
+from selfvil import checkpoint, cli, footprint, free_memory, optim, trainer
 from selfvil.data.index import open_shards
 from selfvil.errors import UserError
 from selfvil.evaluate import finetune as module
@@ -248,7 +248,7 @@ def test_micro_batches_fit_into_free_memory(run, parts, tmp_path, monkeypatch):
     monkeypatch.setattr(trainer, "pretrain", lambda recipe, summarise: made.append(recipe.optim.accumulate))
 
     def parts_of(free: int, **settings) -> int:
-        monkeypatch.setattr(footprint, "free_bytes", lambda device: free)
+        monkeypatch.setattr(free_memory, "free_bytes", lambda device: free)
         task.trainer.run(recipe(task, Settings(**settings), "mean", tmp_path, None), torch.device("cpu"))
         return made[-1]
 
@@ -265,6 +265,9 @@ def test_micro_batches_fit_into_free_memory(run, parts, tmp_path, monkeypatch):
     assert parts_of(2 * (fixed + 16 * (two - one)), batch_size=60, mixup=0.8, drop_path=0.0) == 5
     with pytest.raises(UserError, match=r"images of 8 x 8 pixels needs at least 0\.00 GiB, and 0\.00 GiB are free"):
         parts_of(fixed)
+    monkeypatch.setattr(trainer.memory, "saved_bytes", lambda *_: torch.empty(2**29, dtype=torch.uint8))
+    with pytest.raises(UserError, match=r"four images of 8 x 8 pixels need more than the 0\.25 GiB that are free"):
+        parts_of(2**28)
 
 
 @pytest.mark.parametrize("name", ["vil", "vit"])
