@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import runs
-from selfvil import build, footprint, free_memory, memory, ops
+from selfvil import build, footprint, machine, memory, ops
 from selfvil.build import build_objective
 from selfvil.errors import UserError
 from selfvil.models.layers import GatedScan
@@ -72,7 +72,7 @@ def test_two_images_that_do_not_fit_are_refused(digit_shards, tmp_path, monkeypa
             torch.empty(2**29, dtype=torch.uint8)
         return taken(objective, count, channels, device)
 
-    monkeypatch.setattr(free_memory, "free_bytes", lambda device: 2**28)
+    monkeypatch.setattr(machine, "free_bytes", lambda device: 2**28)
     monkeypatch.setattr(memory, "saved_bytes", measured)
     with pytest.raises(UserError, match=r"even 2 image\(s\) with 1 crops of each need more .*: lower model\.img_size"):
         memory.require_memory(subject, 2, 1, CPU, nullcontext())
@@ -105,7 +105,7 @@ def test_weights_are_counted_without_creating_them(digit_shards, tmp_path, objec
 def test_more_weights_than_memory_are_refused_before_they_are_created(
     digit_shards, tmp_path, monkeypatch, objective, changes, message
 ):
-    monkeypatch.setattr(free_memory, "free_host_bytes", lambda: 2**30)
+    monkeypatch.setattr(machine, "free_host_bytes", lambda: 2**30)
     with pytest.raises(UserError, match=message):
         pretrain(runs.small(objective, digit_shards, tmp_path / "run", *changes))
     assert not (tmp_path / "run").exists()
@@ -116,9 +116,9 @@ def test_each_process_creates_the_weights(digit_shards, tmp_path, monkeypatch, p
     recipe = runs.small("dino", digit_shards, tmp_path / "run")
     needed = copies * sum(build._weight_sizes(recipe).values())
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
-    monkeypatch.setattr(free_memory, "free_host_bytes", lambda: needed)
+    monkeypatch.setattr(machine, "free_host_bytes", lambda: needed)
     build_objective(recipe)
-    monkeypatch.setattr(free_memory, "free_host_bytes", lambda: needed - 1)
+    monkeypatch.setattr(machine, "free_host_bytes", lambda: needed - 1)
     with pytest.raises(UserError, match=f"held {copies} times"):
         build_objective(recipe)
 

@@ -9,7 +9,7 @@ import timm
 import torch
 from torch import nn
 
-from selfvil import free_memory, optim
+from selfvil import machine, optim
 from selfvil.data import stats
 from selfvil.data.base import Images
 from selfvil.data.classes import class_names
@@ -154,7 +154,7 @@ def _require_memory(recipe: Recipe) -> None:
     """
     sizes = _weight_sizes(recipe)
     total, copies = sum(sizes.values()), max(2, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    if copies * total > (free := free_memory.free_host_bytes()):
+    if copies * total > (free := machine.free_host_bytes()):
         largest = max(sizes, key=sizes.__getitem__)
         raise UserError(
             f"model and objective: {recipe.objective.name} on {recipe.model.name} has {total / 2**30:,.1f} GiB of "

@@ -30,7 +30,7 @@ from selfvil.data.views import preserved_randomness
 from selfvil.divergence import BuffersBefore
 from selfvil.errors import UserError
 from selfvil.footprint import state_bytes, trained_bytes, update_bytes
-from selfvil.free_memory import free_bytes, free_host_bytes, memory_limit
+from selfvil.machine import free_bytes, free_host_bytes, memory_limit
 from selfvil.objectives.base import Objective, Progress, View
 
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}

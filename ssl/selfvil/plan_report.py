@@ -22,7 +22,7 @@ from selfvil.build import build_objective, image_spec, open_training, parameter_
 from selfvil.data.base import Images, SourceShare
 from selfvil.data.loader import train_batches
 from selfvil.footprint import multiply_adds, state_bytes
-from selfvil.free_memory import free_bytes
+from selfvil.machine import free_bytes, usable_cores
 from selfvil.memory import StepMemory, blank_batch, step_memory
 from selfvil.monitor.evaluations import check_evaluations
 from selfvil.monitor.pictures import save_picture
@@ -121,7 +121,7 @@ class Report:
     groups: list[Group]
     size: Size
     memory: StepMemory
-    free_memory: int
+    machine: int
     disk: Disk
     trial: Trial | None
     sources: list[SourceShare]
@@ -319,7 +319,7 @@ def run_trial(objective: Objective, plan: Plan, shards: Images, device: torch.de
     load, pass_, update = (median(parts) for parts in zip(*seconds[1:]))
     loading, computing = accumulate * load, accumulate * pass_ + update
     step_seconds = step_time(
-        loading, computing, recipe.data.workers, plan.processes, len(os.sched_getaffinity(0)),
+        loading, computing, recipe.data.workers, plan.processes, usable_cores(),
         threads=torch.get_num_threads() if device.type == "cpu" else 0,
     )  # fmt: skip
     speed = recipe.optim.batch_size / step_seconds

@@ -78,7 +78,7 @@ def _memory(report: Report) -> Table:
     table.add_section()
     table.add_row("total", _bytes(report.memory.total))
     table.add_row("copy of a checkpoint (host)", _bytes(report.disk.checkpoint))
-    table.add_row("free now", _bytes(report.free_memory))
+    table.add_row("free now", _bytes(report.machine))
     return _right(table)
 
 

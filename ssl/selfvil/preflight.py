@@ -11,7 +11,7 @@ import torch
 
 from selfvil.data.render import require_renderable
 from selfvil.errors import UserError
-from selfvil.free_memory import free_host_bytes
+from selfvil.machine import free_host_bytes, usable_cores
 from selfvil.memory import require_memory
 from selfvil.objectives.base import Objective
 from selfvil.plan import Plan
@@ -45,7 +45,7 @@ def workers_warning(workers: int, processes: int, cores: int | None = None, free
 
     cores, free: for tests; by default those of this machine, `free` in bytes.
     """
-    cores = cores or len(os.sched_getaffinity(0))
+    cores = cores or usable_cores()
     free = free_host_bytes() if free is None else free
     total = workers * processes
     needed = total * WORKER_BYTES

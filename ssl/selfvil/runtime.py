@@ -30,6 +30,7 @@ from accelerate.utils import (
 
 from selfvil.allocator import kept_memory
 from selfvil.errors import UserError, redact
+from selfvil.machine import usable_cores
 from selfvil.version import __version__
 
 T = TypeVar("T")
@@ -108,8 +109,9 @@ def start(
     if threads is not None:
         torch.set_num_threads(threads)
     if (used := torch.get_num_threads()) > 1 and accelerator.device.type == "cpu" and accelerator.is_local_main_process:
-        cores, processes = os.cpu_count() or 1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        busy = cores * psutil.cpu_percent(interval=0.3) / 100  # load by other processes, over 0.3 seconds
+        cores, processes = usable_cores(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        shares, ours = psutil.cpu_percent(interval=0.3, percpu=True), os.sched_getaffinity(0)
+        busy = sum(share for core, share in enumerate(shares) if core in ours) / 100  # by other processes
         if warning := threads_warning(busy, cores, used, processes):
             log.warning(warning)
     return accelerator
@@ -270,7 +272,7 @@ def device_name(device: torch.device) -> str:
     """Name of a device, such as `NVIDIA H100 80GB HBM3` or `x86_64 CPU, 2 cores`."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} {device.type.upper()}, {os.cpu_count()} cores"
+    return f"{platform.machine()} {device.type.upper()}, {usable_cores()} cores"
 
 
 def commit() -> str | None:

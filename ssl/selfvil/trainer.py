@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from selfvil import footprint, free_memory, memory, runtime
+from selfvil import footprint, machine, memory, runtime
 from selfvil.build import build_objective, open_training
 from selfvil.errors import UserError
 from selfvil.objectives.base import Objective
@@ -57,9 +57,9 @@ def _micro_batches(objective: Objective, recipe: Recipe, device: torch.device, p
     """
     share, channels = recipe.optim.batch_size // processes, recipe.model.in_chans
     least, (height, width) = 2 if getattr(objective, "mixup", None) else 1, recipe.model.img_size
-    free = free_memory.free_bytes(device)
+    free = machine.free_bytes(device)
     try:
-        with runtime.autocast(device, recipe.run.precision), free_memory.memory_limit(device):
+        with runtime.autocast(device, recipe.run.precision), machine.memory_limit(device):
             two, four = (memory.saved_bytes(objective, count, channels, device) for count in (2, 4))
     except MemoryError:
         raise UserError(

@@ -16,7 +16,7 @@ from rich.console import Console
 
 import runs
 import selfvil
-from selfvil import checkpoint, cli, footprint, free_memory, optim, trainer
+from selfvil import checkpoint, cli, footprint, machine, optim, trainer
 from selfvil.data.index import open_shards
 from selfvil.errors import UserError
 from selfvil.evaluate import finetune as module
@@ -242,13 +242,13 @@ def test_few_steps_and_sizes_of_steps(run, parts, caplog):
     assert "only 4 steps of 30 images" in caplog.text
 
 
-def test_micro_batches_fit_into_free_memory(run, parts, tmp_path, monkeypatch):
+def test_micro_batches_fit_into_machine(run, parts, tmp_path, monkeypatch):
     """In equal parts, that are even where images are mixed."""
     task, made = a_task(run, parts), []
     monkeypatch.setattr(trainer, "pretrain", lambda recipe, summarise: made.append(recipe.optim.accumulate))
 
     def parts_of(free: int, **settings) -> int:
-        monkeypatch.setattr(free_memory, "free_bytes", lambda device: free)
+        monkeypatch.setattr(machine, "free_bytes", lambda device: free)
         task.trainer.run(recipe(task, Settings(**settings), "mean", tmp_path, None), torch.device("cpu"))
         return made[-1]
 

@@ -1,6 +1,5 @@
 """Commands for images: `selfvil pack`, `index`, `inspect`."""
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +8,7 @@ import typer
 from selfvil.commands import shard_cache
 from selfvil.errors import shorten
 from selfvil.files import require_writable, write_text
+from selfvil.machine import usable_cores
 from selfvil.terminal import progress_bar
 
 Images = Annotated[
@@ -90,7 +90,7 @@ def index(
     from selfvil.data.stats import measure, save
 
     with progress_bar("measuring") as progress:
-        found = measure(opened, channels, workers or os.cpu_count() or 1, progress)
+        found = measure(opened, channels, workers or usable_cores(), progress)
     print(found)
     print(f"saved in {save(opened, found)}")
 

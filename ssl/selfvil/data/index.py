@@ -35,6 +35,7 @@ from selfvil.data.shard import build, load_index
 from selfvil.data.sidecar import ShardIndex, Stamp
 from selfvil.data.tar import BLOCK
 from selfvil.errors import UserError
+from selfvil.machine import usable_cores
 
 _log = logging.getLogger(__name__)
 _MAPPED = 1 << 22  # samples from which the joined index is saved: 64 MB
@@ -108,7 +109,7 @@ def open_shards(
     joined = columns.cache_file("shards", image, *map(os.path.abspath, paths))
     if (shards := _load_joined(joined, paths, stamps, files, image)) is not None:
         return shards
-    threads = min(os.cpu_count() or 1, 16)  # zlib and file reads run in parallel
+    threads = min(usable_cores(), 16)  # zlib and file reads run in parallel
     loaded = in_threads(partial(load_index, image=image), paths, threads, progress)
     changed: dict[Location, Change] = {path: change for path, (_, change) in zip(paths, loaded) if change}
     shards = _new(Shards(paths, [index for index, _ in loaded], files, image), changed)

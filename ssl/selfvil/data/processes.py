@@ -1,7 +1,6 @@
 """`map` over worker processes, in order and with bounded memory, for packing and inspecting."""
 
 import itertools
-import os
 import signal
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -10,6 +9,8 @@ from multiprocessing import get_context
 from typing import Any, TypeVar
 
 import torch
+
+from selfvil.machine import usable_cores
 
 _T = TypeVar("_T")
 
@@ -31,7 +32,7 @@ def map_processes(
     """
     if not chunks:
         return
-    workers = min(workers or os.cpu_count() or 1, len(chunks))
+    workers = min(workers or usable_cores(), len(chunks))
     pool = ProcessPoolExecutor(workers, get_context("fork"), initializer=_begin_worker, initargs=(function,))
     waiting = iter(chunks)
     try:

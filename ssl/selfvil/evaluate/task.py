@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from selfvil import free_memory
+from selfvil import machine
 from selfvil.data.base import Images
 from selfvil.data.classes import class_names
 from selfvil.evaluate import intervals
@@ -147,7 +147,7 @@ class Task:
 
     def _placed(self, name: str, parts: Parts) -> Parts:
         size = parts.train.x.nbytes + parts.test.x.nbytes
-        on_cpu = self.device.type != "cpu" and _ROOM_TO_FIT * size > free_memory.free_bytes(self.device)
+        on_cpu = self.device.type != "cpu" and _ROOM_TO_FIT * size > machine.free_bytes(self.device)
         device = torch.device("cpu") if on_cpu or name == TOKENS else self.device
         return Parts(parts.train.to(device), parts.test.to(device), parts.seconds)
 

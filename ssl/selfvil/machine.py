@@ -1,8 +1,8 @@
-"""How much memory is free, and a limit that makes too much an error instead of the end of the process."""
+"""What this process may take of the machine, or of its container or job: cores and memory."""
 
 import os
 import resource
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -23,36 +23,55 @@ def free_host_bytes() -> int:
     return min([psutil.virtual_memory().available, *_free_in_groups()])
 
 
-def _free_in_groups(groups: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> Iterator[int]:
-    """Free bytes under each limit of Linux's control groups, by which containers and clusters (Slurm) limit a job.
+def usable_cores() -> int:
+    """Cores that this process may use, at least 1: by its affinity, as Slurm sets it, and by a container's quota."""
+    return max(1, min([len(os.sched_getaffinity(0)), *_cores_of_groups()]))
 
-    A limit holds for all groups below it. Files that are cached count as used there, and are dropped when memory is
-    needed, so they are free. groups, root: for tests.
+
+def _free_in_groups() -> Iterator[int]:
+    """Free bytes under each limit. Cached files count as used there; they are dropped when memory is needed."""
+    for folder, version in _groups("memory"):
+        if version == 1:
+            limit, used = "memory.limit_in_bytes", "memory.usage_in_bytes"
+            cached = {"total_inactive_file", "total_active_file"}
+        else:
+            limit, used, cached = "memory.max", "memory.current", {"inactive_file", "active_file"}
+        with suppress(OSError, ValueError):  # no such group in this container, or no limit ("max")
+            rows = (line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            dropped = sum(int(value) for name, value in rows if name in cached)
+            yield int((folder / limit).read_text()) - int((folder / used).read_text()) + dropped
+
+
+def _cores_of_groups() -> Iterator[int]:
+    """Whole cores under each quota, a time in each period."""
+    for folder, version in _groups("cpu"):
+        names = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if version == 1 else ("cpu.max",)
+        with suppress(OSError, ValueError):  # no such group in this container, or no quota ("max", -1)
+            quota, period = (int(each) for name in names for each in (folder / name).read_text().split())
+            if quota > 0:
+                yield quota // period
+
+
+def _groups(
+    controller: str, membership: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
+) -> Iterator[tuple[Path, int]]:
+    """Folders of Linux's control groups that this process is in, from the inmost, with their version, 1 or 2.
+
+    Containers and clusters (Slurm) limit a job by them; a limit holds for all groups below it.
     """
     try:
-        lines = groups.read_text(encoding="utf-8").splitlines()
+        lines = membership.read_text(encoding="utf-8").splitlines()
     except OSError:  # not Linux
         return
     for line in lines:
         _, controllers, path = line.split(":", 2)
-        if not controllers:  # version 2
-            top, limit, used, cached = root, "memory.max", "memory.current", ("inactive_file", "active_file")
-        elif "memory" in controllers.split(","):  # version 1
-            top, limit, used = root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
-            cached = ("total_inactive_file", "total_active_file")
-        else:
+        if controllers and controller not in controllers.split(","):
             continue
+        top, version = (root / controller, 1) if controllers else (root, 2)
         group = top / path.strip("/")
         for folder in (group, *group.parents):
             if folder.is_relative_to(top):
-                with suppress(OSError, ValueError):  # no such group in this container, or no limit ("max")
-                    yield int((folder / limit).read_text()) - int((folder / used).read_text()) + _of(folder, cached)
-
-
-def _of(group: Path, names: Sequence[str]) -> int:
-    """The sum of these figures of a group's memory."""
-    rows = (line.split() for line in (group / "memory.stat").read_text(encoding="utf-8").splitlines())
-    return sum(int(value) for name, value in rows if name in names)
+                yield folder, version
 
 
 @contextmanager
