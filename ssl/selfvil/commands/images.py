@@ -8,7 +8,6 @@ import typer
 from selfvil.commands import shard_cache
 from selfvil.errors import shorten
 from selfvil.files import require_writable, write_text
-from selfvil.machine import usable_cores
 from selfvil.terminal import progress_bar
 
 Images = Annotated[
@@ -88,6 +87,7 @@ def index(
     if not stats:
         return
     from selfvil.data.stats import measure, save
+    from selfvil.machine import usable_cores
 
     with progress_bar("measuring") as progress:
         found = measure(opened, channels, workers or usable_cores(), progress)
