@@ -2,6 +2,7 @@
 
 import json
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from selfvil.data.index import open_shards
 from selfvil.data.loader import train_batches
 from selfvil.data.pack import pack
 from selfvil.errors import UserError
-from selfvil.objectives.base import ImageSpec
+from selfvil.objectives.base import ImageSpec, Progress
 from selfvil.objectives.mae import reconstruction
 from selfvil.pretrain import pretrain
 from selfvil.recipe import load, read
@@ -81,6 +82,23 @@ def test_every_objective_trains_on_twelve_bands(tiles, tmp_path, name):
     pictures = list((tmp_path / "run").rglob("*.png"))
     assert pictures
     assert all(Image.open(picture).mode == "RGB" for picture in pictures)
+
+
+@pytest.mark.parametrize("name", sorted(_OBJECTIVES))
+@pytest.mark.parametrize(("channels", "shown"), [(2, (0, 0, 0)), (BANDS, (7, 3, 1))])
+def test_the_picture_of_every_objective_shows_the_chosen_channels(tiles, tmp_path, name, channels, shown):
+    statistics = ["data.stats=given", f"data.mean={[0.5] * channels}", f"data.std={[0.2] * channels}"]
+    more = [f"model.in_chans={channels}", *statistics, f"monitor.picture_channels={list(shown)}"]
+    objective = build_objective(recipe(name, tiles, tmp_path / "run", *more), False)
+    images = torch.randn(3, channels, 16, 16, generator=torch.Generator().manual_seed(0))
+    views = [images] * len(objective.views())
+    batch = SimpleNamespace(views=views, positions=torch.arange(3), labels=torch.tensor([0, 1, 0]))
+    tile = objective.picture(batch, Progress(0, 10, 5.0, 0))[:, :16, :16]
+    expected = (images[0, list(shown)] / 5 + 0.5).clamp(0, 1)
+    if name in ("ibot", "dinov2"):  # masked patches have the mean colour
+        expected = torch.where(tile == 0.5, tile, expected)
+        assert float((tile == 0.5).float().mean()) < 0.6
+    torch.testing.assert_close(tile, expected)
 
 
 @pytest.fixture(scope="module")

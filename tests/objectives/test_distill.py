@@ -120,6 +120,28 @@ def test_masks_without_patches_to_predict_are_refused(weights, settings, expecte
         distill(weights, **settings)
 
 
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("mask_ratio", [0.0, 0.5])
+def test_the_picture_shows_the_teachers_features_and_their_predictions(weights, name, mask_ratio):
+    """A prediction of the right direction has the colours of the target."""
+    objective, views = distill(weights, name, mask_ratio=mask_ratio), batch()
+    targets = resample_to_grid(objective.teacher(views.views[0])[1], (4, 6))
+    objective.patch_head.forward = lambda tokens: 3 * targets
+    picture = objective.picture(views, PROGRESS)
+    image, seen, wanted, predicted = picture.unflatten(1, (3, 16)).split(24, dim=-1)
+    torch.testing.assert_close(image, SPEC.rgb(views.views[0]).movedim(1, 0))
+    torch.testing.assert_close(predicted, wanted)
+    assert wanted.any()
+    if mask_ratio:
+        masked = objective.mask(views.positions, PROGRESS, torch.device("cpu")).view(3, 4, 6)
+        masked = masked.repeat_interleave(4, 1).repeat_interleave(4, 2)
+        torch.testing.assert_close(seen, image * ~masked)
+        assert not wanted[:, ~masked].any()
+    else:
+        torch.testing.assert_close(seen, image)
+    assert distill(weights, name, patch_weight=0).picture(views, PROGRESS) is None
+
+
 def test_features_are_resampled_between_grids():
     patches = torch.randn(2, 3, 4, 6)
     assert torch.equal(resample_to_grid(patches, (4, 6)), patches.flatten(2).mT)

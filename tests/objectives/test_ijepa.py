@@ -19,7 +19,9 @@ import runs
 from selfvil import checkpoint
 from selfvil.errors import UserError
 from selfvil.models.adapter import adapt
+from selfvil.models.layout import gather_tokens
 from selfvil.objectives.base import ImageSpec, Progress
+from selfvil.objectives.colours import principal_colours
 from selfvil.objectives.ijepa import IJEPA, IJEPASettings, block_ids, block_size
 from selfvil.objectives.teacher import TeacherSettings
 from selfvil.pretrain import pretrain
@@ -239,7 +241,29 @@ def test_every_parameter_learns_and_bf16_is_close(name, predictor):
         output = objective(batch(), PROGRESS)
     assert output.loss.dtype == torch.float32
     torch.testing.assert_close(output.loss, expected, rtol=0.03, atol=0)
-    assert objective.picture(batch(3), PROGRESS).shape == (3, 3 * SIZE[0], 3 * SIZE[1])
+    assert objective.picture(batch(3), PROGRESS).shape == (3, 3 * SIZE[0], 4 * SIZE[1])
+
+
+@pytest.mark.parametrize("predictor", ["vil", "vit"])
+def test_the_picture_shows_context_targets_and_predictions_as_colours(predictor):
+    """A perfect prediction has the colours of its target; outside the blocks both columns are black."""
+    objective, views = ijepa(predictor=predictor), batch(3)
+    features = objective.targets(views.views[0])
+    objective.predict = lambda latent, keep, blocks: gather_tokens(features, blocks.flatten(1))
+    picture = objective.picture(views, PROGRESS)
+    image, context, targets, predicted = picture.unflatten(1, (3, SIZE[0])).split(SIZE[1], dim=-1)
+    keep, blocks = objective.masks(views.positions, PROGRESS, torch.device("cpu"))
+    on_pixels = [
+        torch.zeros(3, 24).scatter(1, ids, 1).view(3, 4, 6).repeat_interleave(4, 1).repeat_interleave(4, 2)
+        for ids in (keep, blocks.flatten(1))
+    ]
+    torch.testing.assert_close(image, objective.image.rgb(views.views[0]).movedim(1, 0))
+    torch.testing.assert_close(context, image * on_pixels[0])
+    torch.testing.assert_close(predicted, targets)
+    assert not targets[:, on_pixels[1] == 0].any()
+    colours = principal_colours(features)[0].movedim(-1, 0).unflatten(2, (4, 6))
+    colours = colours.repeat_interleave(4, 2).repeat_interleave(4, 3)
+    torch.testing.assert_close(targets, colours * on_pixels[1])
 
 
 def test_the_trivial_loss_is_that_of_one_prediction_for_each_place():

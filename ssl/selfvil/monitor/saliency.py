@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from selfvil.errors import UserError
 from selfvil.models.adapter import adapt
+from selfvil.objectives.colours import principal_colours
 
 PROJECTIONS = 16
 
@@ -20,16 +21,10 @@ PROJECTIONS = 16
 def pca_colours(backbone: nn.Module, images: Tensor) -> Tensor:
     """The first three principal components of all patch features as red, green and blue: (B, 3, H, W) in [0, 1].
 
-    All images share one basis, so a colour has the same meaning in each. Each component is scaled by its 2nd and 98th
-    percentile.
+    All images share one basis, so a colour has the same meaning in each.
     """
-    from sklearn.decomposition import PCA
-
-    features = _patch_features(backbone, images).float().cpu()
-    components = torch.from_numpy(PCA(3, random_state=0).fit_transform(features.flatten(0, 2).numpy())).float()
-    low, high = torch.quantile(components, torch.tensor([0.02, 0.98]), dim=0)
-    colours = ((components - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)
-    return colours.unflatten(0, features.shape[:3]).permute(0, 3, 1, 2)
+    (colours,) = principal_colours(_patch_features(backbone, images))
+    return colours.permute(0, 3, 1, 2)
 
 
 def readout_saliency(backbone: Any, images: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from selfvil.errors import UserError
 from selfvil.models.adapter import READOUTS, BackboneAdapter, adapt
 from selfvil.models.masking import sample_mask
 from selfvil.objectives.base import Batch, ImageSpec, Objective, Progress, StepOutput, View, keyed_noise
+from selfvil.objectives.colours import feature_picture
 from selfvil.objectives.crops import Readout, Scale, require_size
 from selfvil.objectives.teacher import FrozenNetwork
 from selfvil.settings import PathText, Section, Size
@@ -169,6 +170,30 @@ class Distill(Objective):
         """Masks (B, N) bool, true where the student's patch is replaced: the same number in every image."""
         noise = keyed_noise(progress.seed, positions, self.grid[0] * self.grid[1], device)
         return sample_mask(self.settings.mask, noise, self.grid, self.num_hidden)
+
+    @torch.no_grad()
+    def picture(self, batch: Batch, progress: Progress) -> Tensor | None:
+        """Rows of four: the image, what the student sees of it, the teacher's features of the patches as colours, and
+        the student's predictions. Of masked patches only, if there are masks. None if patches are not predicted.
+        """
+        if not self.settings.patch_weight:
+            return None
+        images, adapter = batch.views[0][:8], adapt(self.backbone)
+        if self.settings.mask_ratio:
+            masked = self.mask(batch.positions[:8], progress, images.device)
+            features = adapter.masked_features(images, masked, self.mask_token)
+        else:
+            masked, features = None, adapter.forward_features(images)
+        grid, target_map = adapter.patch_grid(features, images), self.teacher(images)[1]
+        assert grid is not None
+        assert target_map is not None  # both checked in the constructor
+        predicted = self.patch_head(adapter.split_tokens(features)[1])
+        targets = resample_to_grid(target_map, grid)
+        every = torch.ones_like(targets[..., 0], dtype=torch.bool)
+        # Lengths and scales of features are not predicted: by the cosine, or after a LayerNorm.
+        targets, predicted = (F.layer_norm(each.float(), each.shape[-1:]) for each in (targets, predicted))
+        seen, shown = (every, every) if masked is None else (~masked, masked)
+        return feature_picture(images, seen, targets, predicted, shown, grid, self.image)
 
     @torch.no_grad()
     def trivial_loss(self, batch: Batch) -> Tensor | None:

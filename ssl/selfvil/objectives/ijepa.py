@@ -36,6 +36,7 @@ from selfvil.models.blocks import ViLBlockPair
 from selfvil.models.layout import Grid, TokenLayout, gather_tokens, scatter_tokens
 from selfvil.models.masking import keep_from_noise
 from selfvil.objectives.base import Batch, ImageSpec, Objective, Progress, StepOutput, View, keyed_noise
+from selfvil.objectives.colours import feature_picture
 from selfvil.objectives.crops import Scale
 from selfvil.objectives.mae import fixed_positions
 from selfvil.objectives.teacher import Teacher, TeacherSettings, teacher_autocast
@@ -244,18 +245,25 @@ class IJEPA(Objective):
 
     @torch.no_grad()
     def picture(self, batch: Batch, progress: Progress) -> Tensor:
-        """Rows of three: the image, its context, and its target blocks."""
-        images = batch.views[0][:8].float()
+        """Rows of four: the image, its context, the targets of its blocks as colours, and their predictions.
+
+        Where blocks overlap, the prediction of one of them is shown.
+        """
+        images = batch.views[0][:8]
         keep, blocks = self.masks(batch.positions[:8], progress, images.device)
-        columns = [images]
-        for ids in (keep, blocks.flatten(1)):
-            shown = images.new_zeros(len(images), self.num_patches).scatter_(1, ids, 1.0).unflatten(1, self.grid)
-            columns.append(images * F.interpolate(shown.unsqueeze(1), size=images.shape[-2:]))
-        mean, std = (
-            torch.tensor(values, device=images.device).view(-1, 1, 1) for values in (self.image.mean, self.image.std)
+        targets = self.targets(images)
+        predicted = self.predict(adapt(self.backbone).encode_kept(images, keep), keep, blocks).to(targets)
+        ids = blocks.flatten(1)
+        none = torch.zeros_like(targets[..., 0], dtype=torch.bool)
+        return feature_picture(
+            images,
+            none.scatter(1, keep, True),
+            targets,
+            torch.zeros_like(targets).scatter(1, ids.unsqueeze(-1).expand_as(predicted), predicted),
+            none.scatter(1, ids, True),
+            self.grid,
+            self.image,
         )
-        sheet = torch.cat(list(torch.cat([column * std + mean for column in columns], dim=-1)), dim=-2)[:3]
-        return sheet.expand(3, -1, -1).clamp(0, 1)
 
 
 def block_size(grid: Grid, share: float, aspect: float) -> Grid:
