@@ -240,6 +240,17 @@ def test_a_plan_without_a_trial_decodes_no_image(digit_shards, tmp_path, monkeyp
     assert report(runs.small("mae", digit_shards, tmp_path / "run"), "mae", trial=False).trial is None
 
 
+def test_a_plan_tells_what_it_does_next(digit_shards, tmp_path):
+    recipe, told = runs.small("mae", digit_shards, tmp_path / "run"), []
+    assert report(recipe, "mae", tell=told.append).trial
+    assert told == ["opening the images", "building the networks", "counting multiply-adds",
+                    "measuring the memory of two images", "measuring the memory of a step",
+                    "taking 3 steps of 40 images"]  # fmt: skip
+    without: list[str] = []
+    report(recipe, "mae", trial=False, tell=without.append)
+    assert without == told[:-1]
+
+
 @pytest.mark.parametrize(
     ("workers", "processes", "cores", "threads", "expected"),
     [

@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,17 @@ def test_the_progress_bar_prints_messages_literally(monkeypatch, capsys):
     line.print_line(f"stopped: {NAME}")
     line.close()
     assert f"stopped: {NAME}" in capsys.readouterr().out
+
+
+def test_an_activity_is_shown_on_a_terminal_only(monkeypatch, capsys):
+    for forced in ("", "1"):
+        monkeypatch.setenv("FORCE_COLOR", forced)
+        with terminal.activity() as tell:
+            tell(f"opening {NAME}")
+            time.sleep(0.3)  # rich draws 12 times a second
+        found = capsys.readouterr()
+        assert found.out == ""
+        assert found.err.count(f"opening {NAME}") >= 1 if forced else found.err == ""
 
 
 def test_every_console_prints_literally():

@@ -7,7 +7,7 @@ and refuses what cannot work. Then it measures in place of training. Nothing is 
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -146,12 +146,20 @@ class Report:
 
 
 @runtime.undisturbed()
-def report(recipe: Recipe, name: str, processes: int = 1, trial: bool = True, picture: Path | None = None) -> Report:
+def report(
+    recipe: Recipe,
+    name: str,
+    processes: int = 1,
+    trial: bool = True,
+    picture: Path | None = None,
+    tell: Callable[[str], None] = lambda text: None,
+) -> Report:
     """Examine `recipe`, called `name`, for a launch of `processes` processes of DDP.
 
     Args:
         trial: take 3 real steps to measure time. Without it and `picture`, no image is decoded.
         picture: draw the crops of the first images to this PNG file.
+        tell: called with what is done next, in a few words; on a CPU, large images take minutes.
 
     Raises:
         UserError: the launch would be refused, for the same reason and in the same words.
@@ -162,13 +170,17 @@ def report(recipe: Recipe, name: str, processes: int = 1, trial: bool = True, pi
     device = torch.device("cuda" if on_gpu else "cpu")
     check_division(recipe.optim, processes)
     check_wandb(recipe)
+    tell("opening the images")
     recipe, shards = open_training(recipe)
     plan = Plan.of(recipe, len(shards), processes)
     warnings = [*check_evaluations(recipe), *filter(None, [workers_warning(recipe.data.workers, processes)])]
+    tell("building the networks")
     objective = build_objective(recipe)
+    tell("counting multiply-adds")
     products = _multiply_adds(objective, recipe)
     objective.to(device)
     autocast = runtime.autocast(device, recipe.run.precision)
+    tell("measuring the memory of two images")
     with _one_of(processes):
         check_objective(objective, recipe, plan, device)
         free = free_bytes(device)
@@ -176,6 +188,7 @@ def report(recipe: Recipe, name: str, processes: int = 1, trial: bool = True, pi
     groups = [_group(each) for each in parameter_groups(recipe, objective)]
     trained = sum(group.parameters for group in groups)
     size = Size(_numel(objective.backbone), trained, _numel(objective) - trained, *products)
+    tell("measuring the memory of a step")
     memory = step_memory(
         objective, plan.micro_batch, recipe.model.in_chans, device, autocast,
         processes=processes, accumulate=recipe.optim.accumulate,
@@ -196,7 +209,10 @@ def report(recipe: Recipe, name: str, processes: int = 1, trial: bool = True, pi
     schedules = [_schedule(at, plan, step, objective) for at, step in plan.key_steps().items()]
     if picture is not None:
         draw_crops(objective, recipe, shards, picture)
-    timed = run_trial(objective, plan, shards, device) if trial else None  # last: it trains the objective
+    timed = None
+    if trial:  # last: it trains the objective
+        tell(f"taking {_TRIAL_STEPS} steps of {plan.micro_batch} images")
+        timed = run_trial(objective, plan, shards, device)
     if timed is not None and timed.damaged:
         warnings.append(f"{timed.damaged} of the images of the trial are damaged and were replaced")
     return Report(

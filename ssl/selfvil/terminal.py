@@ -28,3 +28,16 @@ def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
     with Progress(console=console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task(title, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextmanager
+def activity() -> Iterator[Callable[[str], None]]:
+    """A line on a terminal, nothing elsewhere, that says what is being done; called with its text."""
+    screen = console(stderr=True)
+    if not screen.is_terminal:
+        yield lambda text: None
+        return
+    from rich.text import Text
+
+    with screen.status("") as line:
+        yield lambda text: line.update(Text(text))  # rich would interpret markup in a string

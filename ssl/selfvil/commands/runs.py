@@ -54,7 +54,8 @@ def plan(
     from selfvil.plan_report import report
     from selfvil.plan_table import print_report
 
-    found = report(settings, name, processes, trial, target)
+    with terminal.activity() as tell:
+        found = report(settings, name, processes, trial, target, tell)
     print_report(found, terminal.console())
     if target is not None:
         print(f"crops of the first images: {target}")
