@@ -71,7 +71,7 @@ def test_lidar_is_the_number_of_dimensions_that_distinguish_images():
     assert rankme(views[:, 0]) > 8
 
 
-@pytest.mark.parametrize("objective", ["mae", "dino", "ibot"])
+@pytest.mark.parametrize("objective", runs.PACKAGED)
 def test_measurements_do_not_change_a_run(digit_shards, tmp_path, objective):
     """With measurements at every step and with none, a run has the same final weights, bit for bit."""
     for name, every in (("with", 1), ("without", "null")):
@@ -80,10 +80,15 @@ def test_measurements_do_not_change_a_run(digit_shards, tmp_path, objective):
     measured = [r for r in read_metrics(tmp_path / "with" / "metrics.jsonl") if r["kind"] == "doctor"]
     assert [record["step"] for record in measured] == list(range(1, 13))
     common = {"relative_lr", "speed", "feature_std", "rankme", "alpha_req", "horizon/00_forward", "saturated"}
-    common |= {"grad_norm/patch_embed", "grad_norm/blocks", "grad_norm/heads", "seconds"}
+    common |= {"grad_norm/patch_embed", "grad_norm/blocks", "grad_norm/heads", "grad_reach", "seconds"}
     assert all(record.get("teacher_lag", 0) <= record["step"] for record in measured)
-    mine = {"explained"} if objective == "mae" else {"lidar", "teacher_lag", "teacher_follows"}
-    assert common | mine <= measured[-2].keys()
+    if objective in ("dino", "ibot", "dinov2", "ijepa"):
+        common |= {"teacher_lag", "teacher_follows"}
+    if objective in ("dino", "ibot", "dinov2", "lejepa", "visreg"):
+        common |= {"lidar"}
+    if objective not in ("dino", "ibot", "dinov2"):
+        common |= {"explained"}
+    assert common <= measured[-2].keys()
     assert not any(r["kind"] == "doctor" for r in read_metrics(tmp_path / "without" / "metrics.jsonl"))
 
 

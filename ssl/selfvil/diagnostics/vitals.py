@@ -6,7 +6,7 @@ Shapes: N images, V views of each, D features, B images of a batch.
 import math
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from lightly.utils.debug import std_of_l2_normalized
@@ -127,11 +127,12 @@ class Vitals:
         self._before = self._start
         self._typical = typical_weight(objective.backbone)
         self._gradients: dict[str, float] = {}
+        self._classifier = {name for name, tag in objective.tags().items() if tag == "head"}
 
     def before_step(self, norms: Mapping[str, Tensor]) -> None:
         """norms: of the gradients of the parameters, by name."""
         self._before = _sample(self.objective.backbone)
-        self._gradients = gradient_norms(norms)
+        self._gradients = gradient_norms(norms, self._classifier)
 
     @torch.no_grad()
     def after_step(self, step: int, lr: float, batch: Batch, output: StepOutput) -> dict[str, float]:
@@ -186,12 +187,15 @@ class Vitals:
         return values if len(images) == 1 else values | lidar_vitals(views)
 
 
-def gradient_norms(norms: Mapping[str, Tensor]) -> dict[str, float]:
+def gradient_norms(norms: Mapping[str, Tensor], classifier: Collection[str] = ()) -> dict[str, float]:
     """Gradient norms of the patch embedding, of the rest of the backbone and of the heads (everything else), and
-    `grad_reach`, the first over the last. norms: of the objective's parameters, by name."""
+    `grad_reach`, the first over the last.
+
+    norms: of the objective's parameters, by name. classifier: those of the backbone that are a head.
+    """
     groups: dict[str, list[Tensor]] = {}
     for name, norm in norms.items():
-        backbone = name.startswith("backbone.")
+        backbone = name.startswith("backbone.") and name not in classifier
         group = "patch_embed" if name.startswith("backbone.patch_embed.") else "blocks" if backbone else "heads"
         groups.setdefault(group, []).append(norm)
     values = {f"grad_norm/{group}": float(torch.stack(part).norm()) for group, part in groups.items()}
