@@ -57,6 +57,8 @@ class Row(Section):
     """A packaged recipe, or a file."""
     set: list[str] = Field([])
     """Overrides, after those of the study."""
+    samples: int | None = Field(None, gt=0)
+    """Budget of this row in images, in place of the study's."""
     rate_of: str | None = None
     """A row of the same speed, whose number of images this one gets; null measures this row's own rate."""
     evaluate: dict[str, list[str]] = Field({})
@@ -151,7 +153,8 @@ class Runner:
         study = read_study(args.study)
         if args.processor_minutes or args.samples:
             budget = {"processor_minutes": args.processor_minutes, "samples": args.samples}
-            study = study.model_copy(update=budget)
+            rows = {name: row.model_copy(update={"samples": None}) for name, row in study.rows.items()}
+            study = study.model_copy(update={**budget, "rows": rows})
         if unknown := [name for name in args.rows or [] if name not in study.rows]:
             sys.exit(f"{unknown[0]} is not a row of {args.study}; choose from: {', '.join(study.rows)}")
         self.study, self.args = study, args
@@ -186,8 +189,8 @@ class Runner:
 
     def samples(self, name: str) -> int:
         """Images that a row trains on."""
-        if self.study.samples is not None:
-            return self.study.samples
+        if own := self.study.rows[name].samples or self.study.samples:
+            return own
         rates = json.loads((self.out / "rates.json").read_text())
         return round(rates[self.study.rows[name].rate_of or name] * 60 * (self.study.processor_minutes or 0))
 
@@ -199,7 +202,8 @@ class Runner:
         """
         file = self.out / "rates.json"
         known = json.loads(file.read_text()) if file.exists() else {}
-        names = dict.fromkeys(self.study.rows[name].rate_of or name for name in self.rows)
+        rows = {name: self.study.rows[name] for name in self.rows}
+        names = dict.fromkeys(row.rate_of or name for name, row in rows.items() if not row.samples)
         new, old = [name for name in names if name not in known], next(iter(known), None)
         if not new:
             return
@@ -310,7 +314,8 @@ class Runner:
                 rows += self._figures(name, seed)
         return {
             "study": Path(self.args.study).stem, "about": self.study.about, "baseline": self.study.baseline,
-            "budget": f"{budget:,} images" if budget else f"{self.study.processor_minutes:g} processor minutes",
+            "budget": (f"{budget:,} images" if budget else f"{self.study.processor_minutes:g} processor minutes")
+            + (", or a row's own" if any(row.samples for row in self.study.rows.values()) else ""),
             "rows": rows,
         }  # fmt: skip
 

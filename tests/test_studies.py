@@ -105,6 +105,22 @@ def test_a_study_runs_once_and_its_figures_say_how(studies, tiny, digit_shards, 
     assert in_process(*script, "table", str(tmp_path / "figures.json"))[1] == table
 
 
+@pytest.mark.parametrize(
+    ("more", "plain", "half"), [([], 80, 160), (["--samples", "40"], 40, 40), (["--processor-minutes", "2"], 600, 600)]
+)
+def test_a_row_may_have_its_own_number_of_images(studies, tiny, tmp_path, monkeypatch, more, plain, half):
+    tree = yaml.safe_load(tiny.read_text())
+    tree["rows"]["half"] |= {"samples": 160, "rate_of": "plain"}
+    tiny.write_text(yaml.safe_dump(tree, sort_keys=False))
+    found = []
+    monkeypatch.setattr(studies.Runner, "run", lambda self: found.append(self))
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *command(tiny, tmp_path, tmp_path, *more)[2:]])
+    (tmp_path / "rates.json").write_text('{"plain": 5.0}')
+    with pytest.raises(SystemExit):
+        studies.main()
+    assert [found[0].samples(name) for name in ("plain", "half")] == [plain, half]
+
+
 @pytest.mark.slow
 def test_a_killed_study_continues(tiny, digit_shards, tmp_path):
     """Killed with its children while the first row trains; the result is that of an uninterrupted study."""
