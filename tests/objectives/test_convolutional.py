@@ -50,10 +50,18 @@ def test_masked_objectives_need_patches(digit_shards, tmp_path, objective):
 
 
 def test_a_crop_size_that_is_too_small_is_named(digit_shards, tmp_path):
-    with pytest.raises(UserError, match=r"ConvNeXt cannot take crops of 8x8 pixels .*: raise objective\.local_crop"):
+    with pytest.raises(UserError, match=r"ConvNeXt cannot take images of 8x8 pixels .*: raise objective\.local_crop"):
         build_objective(recipe("dino", digit_shards, tmp_path / "run"))
-    with pytest.raises(UserError, match=r"ConvNeXt cannot take crops of 12x12 pixels .*: raise model\.img_size"):
+    with pytest.raises(UserError, match=r"ConvNeXt cannot take images of 12x12 pixels .*: raise model\.img_size"):
         build_objective(recipe("dino", digit_shards, tmp_path / "run", "objective.local_crops=0", "model.img_size=12"))
+
+
+@pytest.mark.parametrize("objective", ["dino", "lejepa", "visreg", "distill", "supervised"])
+def test_images_that_are_too_small_are_refused_by_every_objective(digit_shards, tmp_path, objective):
+    crops = ["objective.local_crops=0"] if objective == "dino" else []
+    with pytest.raises(UserError, match=r"ConvNeXt cannot take images of 12x12 pixels .*: raise model\.img_size"):
+        pretrain(recipe(objective, digit_shards, tmp_path / "run", "model.img_size=12", *crops))
+    assert not (tmp_path / "run").exists()
 
 
 def test_patch_size_must_be_null_without_patches_only(digit_shards, tmp_path):

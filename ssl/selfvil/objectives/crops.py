@@ -81,8 +81,8 @@ def require_size(backbone: nn.Module, image: ImageSpec, size: tuple[int, int], k
         adapt(backbone).forward_features(torch.zeros(1, image.in_chans, *size))
     except (RuntimeError, ValueError, AssertionError, IndexError) as error:
         raise UserError(
-            f"{type(backbone).__name__} cannot take crops of {size[0]}x{size[1]} pixels ({' '.join(str(error).split())}"
-            f"): raise {key}"
+            f"{type(backbone).__name__} cannot take images of {size[0]}x{size[1]} pixels "
+            f"({' '.join(str(error).split())}): raise {key}"
         ) from None
     finally:
         backbone.train(training)

@@ -23,7 +23,7 @@ from selfvil.data.views import ClassifierCrop, RandomCropFlip, preserved_randomn
 from selfvil.errors import UserError
 from selfvil.models.adapter import CLASSIFIERS, adapt
 from selfvil.objectives.base import Batch, ImageSpec, Objective, Progress, StepOutput, View, keyed_noise
-from selfvil.objectives.crops import Scale, crops_picture
+from selfvil.objectives.crops import Scale, crops_picture, require_size
 from selfvil.objectives.teacher import Teacher
 from selfvil.settings import Section
 
@@ -88,7 +88,7 @@ class Supervised(Objective):
     """A classifier around `backbone`, which is any timm network that the adapter knows.
 
     Raises:
-        UserError: the backbone lacks the token of the readout, or the classes are not known.
+        UserError: the backbone lacks the token of the readout or cannot take the images, or the classes are not known.
     """
 
     classes: Tensor
@@ -111,6 +111,8 @@ class Supervised(Objective):
                 f"objective.readout = {self.readout!r} is not possible for a classifier of {type(backbone).__name__}; "
                 f"choose one of: {', '.join(readouts)}"
             )
+        if not adapt(backbone).has_patches:  # how small images may be is only known by a forward pass
+            require_size(backbone, image, image.size, "model.img_size")
         backbone.reset_classifier(len(labels), CLASSIFIERS[self.readout])
         self.backbone = backbone
         self.register_buffer("classes", torch.tensor(labels), persistent=False)
