@@ -69,6 +69,14 @@ TRIALS = {
     ),
     "distill": _trial(None, "distill", 40, 60, 2e-3),
     "distill, small batch": _trial(None, "distill", 8, 60, 2e-3),
+    "supervised": _trial(None, "supervised", 40, 120, 2e-3),
+    "supervised, small batch": _trial(None, "supervised", 8, 120, 1e-3),
+    "supervised, smoke test": _trial(None, "supervised", 40, 12, 2e-3),
+    "supervised, ViT": _trial(
+        None, "supervised", 40, 240, 4e-3, *_VIT, "objective.mixup=0", "objective.cutmix=0",
+        "objective.randaugment=null",
+    ),
+    "supervised, moving average": _trial(None, "supervised", 40, 120, 2e-3, "objective.ema_decay=0.9"),
     # Broken.
     "dino, 30 times the rate": _trial("high_learning_rate", "dino", 64, 120, 0.03, *_DINO),
     "dino without EMA": _trial("no_ema", "dino", 64, 120, 1e-3, *_DINO, "objective.teacher_momentum=0"),
@@ -96,9 +104,11 @@ TRIALS = {
     "mae, too slow": _trial("not_learning", "mae", 40, 60, 2e-4),
     "simmim, too slow": _trial("not_learning", "simmim", 40, 60, 2e-4, "objective.normalise_targets=false"),
     "autoregressive, too slow": _trial("not_learning", "autoregressive", 40, 60, 2e-4),
+    "supervised, 30 times the rate": _trial("high_learning_rate", "supervised", 40, 120, 0.06),
+    "supervised, too slow": _trial("not_learning", "supervised", 40, 60, 2e-4),
     **{
         f"{objective}, a hundredth of the rate": _trial("low_learning_rate", objective, 40, 60, 2e-5)
-        for objective in ("mae", "simmim", "autoregressive", "dino", "lejepa", "distill")
+        for objective in ("mae", "simmim", "autoregressive", "dino", "lejepa", "distill", "supervised")
     },
 }  # fmt: skip
 
@@ -133,7 +143,7 @@ def main(*words: str) -> int:
                 f"{key}={doctor.latest[key]:.3g}"
                 for key in ("peak_relative_lr", "explained", "teacher_entropy", "teacher_spread", "prototypes",
                             "teacher_lag", "teacher_follows", "feature_std", "rank_share", "alpha_req", "lidar_share",
-                            "target_std", "projection_std")
+                            "target_std", "projection_std", "grad_reach")
                 if key in doctor.latest
             )  # fmt: skip
             mark = "" if list(doctor.alarms) == expected else "WRONG "
