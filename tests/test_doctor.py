@@ -29,7 +29,7 @@ def test_there_are_twenty_healthy_runs_and_a_broken_one_for_each_rule_that_train
 
 
 def test_two_processes_stop_together(digit_shards, tmp_path):
-    """The first process raises the alarm after step 2; both stop a step later, when they agree, with the state saved."""
+    """The first process raises the alarm after step 2; both stop a step later, when they agree, and save the state."""
     settings = ["objective.teacher_momentum=0", "monitor.doctor_every=2", "monitor.on_collapse=stop"]
     launched = runs.launch("dino", *runs.overrides("dino", digit_shards, tmp_path / "run", *settings), processes=2)
     assert launched.returncode != 0

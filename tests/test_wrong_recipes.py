@@ -197,3 +197,12 @@ def test_text_may_look_like_something_else():
     assert (recipe.run.out, recipe.monitor.wandb, recipe.data.train) == ("2026-11-26", "42", "on")
     assert load("cifar10_mae", ["monitor.wandb=null"]).monitor.wandb is None
     assert load("cifar10_mae", ["data.train=[a.tar, b.tar]"]).data.train == ["a.tar", "b.tar"]
+
+
+@pytest.mark.parametrize(
+    "recipe", ["cifar10_mae", "cifar10_simmim", "cifar10_autoregressive", "cifar10_ijepa", "cifar10_distill"]
+)
+@pytest.mark.parametrize("scale", ["[0,1]", "[1,0.2]", "[0.5,2]"])
+def test_an_impossible_crop_scale_is_refused_by_every_objective(recipe, scale):
+    with pytest.raises(UserError, match=r"objective\.crop_scale: .* is not a range of shares"):
+        load(recipe, [f"objective.crop_scale={scale}"])

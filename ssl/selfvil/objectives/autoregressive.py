@@ -26,6 +26,7 @@ from selfvil.data.views import RandomCropFlip
 from selfvil.errors import UserError
 from selfvil.models.adapter import adapt
 from selfvil.objectives.base import Batch, ImageSpec, Objective, Progress, StepOutput, View
+from selfvil.objectives.crops import Scale
 from selfvil.objectives.mae import fixed_positions, pixel_targets, reconstruction
 from selfvil.settings import Section
 
@@ -44,7 +45,7 @@ class AutoregressiveSettings(Section):
     """Attention heads in each layer of the decoder; must divide decoder_dim."""
     normalise_targets: bool = True
     """Normalise the pixels of each target patch to mean 0 and standard deviation 1."""
-    crop_scale: tuple[float, float] = (0.2, 1.0)
+    crop_scale: Scale = (0.2, 1.0)
     """Range of the share of an image's area that a random crop covers."""
     flip: bool = True
     """Flip half of the crops left to right; false if a mirror image has another meaning, as with digits."""

@@ -28,6 +28,7 @@ from selfvil.models.blocks import ViLBlockPair
 from selfvil.models.layout import TokenLayout, scatter_tokens
 from selfvil.models.masking import kept_ids, sample_mask
 from selfvil.objectives.base import Batch, ImageSpec, Objective, Progress, StepOutput, View, keyed_noise
+from selfvil.objectives.crops import Scale
 from selfvil.settings import Section
 
 
@@ -56,7 +57,7 @@ class MAESettings(Section):
     """Attention heads in each transformer layer of the decoder; must divide decoder_dim."""
     normalise_targets: bool = True
     """Normalise the pixels of each target patch to mean 0 and standard deviation 1."""
-    crop_scale: tuple[float, float] = (0.2, 1.0)
+    crop_scale: Scale = (0.2, 1.0)
     """Range of the share of an image's area that a random crop covers."""
     flip: bool = True
     """Flip half of the crops left to right; false if a mirror image has another meaning, as with digits."""

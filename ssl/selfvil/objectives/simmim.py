@@ -18,6 +18,7 @@ from selfvil.errors import UserError
 from selfvil.models.adapter import adapt
 from selfvil.models.masking import sample_mask
 from selfvil.objectives.base import Batch, ImageSpec, Objective, Progress, StepOutput, View, keyed_noise
+from selfvil.objectives.crops import Scale
 from selfvil.objectives.mae import pixel_targets, reconstruction
 from selfvil.settings import Section
 
@@ -32,7 +33,7 @@ class SimMIMSettings(Section):
     """Side of a mask unit in patches: the paper's unit of 32 pixels is 2 patches of 16."""
     normalise_targets: bool = False
     """Normalise the pixels of each target patch to mean 0 and standard deviation 1."""
-    crop_scale: tuple[float, float] = (0.67, 1.0)
+    crop_scale: Scale = (0.67, 1.0)
     """Range of the share of an image's area that a random crop covers."""
     flip: bool = True
     """Flip half of the crops left to right; false if a mirror image has another meaning, as with digits."""
