@@ -6,7 +6,9 @@ import logging
 import pytest
 import yaml
 
+import runs
 from selfvil.errors import UserError
+from selfvil.pretrain import pretrain
 from selfvil.recipe import find, load, read
 
 LONGEST = 1_000
@@ -206,3 +208,10 @@ def test_text_may_look_like_something_else():
 def test_an_impossible_crop_scale_is_refused_by_every_objective(recipe, scale):
     with pytest.raises(UserError, match=r"objective\.crop_scale: .* is not a range of shares"):
         load(recipe, [f"objective.crop_scale={scale}"])
+
+
+@pytest.mark.parametrize("objective", ["mae", "simmim"])
+def test_overlapping_patches_are_refused_where_pixels_are_predicted(objective, digit_shards, tmp_path):
+    with pytest.raises(UserError, match=r"model\.stride makes patches overlap"):
+        pretrain(runs.small(objective, digit_shards, tmp_path / "run", "model.stride=2"))
+    assert not (tmp_path / "run").exists()

@@ -78,6 +78,7 @@ class MAE(Objective):
         self.backbone = backbone
         adapter = adapt(backbone)
         self.grid = adapter.token_grid(image.size)
+        require_disjoint_patches(self.grid, image)
         self.num_patches = self.grid[0] * self.grid[1]
         self.num_keep = round(self.num_patches * (1 - settings.mask_ratio))
         if not 0 < self.num_keep < self.num_patches:
@@ -175,6 +176,14 @@ class MAE(Objective):
         keep, hidden = self.mask(batch.positions[:8], progress, images.device)
         predicted = self.decode(self.encode(images, keep), keep).float()
         return reconstruction(images, hidden, predicted, self.image, self.settings.normalise_targets)
+
+
+def require_disjoint_patches(grid: tuple[int, int], image: ImageSpec) -> None:
+    """Raise UserError if patches overlap: the pixels of hidden ones would be visible in their neighbours."""
+    if grid != (image.size[0] // image.patch_size, image.size[1] // image.patch_size):
+        raise UserError(
+            "model.stride makes patches overlap, and this objective predicts pixels of patches: set it to null"
+        )
 
 
 def fixed_positions(grid: tuple[int, int], dim: int) -> Tensor:

@@ -19,7 +19,7 @@ from selfvil.models.adapter import adapt
 from selfvil.models.masking import sample_mask
 from selfvil.objectives.base import Batch, ImageSpec, Objective, Progress, StepOutput, View, keyed_noise
 from selfvil.objectives.crops import Scale
-from selfvil.objectives.mae import pixel_targets, reconstruction
+from selfvil.objectives.mae import pixel_targets, reconstruction, require_disjoint_patches
 from selfvil.settings import Section
 
 
@@ -52,6 +52,7 @@ class SimMIM(Objective):
         self.settings, self.image = settings, image
         self.backbone = backbone
         self.grid = adapt(backbone).token_grid(image.size)
+        require_disjoint_patches(self.grid, image)
         unit = settings.mask_unit
         if self.grid[0] % unit or self.grid[1] % unit:
             raise UserError(
